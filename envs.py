@@ -1,0 +1,155 @@
+"""DeepMind Control tasks as a researcher writes them: `dog-run`, `ball_in_cup-catch`, `cartpole-swingup_sparse`.
+
+What it claims: actions in [-1, 1], flat float32 observations, action repeat 2 with rewards summed (it stops at the
+episode's last step), time limits told apart from terminations, evaluation episodes that depend on their seed alone,
+and an exact way back to any moment of an episode.
+
+Paper: Section 3 (Setup); MR.Q's protocol of 500 agent steps, 1,000 frames, an episode. This file needs dm_control and
+numpy; copy it into your project.
+
+    from envs import Env, LockstepEvaluation
+
+    env = Env("cartpole-swingup", seed=0)
+    obs, done = env.reset(), False
+    while not done:
+        obs, reward, terminated, truncated = env.step(env.random_action())
+        done = terminated or truncated
+    evaluate = LockstepEvaluation("cartpole-swingup", episodes=2)
+    print(evaluate(lambda obs: -obs[:, :1].clip(-1, 1), seed=0, step=0))          # (2,) returns
+"""
+
+import difflib
+import sys
+import warnings
+
+import numpy as np
+
+UNLIMITED_EPISODE = 1000  # frames, for the LQR tasks, which have no time limit of their own
+
+
+def task_names():
+    """Every task of the suite, `domain-task`. ImportError, in one line, if dm_control is missing or broken."""
+    return [f"{domain}-{task}" for domain, task in _suite().ALL_TASKS]
+
+
+def _suite():
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about displays, on machines that have none: nothing is drawn here
+            from absl import logging
+            from dm_control import suite
+        logging.set_verbosity("error")
+        return suite
+    except Exception as error:  # a broken install fails in many ways: missing parts, shared libraries, versions
+        raise ImportError(f"dm_control does not import ({type(error).__name__}: {str(error).splitlines()[0]}); install "
+                           "it as the README says: pip install -r requirements.txt") from error
+
+
+class Env:
+    """One task. `step` counts as one agent step and up to `action_repeat` frames; `frames` adds them up.
+
+    Raises ValueError, in one line, for an unknown task (with the nearest names) or one that cannot run here.
+    """
+
+    def __init__(self, name, seed=0, action_repeat=2):
+        suite = _suite()
+        if name not in task_names():
+            near = difflib.get_close_matches(name, task_names(), n=3, cutoff=0.3)
+            raise ValueError(f"unknown environment {name!r}: did you mean {' or '.join(near) or 'dog-run'}?")
+        domain, task = name.split("-", 1)
+        self.name, self.action_repeat = name, action_repeat
+        self._env = suite.load(domain, task, task_kwargs={"random": seed})
+        spec = self._env.action_spec()
+        # LQR's actions are bounded at ±1e10: there a unit action stays a unit.
+        bounded = (spec.maximum - spec.minimum) < 1e6
+        self._low = np.where(bounded, spec.minimum, -1.0)
+        self._high = np.where(bounded, spec.maximum, 1.0)
+        self._frame_limit = UNLIMITED_EPISODE if np.isinf(self._env._step_limit) else None
+        self._random = np.random.RandomState(seed)  # for random actions; the task's own randomness stays the task's
+        self.frames = 0  # control steps over all episodes
+        self.action_dim = spec.shape[0]
+        try:
+            self.obs_dim = self.reset().shape[0]
+        except Exception as error:  # quadruped-escape draws its terrain through OpenGL
+            sys.unraisablehook = lambda _: None  # the half-made drawing context complains again as it goes
+            raise ValueError(f"{name} cannot start here ({str(error).splitlines()[0][:80]}...): it needs OpenGL; with a "
+                             "GPU or Mesa try MUJOCO_GL=egl, or choose another task") from None
+
+    def reset(self, seed=None):
+        """Starts an episode; with a seed, one that depends on the seed alone. Returns obs (obs_dim,) float32."""
+        if seed is not None:
+            self._env.task.random.seed(seed)
+        self._start, self._actions = self._env.task.random.get_state(), []
+        self._frame = 0  # of this episode
+        return _flat(self._env.reset().observation)
+
+    def step(self, action):
+        """action: (action_dim,) in [-1, 1]. Returns (obs, reward summed over the repeat, terminated, truncated)."""
+        action = np.asarray(action, np.float32)
+        self._actions.append(action)
+        control = self._low + (np.clip(action, -1.0, 1.0) + 1.0) / 2.0 * (self._high - self._low)
+        reward, terminated, truncated = 0.0, False, False
+        for _ in range(self.action_repeat):
+            timestep = self._env.step(control)
+            self._frame += 1
+            self.frames += 1
+            reward += timestep.reward
+            terminated = timestep.last() and timestep.discount == 0.0
+            truncated = not terminated and (timestep.last() or self._frame == self._frame_limit)
+            if terminated or truncated:  # discount 0: a terminal state; 1: only the time was up
+                break
+        return _flat(timestep.observation), float(reward), bool(terminated), bool(truncated)
+
+    def random_action(self):
+        """Uniform in [-1, 1], (action_dim,) float32."""
+        return self._random.uniform(-1.0, 1.0, self.action_dim).astype(np.float32)
+
+    def state(self):
+        """What `restore` needs to come back to this very moment.
+
+        The physics state alone does not do it: some tasks move the model itself at each reset, and solvers keep warm
+        starts. Replaying the episode from the random state before its reset is exact on every task.
+        """
+        return {"start": self._start, "actions": np.array(self._actions), "frames": self.frames,
+                "random": self._random.get_state()}
+
+    def restore(self, state):
+        """Back to where `state` was taken, in an Env of the same name and seed; returns the observation there."""
+        self._env.task.random.set_state(state["start"])
+        obs = self.reset()
+        for action in state["actions"]:
+            obs = self.step(action)[0]
+        self.frames = state["frames"]
+        self._random.set_state(state["random"])
+        return obs
+
+
+class LockstepEvaluation:
+    """Plays whole episodes side by side: one call of the policy a step, for all of them.
+
+    episode e of the evaluation at agent step t is seeded by (seed, t, e) and by nothing else. Observations of episodes
+    that have ended stay in the batch, so that its shape, and with it the others' rounding, never changes.
+    """
+
+    def __init__(self, name, episodes=10, action_repeat=2):
+        self.envs = [Env(name, seed=0, action_repeat=action_repeat) for _ in range(episodes)]
+
+    def __call__(self, act, seed, step):
+        """act: (episodes, obs_dim) -> (episodes, action_dim). Returns the episodes' returns, (episodes,)."""
+        seeds = [int(np.random.SeedSequence([seed, step, episode]).generate_state(1)[0])
+                 for episode in range(len(self.envs))]
+        obs = np.stack([env.reset(episode_seed) for env, episode_seed in zip(self.envs, seeds)])
+        returns = np.zeros(len(self.envs))
+        running = set(range(len(self.envs)))
+        while running:
+            actions = act(obs)
+            for episode in sorted(running):
+                obs[episode], reward, terminated, truncated = self.envs[episode].step(actions[episode])
+                returns[episode] += reward
+                if terminated or truncated:
+                    running.remove(episode)
+        return returns
+
+
+def _flat(observation):
+    return np.concatenate([np.ravel(part) for part in observation.values()]).astype(np.float32)

@@ -1,0 +1,171 @@
+"""Plasticity metrics: what goes wrong inside a network before its return does.
+
+What it claims: each metric equals the definition it cites, for any `nn.Module`, ReLU or ELU, at any size, and a metric
+that found nothing to measure is NaN, never 0.
+
+Paper: Figures 3, 7, 10 and 11 (SRank, dormant ratio) and Appendix A.1 (norms, gradient interference). This file needs
+torch alone; copy it into your project.
+
+    import torch
+    import metrics
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+    x = torch.randn(256, 8)
+    with metrics.record_activations(model) as activations:
+        model(x)
+    losses = model(x).square().mean(1)                                  # (256,): one loss a sample
+    losses.mean().backward()
+    print("srank", metrics.srank(activations["1"]), "dormant", metrics.dormant_ratio(activations))
+    print("norms", metrics.parameter_norm(model), metrics.gradient_norm(model))
+    gram = metrics.gradient_gram(model(x[:32]).square().mean(1), list(model.parameters()))
+    print("interference", metrics.interference_summary(metrics.cosines(gram)))
+"""
+
+import contextlib
+
+import torch
+import torch.nn as nn
+
+ACTIVATION_MODULES = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Mish)
+
+
+@contextlib.contextmanager
+def record_activations(module):
+    """Within the block, fills a dict of layer name -> (batch, units): what left each activation of `module`.
+
+    Read after the activation, for ELU as for ReLU. An activation that runs twice keeps its last output.
+    """
+    recorded, hooks = {}, []
+    for name, layer in module.named_modules():
+        if isinstance(layer, ACTIVATION_MODULES):
+            def keep(_, __, output, name=name):
+                recorded[name] = output.detach().flatten(0, -2)  # (batch, units)
+            hooks.append(layer.register_forward_hook(keep))
+    try:
+        yield recorded
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def srank(features, delta=0.01):
+    """Stable rank: the smallest k whose k largest singular values reach 1 - δ of their sum (Kumar et al., 2021).
+
+    features: (batch, features), uncentred. At most min(batch, features): report that cap beside it.
+    Returns an int; 0 if all features are zero. NaN if a feature is not finite.
+    """
+    features = features.detach().float()
+    if not torch.isfinite(features).all():
+        return float("nan")
+    shares = torch.linalg.svdvals(features).double().cumsum(0)
+    if shares[-1] == 0:
+        return 0
+    # The smallest k with cumsum_k / sum >= 1 - δ. The slack keeps a sum that meets the bound exactly.
+    return int((shares / shares[-1] < 1.0 - delta - 1e-9).sum()) + 1
+
+
+def dormant_ratio(activations, tau=0.025):
+    """Share of τ-dormant neurons: mean |activation| over the batch at most τ times the layer's mean (Sokar et al., 2023).
+
+    activations: dict of layer name -> (batch, units). A layer that is all zero is all dormant.
+    Returns (pooled over all neurons, dict of layer name -> ratio); pooled is NaN if there is no neuron at all.
+    """
+    dormant, per_layer, total = 0, {}, 0
+    for name, activation in activations.items():
+        score = activation.detach().abs().float().mean(0)  # (units,)
+        count = int((score <= tau * score.mean()).sum())
+        per_layer[name] = count / score.numel() if score.isfinite().all() else float("nan")
+        dormant, total = dormant + per_layer[name] * score.numel(), total + score.numel()
+    return (dormant / total if total else float("nan")), per_layer
+
+
+def parameter_norm(module):
+    """Euclidean norm of all parameters together; NaN for a module without any."""
+    return _norm([parameter.detach() for parameter in module.parameters()])
+
+
+def gradient_norm(module):
+    """Euclidean norm of the gradients now in `.grad`; NaN if there is none."""
+    return _norm([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
+
+
+def gradient_interference(gradients):
+    """Cosines between per-sample gradients: (samples, parameters) -> (samples, samples). NaN where a gradient is zero."""
+    return cosines(gradients.double() @ gradients.double().T)
+
+
+def gradient_gram(losses, parameters, masks=None, group_size=2 ** 24):
+    """Inner products between per-sample gradients, without ever holding all gradients.
+
+    losses: (samples,) with their graph; parameters: the list to differentiate by; masks: for each parameter, a bool
+    tensor of what is trained, or None. Parameters are taken in groups of about `group_size` elements: all 32 gradients
+    at once would be 20 GB at 154 M parameters.
+    Returns (samples, samples) in float64: `gradient_interference` of it is `cosines(gram)`.
+    """
+    masks = [None] * len(parameters) if masks is None else masks
+    gram = torch.zeros(len(losses), len(losses), dtype=torch.float64, device=losses.device)
+    for group in _groups(list(zip(parameters, masks)), group_size):
+        rows = torch.zeros(len(losses), sum(parameter.numel() for parameter, _ in group), device=losses.device)
+        for row, loss in zip(rows, losses):
+            gradients = torch.autograd.grad(loss, [parameter for parameter, _ in group], retain_graph=True,
+                                            allow_unused=True)
+            start = 0
+            for (parameter, mask), gradient in zip(group, gradients):
+                if gradient is not None:
+                    part = gradient if mask is None else gradient.masked_fill(~mask, 0.0)
+                    row[start:start + parameter.numel()] = part.flatten()
+                start += parameter.numel()
+        gram += (rows @ rows.T).double()
+    return gram
+
+
+def cosines(gram):
+    """(samples, samples) inner products -> cosines. A zero gradient has no direction: its row and column are NaN."""
+    norm = gram.diagonal().clamp(min=0).sqrt()
+    return gram / (norm.unsqueeze(0) * norm.unsqueeze(1))
+
+
+def interference_summary(cosine):
+    """(mean off-diagonal cosine, share of them below 0); samples without a gradient are left out; NaN if none is left."""
+    off_diagonal = cosine[~torch.eye(len(cosine), dtype=torch.bool, device=cosine.device)]
+    off_diagonal = off_diagonal[off_diagonal.isfinite()]
+    if off_diagonal.numel() == 0:
+        return float("nan"), float("nan")
+    return off_diagonal.mean().item(), (off_diagonal < 0).double().mean().item()
+
+
+def module_metrics(module, features, activations, losses, masks=None):
+    """Every metric of one module, by column name.
+
+    features: name -> (batch, ·) for SRank; activations: as `record_activations` gives them; losses: (samples,) with their
+    graph, for gradient interference; masks: parameter name -> bool tensor of what is trained, where that is not all.
+    """
+    row = {}
+    for name, values in features.items():
+        row[f"srank_{name}"] = srank(values)
+        row[f"srank_{name}_cap"] = min(values.shape)  # the rank that this batch could show at most
+    row["dormant"], per_layer = dormant_ratio(activations)
+    names, parameters = zip(*module.named_parameters())
+    gram = gradient_gram(losses, parameters, [(masks or {}).get(name) for name in names])
+    row["interference"], row["interference_negative"] = interference_summary(cosines(gram))
+    row["parameter_norm"], row["gradient_norm"] = parameter_norm(module), gradient_norm(module)
+    return row | {f"dormant/{layer}": ratio for layer, ratio in per_layer.items()}
+
+
+def _norm(tensors):
+    if not tensors:
+        return float("nan")
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])).item()
+
+
+def _groups(items, group_size):
+    """Cuts (parameter, mask) pairs into runs of at most `group_size` elements; a larger parameter is a run of its own."""
+    group, size = [], 0
+    for item in items:
+        if group and size + item[0].numel() > group_size:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += item[0].numel()
+    if group:
+        yield group

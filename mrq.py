@@ -1,0 +1,291 @@
+"""MR.Q with module-specific training: encoder, critic and actor, each with its own architecture, size and regime.
+
+What it claims: the losses of Eqs. (7)-(12) and the settings of Tables 1 and 2, updated in the paper's order; no module's
+loss computes a gradient for another module's weights; and one update reads nothing back from the device.
+
+Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it by `python train.py`; or, as a part:
+
+    agent = MRQ(obs_dim=24, action_dim=6, modules=MST, config=MRQConfig(), total_updates=490_000)
+    replay = ReplayBuffer(24, 6, horizon=agent.horizon)
+    action = agent.act(obs, explore=True)       # numpy in, numpy out
+    agent.update(replay)                        # one agent step's worth of learning
+    agent.info["critic_loss"]                   # what the last update saw, as device scalars
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from networks import Actor, Critic, Encoder
+from replay import multi_step_return
+from sparsity import SparseTraining
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """How one module is built and trained. The agent's other settings never depend on it."""
+    arch_type: int = 4  # 1 to 6, networks.ARCH_CONFIGS
+    regime: str = "dense"  # sparsity.REGIMES
+    width_scale: float = 1.0  # multiplies the hidden width
+    depth_scale: float = 1.0  # multiplies the number of blocks
+    sparsity: float = 0.6  # Section 3, Setup
+    residual: str = "pre"  # Eq. (5); "post" is Eq. (6)
+    sparse_options: dict = field(default_factory=dict)  # further arguments of SparseTraining
+
+    def size(self):
+        """The arguments that the classes of networks.py share."""
+        return {"arch_type": self.arch_type, "width_scale": self.width_scale, "depth_scale": self.depth_scale,
+                "residual": self.residual}
+
+    def sparse_training(self, network, optimizer, total_updates, seed):
+        return SparseTraining(network, optimizer, self.regime, self.sparsity, total_steps=total_updates, seed=seed,
+                              **self.sparse_options)
+
+
+DEFAULT = {"encoder": ModuleConfig(4), "critic": ModuleConfig(4), "actor": ModuleConfig(3)}  # Table 2
+MST = {"encoder": ModuleConfig(6, "dense"), "critic": ModuleConfig(6, "dst"), "actor": ModuleConfig(5, "sst")}  # Sec. 4
+
+
+@dataclass(frozen=True)
+class MRQConfig:
+    """Tables 1 and 2. Every comment is the flag's help text."""
+    batch_size: int = 256  # transitions (or subtrajectories) a gradient step
+    discount: float = 0.99  # γ, a step
+    encoder_horizon: int = 5  # H_Enc, steps the dynamics are unrolled
+    q_horizon: int = 3  # H_Q, steps of the multi-step return
+    target_update_freq: int = 250  # updates between two copies of the targets, and encoder updates in a burst
+    exploration_noise: float = 0.2  # std of the Gaussian added to actions
+    target_noise: float = 0.2  # std of the Gaussian added to target actions
+    target_noise_clip: float = 0.3  # bound of that noise
+    dynamics_weight: float = 1.0  # λ_Dynamics
+    reward_weight: float = 0.1  # λ_Reward
+    terminal_weight: float = 0.1  # λ_Terminal
+    pre_activation_weight: float = 1e-5  # λ_pre-activ, on the actor's output before tanh
+    encoder_lr: float = 1e-4  # AdamW learning rate of the encoder
+    critic_lr: float = 3e-4  # AdamW learning rate of the critic
+    actor_lr: float = 3e-4  # AdamW learning rate of the actor
+    weight_decay: float = 1e-4  # AdamW weight decay of all three
+    critic_grad_clip: float = 20.0  # largest gradient norm of the critic; the others are not clipped
+    reward_bins: int = 65  # bins of the two-hot reward
+    reward_range: float = 10.0  # bins span ±this in symlog space: ±22,000 in rewards
+
+
+class MRQ:
+    """The agent. modules: a ModuleConfig for "encoder", "critic" and "actor".
+
+    total_updates: T of the sparsity schedules. Each module gets as many updates as the agent takes learning steps.
+    """
+
+    updates_per_step = 1  # Table 1, replay ratio
+    learning_starts = 10_000  # Table 1, initial random steps: a default, train.py decides
+    prioritized = True
+
+    def __init__(self, obs_dim, action_dim, modules=None, config=MRQConfig(), total_updates=490_000, device="cpu", seed=0):
+        modules = modules or DEFAULT
+        self.config, self.device = config, torch.device(device)
+        self.horizon = max(config.encoder_horizon, config.q_horizon)
+        self.encoder = Encoder(obs_dim, action_dim, num_bins=config.reward_bins, **modules["encoder"].size())
+        self.critic = Critic(self.encoder.zsa_dim, **modules["critic"].size())
+        self.actor = Actor(self.encoder.zs_dim, action_dim, **modules["actor"].size())
+        self.networks = {"encoder": self.encoder, "critic": self.critic, "actor": self.actor}
+        learning_rates = {"encoder": config.encoder_lr, "critic": config.critic_lr, "actor": config.actor_lr}
+        self.optimizers, self.sparse, self.targets = {}, {}, {}
+        for number, (name, network) in enumerate(self.networks.items()):
+            network.to(self.device)
+            # fused: one pass over the weights, and no host synchronisation
+            self.optimizers[name] = torch.optim.AdamW(network.parameters(), lr=learning_rates[name],
+                                                      weight_decay=config.weight_decay, fused=True)
+            self.sparse[name] = modules[name].sparse_training(network, self.optimizers[name], total_updates,
+                                                              seed=1000 * seed + number)
+            self.targets[name] = copy.deepcopy(network).requires_grad_(False)  # as sparse as the network
+        self.updates = {name: 0 for name in self.networks}  # of each module
+        # Scales as device scalars: a Python number would freeze in a captured graph.
+        self.reward_scale = torch.ones((), device=self.device)  # r̄
+        self.target_reward_scale = torch.ones((), device=self.device)  # r̄', the scale before
+        self.bins = symexp(torch.linspace(-config.reward_range, config.reward_range, config.reward_bins,
+                                          device=self.device))
+        self.info = {}  # what the last updates saw: name -> device scalar
+
+    # ---- acting ----
+
+    @torch.no_grad()
+    def act(self, obs, explore):
+        """obs: (obs_dim,) or (n, obs_dim), numpy. Returns actions in [-1, 1] of the same leading shape."""
+        obs = torch.as_tensor(obs, dtype=torch.float32).to(self.device)
+        action, _ = self.actor(self.encoder.zs(obs))
+        if explore:
+            action = (action + torch.randn_like(action) * self.config.exploration_noise).clamp(-1, 1)
+        return action.cpu().numpy()
+
+    def observe(self, obs):
+        """MR.Q keeps no statistics of observations."""
+
+    # ---- learning ----
+
+    def update(self, replay):
+        """One agent step of learning. Every 250 of them: new targets, new scales, and a burst of encoder updates."""
+        if self.updates["critic"] % self.config.target_update_freq == 0:
+            self.refresh_targets(replay)
+            for _ in range(self.config.target_update_freq):
+                self.update_encoder(replay)
+        self.update_critic_and_actor(replay)
+
+    @torch.no_grad()
+    def refresh_targets(self, replay):
+        """Hard copies, and r̄' becomes the r̄ that the copied critic was trained with."""
+        for name, network in self.networks.items():
+            for target, source in zip(self.targets[name].parameters(), network.parameters()):
+                target.copy_(source)
+        self.target_reward_scale.copy_(self.reward_scale)
+        # The paper says "recent experiences in the replay buffer"; all of the buffer is the published MR.Q's reading.
+        self.reward_scale.copy_(replay.mean_absolute_reward().clamp(min=1e-8))
+
+    def update_encoder(self, replay):
+        batch = replay.sample(self.config.batch_size, self.config.encoder_horizon)
+        losses, info = self.encoder_loss(batch, replay.termination_seen)
+        self._step("encoder", losses.mean())
+        self.info.update(info)
+
+    def update_critic_and_actor(self, replay):
+        batch = replay.sample(self.config.batch_size, self.config.q_horizon)
+        with torch.no_grad():  # the encoder gets no gradient from critic or actor
+            zs = self.encoder.zs(batch.obs[:, 0])
+        losses, td_error, info = self.critic_loss(batch, zs)
+        info["critic_grad_norm"] = self._step("critic", losses.mean(), clip=self.config.critic_grad_clip)
+        replay.update_priority(batch.index, td_error)
+        losses, actor_info = self.actor_loss(zs)
+        self._step("actor", losses.mean())
+        self.info.update(info | actor_info)
+
+    def _step(self, name, loss, clip=None):
+        """One optimiser step of one module, in the order that sparse training needs."""
+        parameters, optimizer, sparse = list(self.networks[name].parameters()), self.optimizers[name], self.sparse[name]
+        self.updates[name] += 1
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward(inputs=parameters)  # this module's gradients alone: nothing else is computed
+        sparse.update_topology(self.updates[name])  # ranks growth by this loss's dense gradient
+        sparse.mask_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else None  # what is pruned does not count
+        optimizer.step()
+        return norm
+
+    # ---- losses, one value a sample: (batch,) ----
+
+    def encoder_loss(self, batch, termination_seen):
+        """Unrolls z_s through the real actions, and predicts reward, next z_s and done at each step.  Eqs. (7)-(10)
+
+        termination_seen: 1.0 or 0.0, a device scalar; the done loss counts only once there is something to tell apart.
+        """
+        config = self.config
+        with torch.no_grad():
+            # The target is the target encoder's z_s of the real next observation.
+            target_zs = self.targets["encoder"].zs(batch.obs[:, 1:])  # (batch, H, zs)
+        zs = self.encoder.zs(batch.obs[:, 0])  # (batch, zs)
+        running = torch.ones_like(batch.reward[:, 0])  # (batch,) 0 after a termination
+        reward_loss = dynamics_loss = terminal_loss = torch.zeros_like(running)
+        for k in range(config.encoder_horizon):  # Eq. (8)
+            done, zs, reward_logits = self.encoder.predict(self.encoder(zs, batch.action[:, k]))  # Eq. (7)
+            reward_loss = reward_loss + running * two_hot_cross_entropy(reward_logits, batch.reward[:, k], self.bins)
+            dynamics_loss = dynamics_loss + running * (zs - target_zs[:, k]).square().mean(-1)  # Eq. (10)
+            terminal_loss = terminal_loss + running * (done.squeeze(-1) - batch.terminated[:, k]).square()  # Eq. (10)
+            running = running * (1.0 - batch.terminated[:, k])  # the terminating step itself still counted
+        loss = (config.reward_weight * reward_loss + config.dynamics_weight * dynamics_loss
+                + config.terminal_weight * termination_seen * terminal_loss)  # (batch,)
+        info = {"encoder_loss": loss, "reward_loss": reward_loss, "dynamics_loss": dynamics_loss,
+                "terminal_loss": terminal_loss}
+        return loss, {name: value.detach().mean() for name, value in info.items()}
+
+    def critic_loss(self, batch, zs):
+        """Huber to the multi-step TD target, for both Q.  Eq. (11)
+
+        zs: (batch, zs) of the first observation. Also returns |δ|, the larger of the two critics': (batch,).
+        """
+        target = self.td_target(batch)  # (batch, 1)
+        with torch.no_grad():
+            zsa = self.encoder(zs, batch.action[:, 0])
+        q = self.critic(zsa)  # (batch, 2)
+        loss = F.smooth_l1_loss(q, target.expand_as(q), reduction="none").mean(1)  # averaged over both Q
+        td_error = (q.detach() - target).abs().amax(1)
+        info = {"critic_loss": loss, "q": q, "td_target": target, "td_error": td_error}
+        return loss, td_error, {name: value.detach().mean() for name, value in info.items()}
+
+    @torch.no_grad()
+    def td_target(self, batch):
+        """[Σ γ^k r_k + γ^H · not done · r̄' · min Q'(s_H, π'(s_H) + noise)] / r̄: (batch, 1).  Eq. (11)"""
+        config = self.config
+        returns, not_done = multi_step_return(batch.reward[:, :config.q_horizon], batch.terminated[:, :config.q_horizon],
+                                              config.discount)
+        zs = self.targets["encoder"].zs(batch.obs[:, config.q_horizon])
+        action, _ = self.targets["actor"](zs)
+        noise = (torch.randn_like(action) * config.target_noise).clamp(-config.target_noise_clip, config.target_noise_clip)
+        action = (action + noise).clamp(-1, 1)
+        q = self.targets["critic"](self.targets["encoder"](zs, action)).amin(1, keepdim=True)
+        discount_h = config.discount ** config.q_horizon
+        return (returns + discount_h * not_done * self.target_reward_scale * q) / self.reward_scale
+
+    def actor_loss(self, zs):
+        """-(Q1 + Q2)/2 of the actor's own action, and a pull on what enters tanh.  Eq. (12)"""
+        action, pre_activation = self.actor(zs)
+        q = self.critic(self.encoder(zs, action)).mean(1)  # (batch,)
+        # The mean over action dimensions, where Eq. (12) leaves the reduction open, is the published MR.Q's.
+        loss = -q + self.config.pre_activation_weight * pre_activation.square().mean(1)
+        return loss, {"actor_loss": loss.detach().mean(), "pre_activation": pre_activation.detach().abs().mean()}
+
+    # ---- looking inside, saving ----
+
+    @torch.no_grad()
+    def probe(self, batch):
+        """One pass of each module over the batch. Returns the features SRank is read from: module -> name -> (batch, ·).
+
+        Whoever wants the hidden activations hooks `networks` while this runs.
+        """
+        zs = self.encoder.zs(batch.obs[:, 0])
+        zsa = self.encoder(zs, batch.action[:, 0])
+        critic = {name: q.features(zsa) for name, q in (("q1", self.critic.q1), ("q2", self.critic.q2))}
+        return {"encoder": {"zsa": zsa}, "critic": critic, "actor": {"pi": self.actor.mlp.features(zs)}}
+
+    def probe_losses(self, batch, replay):
+        """Each module's own loss, one value a sample, with its graph: module -> (batch,)."""
+        with torch.no_grad():
+            zs = self.encoder.zs(batch.obs[:, 0])
+        return {"encoder": self.encoder_loss(batch, replay.termination_seen)[0], "critic": self.critic_loss(batch, zs)[0],
+                "actor": self.actor_loss(zs)[0]}
+
+    def state_dict(self):
+        """Tensors and plain values, nothing else; the replay buffer is not part of it."""
+        parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()}
+                 for kind in ("networks", "targets", "optimizers", "sparse")}
+        return parts | {"updates": dict(self.updates), "reward_scale": self.reward_scale.clone(),
+                        "target_reward_scale": self.target_reward_scale.clone()}
+
+    def load_state_dict(self, state):
+        for kind in ("networks", "targets", "optimizers", "sparse"):
+            for name, part in getattr(self, kind).items():
+                part.load_state_dict(state[kind][name])
+        self.updates = dict(state["updates"])
+        self.reward_scale.copy_(state["reward_scale"])
+        self.target_reward_scale.copy_(state["target_reward_scale"])
+
+
+def symexp(x):
+    """sign(x)·(e^|x| - 1): bins evenly spaced in symlog space, so that small rewards are told apart finely."""
+    return x.sign() * (x.abs().exp() - 1)
+
+
+def two_hot(x, bins):
+    """x as a weight on two neighbouring bins: (index of the lower, weight of the upper), each x's shape.  Eq. (9)
+
+    Beyond the last bins all weight lies on the last.
+    """
+    lower = (torch.searchsorted(bins, x.contiguous(), right=True) - 1).clamp(0, len(bins) - 2)
+    return lower, ((x - bins[lower]) / (bins[lower + 1] - bins[lower])).clamp(0, 1)
+
+
+def two_hot_cross_entropy(logits, x, bins):
+    """CE(logits, Two-Hot(x)), (batch, bins) and (batch,) -> (batch,). Two entries are gathered; no row is spelt out."""
+    lower, weight = two_hot(x, bins)
+    log_p = F.log_softmax(logits, -1)
+    log_p = log_p.gather(-1, torch.stack([lower, lower + 1], -1))  # (batch, 2)
+    return -((1 - weight) * log_p[..., 0] + weight * log_p[..., 1])  # Eq. (9)

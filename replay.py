@@ -1,0 +1,182 @@
+"""LAP replay: prioritised subtrajectories, drawn on the training device without asking the host.
+
+What it claims: each observation is stored once (one million dog-run transitions take about 1.05 GB); no subtrajectory
+crosses a time limit; draws follow priorities exactly (in float64), even with a million of them; and nothing in
+`sample` or `update_priority` makes the host wait for a GPU.
+
+Paper: Table 1 (LAP: α = 0.4, minimum priority 1; H_Enc = 5, H_Q = 3). LAP is Fujimoto et al., 2020. This file needs
+torch and numpy; copy it into your project.
+
+    import numpy as np
+    from replay import ReplayBuffer, multi_step_return
+
+    buffer = ReplayBuffer(obs_dim=3, action_dim=1, capacity=1000, horizon=5)
+    for t in range(200):
+        obs, next_obs = np.full(3, t, np.float32), np.full(3, t + 1, np.float32)
+        buffer.add(obs, np.zeros(1), 1.0, next_obs, terminated=False, truncated=(t + 1) % 50 == 0)
+    batch = buffer.sample(batch_size=32, horizon=3)
+    returns, not_done = multi_step_return(batch.reward, batch.terminated, discount=0.99)   # (32, 1) each
+    buffer.update_priority(batch.index, td_error=returns.squeeze(1))
+    print(batch.obs.shape, returns[0])                                                     # (32, 4, 3)
+"""
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+BLOCK = 1024  # rows summed together before drawing; see `_draw`
+
+
+class Batch(NamedTuple):
+    """Subtrajectories of H transitions. After a termination the rows are of some other episode: mask them out."""
+    index: torch.Tensor  # (batch,) row of the first transition
+    obs: torch.Tensor  # (batch, H + 1, obs_dim) o_t ... o_{t+H}
+    action: torch.Tensor  # (batch, H, action_dim)
+    reward: torch.Tensor  # (batch, H)
+    terminated: torch.Tensor  # (batch, H) 1.0 where the transition ended in a terminal state
+
+
+class ReplayBuffer:
+    """A ring of rows. Row i holds o_i and what was done there; o_{i+1} is row i + 1, so an episode takes length + 1 rows.
+
+    capacity: rows. horizon: the longest subtrajectory that will be asked for (MR.Q: H_Enc = 5).
+    prioritized: LAP, or plain uniform draws over the same rows. alpha, min_priority: Table 1.
+    Raises MemoryError, in one line, if the device cannot hold it.
+    """
+
+    def __init__(self, obs_dim, action_dim, capacity=1_000_000, horizon=5, prioritized=True, alpha=0.4, min_priority=1.0,
+                 device="cpu"):
+        if capacity < 2 * horizon + 2:
+            raise ValueError(f"a buffer of {capacity} rows is too small for a horizon of {horizon}")
+        device = torch.device(device)
+        padded = -(-capacity // BLOCK) * BLOCK  # rows for the priorities, up to a whole number of blocks
+        bytes_needed = capacity * (4 * (obs_dim + action_dim + 1) + 2) + 4 * padded
+        if bytes_needed > (free := _free_memory(device)):
+            raise MemoryError(f"a buffer of {capacity:,} rows takes {bytes_needed / 1e9:.2f} GB, but {device} has "
+                              f"{free / 1e9:.2f} GB free: ask for a smaller one")
+        self.capacity, self.horizon, self.device = capacity, horizon, device
+        self.prioritized, self.alpha, self.min_priority = prioritized, alpha, min_priority
+        self.obs = torch.zeros(capacity, obs_dim, device=device)
+        self.action = torch.zeros(capacity, action_dim, device=device)
+        self.reward = torch.zeros(capacity, device=device)
+        self.terminated = torch.zeros(capacity, dtype=torch.bool, device=device)
+        self.transition = torch.zeros(capacity, dtype=torch.bool, device=device)  # False where a row is only an o_T
+        # 0 says that no subtrajectory may start here: an episode's end, the ring's head, a row never written.
+        self.priority = torch.zeros(padded, device=device)
+        # Device scalars, so that a captured graph sees them change.
+        self.max_priority = torch.full((), float(min_priority), device=device)
+        self.termination_seen = torch.zeros((), device=device)  # 1.0 from the first termination on
+        self.row = 0  # where the current observation stands, or will stand
+        self.episode_length = 0  # transitions of the current episode so far
+        self.sampleable = 0  # starts ever made sampleable; on the host, so that `sample` need not ask the device
+
+    # ---- writing ----
+
+    def add(self, obs, action, reward, next_obs, terminated, truncated):
+        """Stores one transition. obs must be the next_obs of the call before, unless that one ended an episode."""
+        if self.episode_length == 0:
+            self._write_observation(self.row, obs)
+        row, following = self.row, (self.row + 1) % self.capacity
+        self.action[row].copy_(torch.as_tensor(np.asarray(action, np.float32)))
+        self.reward[row] = float(reward)
+        self.terminated[row] = bool(terminated)
+        self.transition[row] = True
+        self._write_observation(following, next_obs)
+        self.row = following
+        self.episode_length += 1
+
+        if self.episode_length >= self.horizon:  # the subtrajectory that ends with this transition is complete
+            self._make_sampleable((row - self.horizon + 1) % self.capacity)
+        if terminated:
+            # Later starts run past the end, but the loss masks what follows a termination: they may be drawn as well.
+            self.termination_seen.fill_(1.0)
+            for back in range(min(self.episode_length, self.horizon - 1)):
+                self._make_sampleable((row - back) % self.capacity)
+        if terminated or truncated:
+            # After a time limit those starts stay out: their subtrajectory would need steps that were never taken.
+            self.row = (following + 1) % self.capacity
+            self.episode_length = 0
+
+    def _write_observation(self, row, obs):
+        self.obs[row].copy_(torch.as_tensor(np.asarray(obs, np.float32)))
+        self.reward[row] = 0.0
+        self.terminated[row] = False
+        self.transition[row] = False  # until `add` says otherwise
+        self.priority[row] = 0.0
+
+    def _make_sampleable(self, row):
+        self.sampleable += 1
+        self.priority[row].copy_(self.max_priority if self.prioritized else torch.ones(()))
+
+    # ---- drawing ----
+
+    def sample(self, batch_size, horizon=None):
+        """Draws `batch_size` subtrajectories of `horizon` transitions (default: the longest), by priority."""
+        horizon = self.horizon if horizon is None else horizon
+        if horizon > self.horizon:
+            raise ValueError(f"this buffer keeps subtrajectories of {self.horizon} transitions, not {horizon}")
+        if not self.sampleable:
+            raise ValueError(f"nothing to draw yet: the buffer holds no {self.horizon} transitions in a row")
+        return self.gather(self._draw(batch_size), horizon)
+
+    def gather(self, index, horizon=None):
+        """The subtrajectories that start at these rows; index: (batch,)."""
+        horizon = self.horizon if horizon is None else horizon
+        steps = torch.arange(horizon + 1, device=self.device)
+        rows = (index.unsqueeze(1) + steps) % self.capacity  # (batch, H + 1)
+        taken = rows[:, :-1]
+        return Batch(index, self.obs[rows], self.action[taken], self.reward[taken], self.terminated[taken].float())
+
+    def _draw(self, count):
+        """Rows with probability priority / total. First a block by its sum, then a row within it: each sum is exact in
+        float64 (a float32 running sum over a million priorities is off by up to 25 %), and a running sum over the
+        whole buffer, the slowest part on a CPU, is never made."""
+        blocks = self.priority.view(-1, BLOCK)
+        block = _draw_from(blocks.sum(1, dtype=torch.float64).expand(count, -1))  # (count,)
+        return block * BLOCK + _draw_from(blocks[block].double())
+
+    def update_priority(self, index, td_error):
+        """p = max(|δ|, 1)^α for the drawn rows; td_error: (batch,), the larger of the two critics'.  Table 1, LAP"""
+        if not self.prioritized:
+            return
+        priority = td_error.detach().abs().clamp(min=self.min_priority).pow(self.alpha)
+        # A row drawn twice gets the larger of its two values: a plain write would leave the last of an unknown order.
+        self.priority.scatter_reduce_(0, index, priority, "amax", include_self=False)
+        self.max_priority.copy_(torch.maximum(self.max_priority, priority.max()))
+
+    def mean_absolute_reward(self):
+        """r̄ of Eq. (11) over everything stored: a device scalar."""
+        return self.reward.abs().sum(dtype=torch.float64).div(self.transition.sum()).float()
+
+
+def multi_step_return(reward, terminated, discount):
+    """Σ γ^k r_k up to the termination, its own reward included, and whether to bootstrap.  Eq. (11)
+
+    reward, terminated: (batch, H). Returns (batch, 1) twice: the return, and 1.0 where no step terminated.
+    """
+    not_done = (1.0 - terminated).cumprod(1)  # (batch, H): still running after step k
+    running = torch.cat([torch.ones_like(not_done[:, :1]), not_done[:, :-1]], 1)  # ... before step k
+    gammas = discount ** torch.arange(reward.shape[1], device=reward.device)
+    return (reward * running * gammas).sum(1, keepdim=True), not_done[:, -1:]
+
+
+def _draw_from(weights):
+    """One index a row, with probability proportional to its weight. weights: (rows, n), float64."""
+    sums = weights.cumsum(1)
+    total = sums[:, -1:].contiguous()
+    target = torch.rand(total.shape, dtype=torch.float64, device=weights.device) * total
+    # right=True: a draw of exactly 0 must not return index 0 if its weight is 0. The bound is the last index with a
+    # weight above 0, which rounding could overstep.
+    found = torch.searchsorted(sums, target, right=True)
+    return torch.minimum(found, torch.searchsorted(sums, total)).squeeze(1)
+
+
+def _free_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # all of it: what is cached can be freed
+    except (AttributeError, ValueError, OSError):  # no sysconf on this system: let the allocation itself decide
+        return float("inf")

@@ -1,0 +1,287 @@
+"""Trains MR.Q with module-specific sparse training on a DeepMind Control task.
+
+    python train.py --mst --env cartpole-swingup                       # the paper's preset: dense, DST, SST
+    python train.py --mst --scale 5 --env dog-run                      # 371 M parameters, on a GPU
+    python train.py --critic-regime dst --scale 5                      # one module's regime at a time
+    python train.py --encoder-type 2 --encoder-regime s2d              # a cell of Figure 2
+
+Steps are agent steps: two frames each. Each run writes runs/<name>/config.json, eval.csv and train.csv.
+Paper: Sections 3 and 4, Algorithm 1, Tables 1 and 2.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import metrics
+from envs import Env, LockstepEvaluation
+from mrq import DEFAULT, MRQ, MST, ModuleConfig, MRQConfig
+from replay import Batch, ReplayBuffer
+from runlog import RunLog
+
+METRIC_BATCH = 2048  # samples that SRank and the dormant ratio are read from
+INTERFERENCE_SAMPLES = 32  # per-sample gradients that are compared
+
+
+@dataclass
+class EncoderArgs:
+    encoder_type: int | None = None  # architecture 1-6; 4, or 6 with --mst
+    encoder_regime: str | None = None  # dense | sst | dst | s2d | d2s; dense
+    encoder_scale: float | None = None  # width and depth of this module; --scale
+    encoder_sparsity: float | None = None  # share of weights pruned; --sparsity
+
+
+@dataclass
+class CriticArgs:
+    critic_type: int | None = None  # architecture 1-6; 4, or 6 with --mst
+    critic_regime: str | None = None  # dense | sst | dst | s2d | d2s; dense, or dst with --mst
+    critic_scale: float | None = None  # width and depth of this module; --scale
+    critic_sparsity: float | None = None  # share of weights pruned; --sparsity
+
+
+@dataclass
+class ActorArgs:
+    actor_type: int | None = None  # architecture 1-6; 3, or 5 with --mst
+    actor_regime: str | None = None  # dense | sst | dst | s2d | d2s; dense, or sst with --mst
+    actor_scale: float | None = None  # width and depth of this module; --scale
+    actor_sparsity: float | None = None  # share of weights pruned; --sparsity
+
+
+@dataclass
+class SparsityArgs:
+    sparsity: float = 0.6  # share of weights pruned in every module whose regime is not dense (Section 3)
+    distribution: str = "er"  # er | uniform: how sparsity is spread over the layers (Fig. 12)
+    growth: str = "gradient"  # gradient (RigL) | random (SET): which weights grow (Fig. 12)
+    update_interval: int = 1000  # a module's own updates between two changes of its topology
+    drop_initial: float = 0.5  # share of active weights replaced by a topology update at the start, Eq. (1)
+    drop_final: float = 0.0  # ... and at the end
+    schedule_start: float = 0.2  # share of training after which S2D and D2S begin to move, Eq. (2)
+    schedule_end: float = 0.8  # ... and when they arrive
+    schedule_power: float = 2.0  # λ of Eq. (2)
+
+
+@dataclass
+class Args:
+    env: str = "dog-run"  # a DeepMind Control task, domain-task
+    seed: int = 0  # of environment, exploration, networks and masks
+    total_steps: int = 500_000  # agent steps in all
+    learning_starts: int = 10_000  # random steps before learning
+    eval_every: int = 5_000  # agent steps between two evaluations
+    eval_episodes: int = 10  # episodes an evaluation
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    mst: bool = False  # the paper's Module-Specific Training: encoder 6 dense, critic 6 DST, actor 5 SST
+    scale: float = 1.0  # multiplies width and depth of every module
+    width_scale: float | None = None  # width alone, of every module, instead of the scales
+    depth_scale: float | None = None  # depth alone, of every module, instead of the scales
+    residual: str = "pre"  # pre, Eq. (5) | post, Eq. (6): where residual connections start
+    encoder: tyro.conf.OmitArgPrefixes[EncoderArgs] = field(default_factory=EncoderArgs)
+    critic: tyro.conf.OmitArgPrefixes[CriticArgs] = field(default_factory=CriticArgs)
+    actor: tyro.conf.OmitArgPrefixes[ActorArgs] = field(default_factory=ActorArgs)
+    sparse: tyro.conf.OmitArgPrefixes[SparsityArgs] = field(default_factory=SparsityArgs)
+    agent: tyro.conf.OmitArgPrefixes[MRQConfig] = field(default_factory=MRQConfig)
+    buffer_size: int = 1_000_000  # replay rows; an episode takes its length + 1
+    log_every: int = 500  # agent steps between two rows of train.csv
+    runs: str = "runs"  # folder that runs are written into
+    name: str | None = None  # the run's folder; default: the task and every setting that is not its default
+    tensorboard: bool = False  # also write TensorBoard event files
+    wandb_project: str | None = None  # also log to this Weights & Biases project
+
+
+def module_configs(args):
+    """The three modules as the flags describe them: the preset, then what was said of one module."""
+    options = {"distribution": args.sparse.distribution, "grow": args.sparse.growth,
+               "update_interval": args.sparse.update_interval, "drop_initial": args.sparse.drop_initial,
+               "drop_final": args.sparse.drop_final, "schedule_start": args.sparse.schedule_start,
+               "schedule_end": args.sparse.schedule_end, "power": args.sparse.schedule_power}
+    modules = {}
+    for name, preset in (MST if args.mst else DEFAULT).items():
+        own = getattr(args, name)
+        arch_type, regime, scale, sparsity = (
+            getattr(own, f"{name}_{part}") for part in ("type", "regime", "scale", "sparsity"))
+        scale = _first(scale, args.scale)
+        modules[name] = ModuleConfig(
+            arch_type=_first(arch_type, preset.arch_type), regime=_first(regime, preset.regime),
+            width_scale=_first(args.width_scale, scale), depth_scale=_first(args.depth_scale, scale),
+            sparsity=_first(sparsity, args.sparse.sparsity), residual=args.residual, sparse_options=options)
+    return modules
+
+
+def run_name(args):
+    """The task and every setting that is not its default, so that two different runs never share a name."""
+    def settings(config):
+        for spec in dataclasses.fields(config):
+            value = getattr(config, spec.name)
+            default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
+            if dataclasses.is_dataclass(value):
+                yield from settings(value)
+            elif value != default and spec.name not in ("env", "seed", "device", "runs", "name", "tensorboard",
+                                                        "wandb_project"):
+                yield f"{spec.name.replace('_', '-')}={value}" if value is not True else spec.name
+    return "__".join([args.env, *settings(args), f"seed={args.seed}"])
+
+
+def pick_device(name):
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but this PyTorch sees no CUDA device: use --device cpu, or install a CUDA build")
+    return device
+
+
+def check(args):
+    """What would otherwise fail late, or silently do something else."""
+    at_least = {"total_steps": 1, "learning_starts": args.agent.encoder_horizon + 1, "eval_every": 1, "eval_episodes": 1,
+                "log_every": 1}
+    for name, least in at_least.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if args.agent.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {args.agent.batch_size}")
+
+
+def describe(agent, modules, args, device, folder):
+    """What the run is, before it starts: modules, sizes, densities, and where it writes."""
+    lines = [f"{args.env}, seed {args.seed}, {args.total_steps:,} agent steps on {device}"]
+    for name, network in agent.networks.items():
+        count = sum(parameter.numel() for parameter in network.parameters())
+        config = modules[name]
+        head = sum(parameter.numel() for parameter in network.model.parameters()) if name == "encoder" else 0
+        lines.append(f"  {name:8} type {config.arch_type}  {config.regime:5}  width ×{config.width_scale:g}, depth "
+                     f"×{config.depth_scale:g}  {(count - head) / 1e6:8.3f} M"
+                     + (f" + {head / 1e6:.2f} M head" if head else "") + f"  density {agent.sparse[name].density():.3f}")
+    collapsing = [name for name, config in modules.items()
+                  if config.arch_type <= 4 and max(config.width_scale, config.depth_scale) >= 3]
+    if collapsing:
+        lines.append(f"  note: large networks without residual connections ({', '.join(collapsing)}) are what the paper "
+                     "shows collapsing; --mst is its remedy")
+    return "\n".join(lines + [f"  writes   {folder}"])
+
+
+def measure(agent, replay):
+    """The plasticity metrics of every module, as columns. NaN where there is nothing to measure yet."""
+    ready = replay.sampleable > 0  # else: a batch of zeros, to know the columns from the first row on
+    index = torch.zeros(2, dtype=torch.long, device=replay.device)
+    batch = replay.sample(METRIC_BATCH) if ready else replay.gather(index)
+    with contextlib.ExitStack() as stack:
+        activations = {name: stack.enter_context(metrics.record_activations(network))
+                       for name, network in agent.networks.items()}
+        features = agent.probe(batch)
+    losses = agent.probe_losses(Batch(*(part[:INTERFERENCE_SAMPLES] for part in batch)), replay)
+    row = {}
+    for name, network in agent.networks.items():
+        columns = metrics.module_metrics(network, features[name], activations[name], losses[name],
+                                         agent.sparse[name].masks)
+        row |= {f"{name}/{column}": value if ready else math.nan for column, value in columns.items()}
+        row[f"{name}/density"] = agent.sparse[name].density()
+    return row
+
+
+def build(args):
+    """Everything a run needs; whatever is wrong with the flags is found here, before the folder is made."""
+    check(args)
+    device = pick_device(args.device)
+    modules = module_configs(args)
+    torch.manual_seed(args.seed)
+    env = Env(args.env, seed=args.seed)
+    total_updates = max(1, args.total_steps - args.learning_starts) * MRQ.updates_per_step
+    agent = MRQ(env.obs_dim, env.action_dim, modules, args.agent, total_updates, device, args.seed)
+    rows = min(args.buffer_size, 2 * args.total_steps + 2 * agent.horizon + 2)  # no more than the run can fill
+    replay = ReplayBuffer(env.obs_dim, env.action_dim, rows, agent.horizon, agent.prioritized, device=device)
+    evaluation = LockstepEvaluation(args.env, args.eval_episodes)
+    folder = os.path.join(args.runs, args.name or run_name(args))
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                **{package: version(package) for package in ("numpy", "dm_control", "mujoco")}}
+    config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()},
+                                         "versions": versions, "device_used": str(device)}
+    log = RunLog(folder, config, args.tensorboard, args.wandb_project)
+    print(describe(agent, modules, args, device, folder), flush=True)
+    return device, env, agent, replay, evaluation, log
+
+
+def train(args, device, env, agent, replay, evaluation, log):
+    """The one loop. At step t: act on obs_t; update on what was stored up to t-1; step; store. Fast or slow, in this
+    order: the device may train while the environment steps, and nothing but the clock changes."""
+    began = logged = time.time()
+    last_return, episode_return = math.nan, 0.0
+    bar = tqdm(total=args.total_steps, unit="step", dynamic_ncols=True, smoothing=0.05,
+               mininterval=0.5 if sys.stderr.isatty() else 60)
+
+    def evaluate(step):
+        # Random numbers drawn in here are put back: evaluating changes nothing of what is learnt.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(args.seed + step)
+            returns = evaluation(lambda obs: agent.act(obs, explore=False), args.seed, step)
+            log.write("eval", {"agent_step": step, "frames": env.frames, "return": returns.mean(),
+                               "return_std": returns.std(), "seconds": time.time() - began} | measure(agent, replay))
+        bar.set_postfix_str(f"return {returns.mean():.1f}", refresh=False)
+        bar.write(f"step {step:>9,}  return {returns.mean():7.1f} ± {returns.std():.1f}")
+
+    obs = env.reset()
+    for step in range(args.total_steps):
+        if step % args.eval_every == 0:
+            evaluate(step)
+
+        learning = step >= args.learning_starts
+        agent.observe(obs)
+        action = agent.act(obs, explore=True) if learning else env.random_action()
+        if learning:
+            for _ in range(agent.updates_per_step):
+                agent.update(replay)
+        next_obs, reward, terminated, truncated = env.step(action)
+        replay.add(obs, action, reward, next_obs, terminated, truncated)
+        episode_return += reward
+        obs = next_obs
+        if terminated or truncated:
+            obs, last_return, episode_return = env.reset(), episode_return, 0.0
+
+        bar.update()
+        if learning and ((step + 1) % args.log_every == 0 or step + 1 == args.total_steps):
+            info = {name: value.item() for name, value in agent.info.items()}
+            density = {f"{name}_density": sparse.density() for name, sparse in agent.sparse.items()}
+            log.write("train", {"agent_step": step + 1, "frames": env.frames, "episode_return": last_return} | info
+                      | density | {"steps_per_second": args.log_every / (time.time() - logged),
+                                   "seconds": time.time() - began})
+            logged = time.time()
+            bad = [name for name, value in info.items() if not math.isfinite(value)]
+            if bad:
+                raise FloatingPointError(f"{bad[0]} is {info[bad[0]]} at agent step {step + 1}; stopped. All rows up to "
+                                         f"here are in {log.folder}")
+    evaluate(args.total_steps)
+    bar.close()
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        parts = build(args)
+    except (ValueError, MemoryError, OSError, ImportError) as error:
+        sys.exit(f"train.py: {error}")
+    log = parts[-1]
+    try:
+        train(args, *parts)
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        sys.exit(f"\ntrain.py: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        sys.exit(f"\ntrain.py: stopped by hand; all rows up to here are in {log.folder}")
+    finally:
+        log.close()
+    print(f"done: {os.path.join(log.folder, 'eval.csv')}")
+
+
+def _first(*values):
+    """The first that was given."""
+    return next(value for value in values if value is not None)
+
+
+if __name__ == "__main__":
+    main()
