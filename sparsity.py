@@ -75,10 +75,11 @@ def drop_fraction(step, total_steps, initial=0.5, final=0.0):
 
 def scheduled_sparsity(step, initial, final, start, end, power=2.0):
     """s_t: `initial` until `start`, `final` from `end` on, polynomial of degree `power` (λ) between.  Eq. (2)"""
-    if step >= end:  # first, so that the schedule ends at exactly `final`, and start == end is a plain jump
+    if step >= end:  # the ends are returned as given: rounding must not leave D2S at 0.5996
         return final
-    progress = max(step - start, 0) / (end - start) if end > start else 0.0
-    return final + (initial - final) * (1.0 - progress) ** power
+    if step <= start:
+        return initial
+    return final + (initial - final) * (1.0 - (step - start) / (end - start)) ** power
 
 
 def update_mask(weight, grad, mask, drop_fraction, num_active=None, grow="gradient", generator=None):

@@ -1,0 +1,936 @@
+"""The project's tests: `pytest test_all.py`. Each checks the code against a second computation, a hand-worked case or
+values computed by other implementations, and each has been seen to fail when the line it guards is broken.
+"""
+
+import copy
+import csv
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import metrics
+import networks
+import train
+from envs import Env, LockstepEvaluation, task_names
+from mrq import DEFAULT, MRQ, MST, ModuleConfig, MRQConfig, symexp, two_hot, two_hot_cross_entropy
+from replay import Batch, ReplayBuffer, multi_step_return
+from sparsity import REGIMES, SparseTraining, drop_fraction, layer_densities, scheduled_sparsity, update_mask
+
+HERE = Path(__file__).parent
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+property_test = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+# ------------------------------------------------------------------------------------------------ sparsity.py: densities
+
+@pytest.mark.parametrize("shapes, sparsity, pruned", [  # computed by running RLx2's published ER code
+    ([(512, 223), (512, 512), (512, 512), (512, 512)], 0.6, [0.3908483, 0.6303651, 0.6303651, 0.6303651]),
+    ([(512, 223), (512, 512), (512, 512), (512, 512)], 0.9, [0.8477121, 0.9075913, 0.9075913, 0.9075913]),
+    ([(512, 512), (512, 512), (512, 512), (1, 512)], 0.6, [0.6003906, 0.6003906, 0.6003906, 0.0]),
+    ([(512, 4), (512, 512), (1, 512)], 0.9, [0.0, 0.9087891, 0.0]),
+    ([(1, 512), (1, 256)], 0.6, [0.6002597, 0.5994805]),
+    ([(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (6, 512)], 0.6,
+     [0.0, 0.4582218, 0.3795019, 0.6121651, 0.0]),
+    ([(32, 4, 8, 8), (64, 32, 4, 4), (64, 64, 3, 3), (512, 3136), (6, 512)], 0.9,
+     [0.7331006, 0.8665503, 0.8471601, 0.9044693, 0.0]),
+])
+def test_er_densities_against_a_published_implementation(shapes, sparsity, pruned):
+    np.testing.assert_allclose([1 - d for d in layer_densities(shapes, sparsity)], pruned, atol=2e-7)
+
+
+shape_lists = st.lists(st.one_of(st.tuples(st.integers(1, 60), st.integers(1, 60)),
+                                 st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 3))),
+                       min_size=1, max_size=6)
+
+
+@property_test
+@given(shape_lists, st.floats(0, 0.99))
+def test_er_is_exact_overall_and_proportional_below_one(shapes, sparsity):
+    densities = layer_densities(shapes, sparsity)
+    sizes = [math.prod(shape) for shape in shapes]
+    assert all(0 <= density <= 1 for density in densities)
+    assert sum(d * n for d, n in zip(densities, sizes)) == pytest.approx((1 - sparsity) * sum(sizes), rel=1e-9)
+    epsilon = [d / (sum(s) / math.prod(s)) for d, s in zip(densities, shapes) if d < 1 - 1e-9]
+    if sparsity > 0 and epsilon:
+        assert max(epsilon) == pytest.approx(min(epsilon), rel=1e-6)  # one ε for all layers that are not full
+        full = [1 / (sum(s) / math.prod(s)) for d, s in zip(densities, shapes) if d >= 1 - 1e-9]
+        assert all(e <= max(epsilon) * (1 + 1e-6) for e in full)  # a layer is full only if ε would overfill it
+
+
+def test_uniform_and_dense_densities():
+    assert layer_densities([(4, 4), (9, 2)], 0.25, "uniform") == [0.75, 0.75]
+    assert layer_densities([(4, 4), (9, 2)], 0.0) == [1.0, 1.0]
+    for bad in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="sparsity"):
+            layer_densities([(4, 4)], bad)
+    with pytest.raises(ValueError, match="distribution"):
+        layer_densities([(4, 4)], 0.5, "erk")
+
+
+# ------------------------------------------------------------------------------------------------ sparsity.py: schedules
+
+def test_equation_1_by_hand():
+    for step, zeta in ((0, 0.5), (250, 0.4267767), (500, 0.25), (1000, 0.0), (1100, 0.0), (-5, 0.5)):
+        assert drop_fraction(step, 1000, 0.5, 0.0) == pytest.approx(zeta, abs=1e-7)
+    assert drop_fraction(750, 1000, 0.5, 0.05) == pytest.approx(0.115901, abs=1e-6)  # optax.cosine_decay_schedule
+
+
+def test_equation_2_by_hand():
+    # D2S with λ = 2: the values of jaxpruner's polynomial schedule, which is one step ahead.
+    for step, sparsity in ((101, 0.0011994), (351, 0.2633994), (601, 0.4505994), (851, 0.5627995), (1100, 0.6)):
+        assert scheduled_sparsity(step, 0.0, 0.6, 100, 1100, 2) == pytest.approx(sparsity, abs=2e-7)
+    assert scheduled_sparsity(0, 0.6, 0.0, 100, 1100, 2) == 0.6
+    assert scheduled_sparsity(600, 0.6, 0.0, 100, 1100, 2) == pytest.approx(0.15)
+    assert scheduled_sparsity(1100, 0.6, 0.0, 100, 1100, 2) == 0.0
+    assert scheduled_sparsity(5000, 0.0, 0.6, 100, 1100, 2) == 0.6  # exactly, not 0.5996
+    assert scheduled_sparsity(7, 0.1, 0.6, 8, 8, 2) == 0.1 and scheduled_sparsity(8, 0.1, 0.6, 8, 8, 2) == 0.6
+
+
+# --------------------------------------------------------------------------------------------- sparsity.py: Algorithm 1
+
+def test_mask_update_by_hand():
+    weight = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8], [0] * 4, [0] * 4])
+    grad = torch.tensor([[5.0, 0.15, 0.01, 0.02], [0.03, 0.04, 0.05, 0.06], [0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]])
+    mask = torch.tensor([[1] * 4, [1] * 4, [0] * 4, [0] * 4]).bool()
+    # Drops 0.1 and 0.2. 0.1 comes back (gradient 5), 0.2 does not (0.15); the last weight (0.8) is new.
+    expected = torch.tensor([[1, 0, 1, 1], [1] * 4, [0] * 4, [0, 0, 0, 1]]).bool()
+    assert torch.equal(update_mask(weight, grad, mask, 0.25), expected)  # as five published implementations do
+    # Fewer wanted (D2S): drops the three smallest at least. More wanted (S2D): the largest gradients come.
+    assert update_mask(weight, grad, mask, 0.0, num_active=5).flatten().nonzero().flatten().tolist() == [3, 4, 5, 6, 7]
+    assert update_mask(weight, grad, mask, 0.0, num_active=10).flatten().nonzero().flatten().tolist() == [
+        0, 1, 2, 3, 4, 5, 6, 7, 14, 15]
+
+
+def test_an_inactive_zero_never_outranks_an_active_zero():
+    weight = torch.tensor([0.9, 0.8, 0.7, 0.6] + [0.0] * 12)
+    mask = torch.tensor([1] * 4 + [0] * 8 + [1] * 4).bool()  # four active weights are exactly 0
+    grad = torch.linspace(0.01, 0.16, 16)
+    assert torch.equal(update_mask(weight, grad, mask, 0.25), mask)  # two zeros go and, with the best gradients, return
+
+
+def test_ties_go_to_the_lower_index_and_small_drops_round_down():
+    weight = torch.tensor([[0.5] * 4, [0.1] * 4, [0.0] * 4, [0.0] * 4])
+    grad = torch.tensor([[0.0] * 4, [0.0] * 4, [1.0] * 4, [1.0] * 4])
+    mask = torch.tensor([[1] * 4, [1] * 4, [0] * 4, [0] * 4]).bool()
+    expected = torch.tensor([[1] * 4, [1, 1, 0, 0], [1, 1, 0, 0], [0] * 4]).bool()
+    assert torch.equal(update_mask(weight, grad, mask, 0.25), expected)
+    assert torch.equal(update_mask(weight, grad, mask, 0.1), mask)  # 0.8 of a weight: none
+
+
+def naive_update_mask(weight, grad, mask, zeta, wanted):
+    """Algorithm 1 with Python's sort."""
+    weight, grad, active = weight.flatten().tolist(), grad.flatten().tolist(), mask.flatten().tolist()
+    on = [i for i, a in enumerate(active) if a]
+    drop = max(math.floor(zeta * len(on)), len(on) - wanted)
+    kept = sorted(on, key=lambda i: (-abs(weight[i]), i))[:len(on) - drop]
+    rest = sorted(set(range(len(active))) - set(kept), key=lambda i: (-abs(grad[i]), i))
+    chosen = set(kept) | set(rest[:wanted - len(kept)])
+    return torch.tensor([i in chosen for i in range(len(active))]).view(mask.shape)
+
+
+@property_test
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(0, 1), st.integers(0, 10**6), st.data())
+def test_mask_update_against_a_sort(rows, columns, zeta, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    # Few distinct values: ties everywhere.
+    weight, grad = (torch.randint(-2, 3, (rows, columns), generator=generator) / 2 for _ in range(2))
+    mask = torch.rand(rows, columns, generator=generator) < 0.5
+    wanted = data.draw(st.integers(0, rows * columns))
+    for num_active in (None, wanted):
+        new = update_mask(weight, grad, mask, zeta, num_active)
+        assert torch.equal(new, naive_update_mask(weight, grad, mask, zeta,
+                                                  int(mask.sum()) if num_active is None else wanted))
+
+
+def test_random_growth_ignores_gradients_and_keeps_the_count():
+    weight, grad = torch.rand(40, 40), torch.arange(1600.0).view(40, 40)
+    mask = torch.rand(40, 40) < 0.4
+    one, same, other = (update_mask(weight, grad, mask, 0.5, grow="random", generator=torch.Generator().manual_seed(s))
+                        for s in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert one.sum() == other.sum() == mask.sum()
+    grown = (one & ~mask).nonzero()[:, 0].double()  # rows of new weights: RigL would take the last rows alone
+    assert 14 < grown.mean() < 25
+
+
+# ------------------------------------------------------------------------------------------ sparsity.py: SparseTraining
+
+def mlp(*sizes, seed=0):
+    torch.manual_seed(seed)
+    layers = itertools.chain.from_iterable((nn.Linear(a, b), nn.ELU()) for a, b in itertools.pairwise(sizes))
+    return nn.Sequential(*list(layers)[:-1])
+
+
+def backward(model, width):
+    x = torch.randn(32, width)
+    loss = (model(x) - x.sin().sum(1, keepdim=True)).square().mean()
+    model.zero_grad()
+    loss.backward()
+
+
+@property_test
+@given(st.sampled_from(REGIMES), st.floats(0, 0.95), st.sampled_from(["er", "uniform"]), st.sampled_from(["gradient", "random"]),
+       st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20)), st.integers(1, 60), st.integers(1, 12),
+       st.lists(st.integers(1, 7), min_size=8, max_size=30))
+def test_density_invariants(regime, sparsity, distribution, grow, sizes, total, interval, strides):
+    model = mlp(*sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    sparse = SparseTraining(model, optimizer, regime, sparsity, total_steps=total, update_interval=interval,
+                            distribution=distribution, grow=grow)
+    weights = [p for p in model.parameters() if p.ndim >= 2]
+    size = sum(w.numel() for w in weights)
+    final = {"dense": 0, "sst": sparsity, "dst": sparsity, "s2d": 0, "d2s": sparsity}[regime]
+    densities, step = [sparse.density()], 0
+    for stride in strides + [total]:
+        step += stride  # a bursting module's steps never need to land on a multiple
+        backward(model, sizes[0])
+        sparse.update_topology(step)
+        sparse.mask_gradients()
+        optimizer.step()
+        densities.append(sparse.density())
+        for name, mask in sparse.masks.items():
+            weight = dict(model.named_parameters())[name]
+            assert int(mask.sum()) == sparse.active[name]
+            assert not weight[~mask].any()
+            assert not any(moment[~mask].any() for moment in sparse._moments(weight))
+    assert abs(densities[-1] * size - (1 - final) * size) <= 0.5 * len(weights) + 1e-6  # exact to one weight a layer
+    ordered = {"d2s": sorted(densities, reverse=True), "s2d": sorted(densities)}.get(regime, [densities[0]] * len(densities))
+    assert densities == ordered  # monotone, or constant
+    if regime == "s2d":
+        assert densities[-1] == 1.0
+
+
+@pytest.mark.parametrize("optimizer_class, options", [
+    (torch.optim.AdamW, {"weight_decay": 0.1, "fused": True}), (torch.optim.Adam, {"amsgrad": True}),
+    (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}), (torch.optim.RMSprop, {"momentum": 0.5})])
+def test_pruned_weights_stay_exactly_zero(optimizer_class, options):
+    model = mlp(6, 32, 32, 1)
+    optimizer = optimizer_class(model.parameters(), lr=1e-3, **options)
+    steps = 3000 if optimizer_class is torch.optim.AdamW else 300
+    sparse = SparseTraining(model, optimizer, "dst", 0.8, total_steps=steps, update_interval=100)
+    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+    for step in range(1, steps + 1):
+        backward(model, 6)
+        sparse.update_topology(step)
+        sparse.mask_gradients()
+        optimizer.step()
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2:
+            continue
+        assert not weight[~sparse.masks[name]].any()
+        assert weight[sparse.masks[name]].count_nonzero() > 0.9 * sparse.active[name]
+        for state in optimizer.state[weight].values():
+            if state.shape == weight.shape:
+                assert not state[~sparse.masks[name]].any()
+    assert any((before[name] != mask).any() for name, mask in sparse.masks.items())  # the topology did move
+
+
+def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
+    model = mlp(10, 40, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparse = SparseTraining(model, optimizer, "dst", 0.6, total_steps=100, update_interval=10)
+    for step in range(1, 10):
+        backward(model, 10)
+        assert not sparse.update_topology(step)
+        sparse.mask_gradients()
+        optimizer.step()
+    backward(model, 10)
+    weight, old_mask = model[0].weight, sparse.masks["0.weight"].clone()
+    old_weight, old_moment = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
+    expected = update_mask(old_weight, weight.grad, old_mask, drop_fraction(10, 100, 0.5, 0.0))
+    held = sparse.masks["0.weight"]
+    assert sparse.update_topology(10)
+    new_mask = sparse.masks["0.weight"]
+    assert new_mask is held and torch.equal(new_mask, expected) and not torch.equal(new_mask, old_mask)
+    stays, fresh = old_mask & new_mask, ~(old_mask & new_mask)
+    assert torch.equal(weight[stays], old_weight[stays]) and not weight[fresh].any()
+    assert torch.equal(optimizer.state[weight]["exp_avg"][stays], old_moment[stays])
+    assert not optimizer.state[weight]["exp_avg"][fresh].any() and not optimizer.state[weight]["exp_avg_sq"][fresh].any()
+
+
+def test_updates_happen_when_a_boundary_is_crossed_and_never_at_step_0():
+    model = mlp(10, 40, 1)
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", total_steps=1000, update_interval=100)
+    backward(model, 10)
+    assert [step for step in (0, 1, 99, 130, 180, 200, 201, 450, 451, 999) if sparse.update_topology(step)] == [
+        130, 200, 450, 999]
+
+
+def test_sparsity_survives_copies_saving_and_new_parameters():
+    model = mlp(6, 30, 30, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    make = lambda m, o: SparseTraining(m, o, "dst", 0.7, total_steps=60, update_interval=5, grow="random", seed=3)
+    sparse = make(model, optimizer)
+
+    def advance(model, optimizer, sparse, first, last):
+        torch.manual_seed(first)
+        for step in range(first, last):
+            backward(model, 6)
+            sparse.update_topology(step)
+            sparse.mask_gradients()
+            optimizer.step()
+
+    advance(model, optimizer, sparse, 1, 20)
+    copied = copy.deepcopy(model)  # a hard target: sparse by itself
+    assert all(not dict(copied.named_parameters())[n][~mask].any() for n, mask in sparse.masks.items())
+
+    other = mlp(6, 30, 30, 1, seed=9)
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    other_sparse = make(other, other_optimizer)
+    for new, old in ((other, model), (other_optimizer, optimizer), (other_sparse, sparse)):
+        new.load_state_dict(copy.deepcopy(old.state_dict()))
+    advance(model, optimizer, sparse, 20, 40)
+    advance(other, other_optimizer, other_sparse, 20, 40)  # continues as if nothing had happened
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert all(torch.equal(sparse.masks[n], other_sparse.masks[n]) for n in sparse.masks)
+
+    soft = copy.deepcopy(copied)  # a soft target keeps what the module dropped, until it is told
+    assert any(dict(soft.named_parameters())[n][~mask].any() for n, mask in sparse.masks.items())
+    sparse.apply_masks(soft)
+    assert all(not dict(soft.named_parameters())[n][~mask].any() for n, mask in sparse.masks.items())
+
+    model.double()  # parameters change under it, as `.to(device)` changes them
+    model.load_state_dict({k: torch.ones_like(v) for k, v in model.state_dict().items()}, assign=True)
+    sparse.apply_masks(model)
+    assert sum(int(p.sum()) for p in model.parameters() if p.ndim == 2) == sum(sparse.active.values())
+    with pytest.raises(ValueError, match="regime"):
+        SparseTraining(model, torch.optim.SGD(model.parameters()), "sst", 0.7).load_state_dict(sparse.state_dict())
+
+
+def test_convolutions_random_numbers_nan_and_refusals():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 4))
+    state = torch.get_rng_state()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparse = SparseTraining(model, optimizer, "dst", 0.8, total_steps=10, update_interval=1)
+    assert torch.equal(state, torch.get_rng_state())  # masks are drawn without touching the caller's randomness
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    model[0].weight.grad[~sparse.masks["0.weight"]] = float("nan")
+    sparse.mask_gradients()
+    assert model[0].weight.grad.isfinite().all()  # NaN × 0 would be NaN
+    assert set(sparse.layer_densities()) == {"0.weight", "3.weight"}
+    assert sparse.density() == pytest.approx(0.2, abs=2 / (16 * 27 + 4 * 16 * 36))
+    for arguments, message in ((("rigl",), "unknown regime"), (("dst", 1.0), "sparsity"), (("dst", 0.5, 0), "total_steps")):
+        with pytest.raises(ValueError, match=message):
+            SparseTraining(model, optimizer, *arguments)
+    with pytest.raises(ValueError, match="does not train"):
+        SparseTraining(model, torch.optim.SGD(nn.Linear(2, 2).parameters()), "sst")
+
+
+# ------------------------------------------------------------------------------------------------------- networks.py
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("scale, encoder_humanoid, encoder_dog, head, critic, actor_humanoid, actor_dog", [
+    (1, 2.01, 2.09, 0.30, 2.626, 1.323, 1.332), (3, 36.71, 36.97, 2.46, 33.055, 16.56, 16.58),
+    (5, 154.27, 154.69, 6.73, 138.998, 69.55, 69.59)])
+def test_sizes_match_the_paper(scale, encoder_humanoid, encoder_dog, head, critic, actor_humanoid, actor_dog):
+    digits = lambda x: len(str(x).split(".")[1])
+    same = lambda module_count, expected: round(module_count / 1e6, digits(expected)) == expected
+    with torch.device("meta"):
+        for arch_type in networks.ARCH_CONFIGS:  # all six types have the same counts
+            for (obs, act), size, actor in (((67, 21), encoder_humanoid, actor_humanoid), ((223, 38), encoder_dog, actor_dog)):
+                encoder = networks.Encoder(obs, act, arch_type, scale)
+                assert same(count(encoder) - count(encoder.model), size) and same(count(encoder.model), head)
+                assert same(count(networks.Actor(1536, act, arch_type, scale)), actor)
+            assert same(count(networks.Critic(1536, arch_type, scale)), critic)
+
+
+def test_the_whole_agent_at_scale_5_has_371_million_parameters():
+    with torch.device("meta"):
+        encoder = networks.Encoder(67, 21, 6, 5)
+        total = count(encoder) - count(encoder.model) + count(networks.Critic(2560, 6, 5)) + count(networks.Actor(2560, 21, 5, 5))
+        wide = networks.Critic(512, 6, 1, width_scale=2, depth_scale=3).q1
+        narrow = networks.Encoder(10, 2, 6, 5, width_scale=0.25, depth_scale=1)
+    assert round(total / 1e6, 1) == 370.7
+    assert wide.projection.out_features == 1024 and len(wide.blocks) == 3
+    assert narrow.zs_dim == 128 and narrow.za_linear.out_features == 64 and len(narrow.zsa_mlp.blocks) == 1
+
+
+def layer_norm(x):
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+
+
+def naive_block_mlp(model, x, config, residual):
+    """Appendix C and Eqs. (3)-(6), written out."""
+    act = {"relu": lambda v: v.clamp(min=0), "elu": lambda v: torch.where(v > 0, v, v.exp() - 1)}[config["activation"]]
+    norm_act = lambda v: act(layer_norm(v)) if config["use_layer_norm"] else act(v)
+    linear = lambda layer, v: v @ layer.weight.T + layer.bias
+    x = linear(model.projection, x)
+    for block in model.blocks:
+        inner = norm_act(x)
+        y = linear(block.linear2, norm_act(linear(block.linear1, inner)))
+        if config["use_residual"]:
+            y = y + (x if residual == "pre" else inner)
+        x = y
+    return linear(model.output, norm_act(x))
+
+
+@pytest.mark.parametrize("arch_type", networks.ARCH_CONFIGS)
+@pytest.mark.parametrize("residual", ["pre", "post"])
+def test_block_mlp_against_its_equations(arch_type, residual):
+    torch.manual_seed(arch_type)
+    config = networks.ARCH_CONFIGS[arch_type]
+    model = networks.BlockMLP(5, 3, 16, num_blocks=3, residual=residual, **config).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(7, 5).double()
+    torch.testing.assert_close(model(x), naive_block_mlp(model, x, config, residual))
+
+
+def test_modules_against_their_definitions():
+    torch.manual_seed(0)
+    for arch_type, config in networks.ARCH_CONFIGS.items():
+        encoder = networks.Encoder(5, 2, arch_type, width_scale=1 / 32, depth_scale=2)
+        act = getattr(F, config["activation"])
+        obs, action = torch.randn(9, 5), torch.rand(9, 2)
+        zs = naive_block_mlp(encoder.zs_mlp, obs, config, "pre")
+        zs = act(layer_norm(zs) if config["use_layer_norm"] else zs)  # no LayerNorm anywhere in types 1 and 2
+        torch.testing.assert_close(encoder.zs(obs), zs)
+        zsa = naive_block_mlp(encoder.zsa_mlp, torch.cat([zs, act(encoder.za_linear(action))], 1), config, "pre")
+        torch.testing.assert_close(encoder(zs, action), zsa)
+        done, next_zs, reward = encoder.predict(zsa)
+        torch.testing.assert_close(torch.cat([done, next_zs, reward], 1), encoder.model(zsa))
+        assert done.shape == (9, 1) and next_zs.shape == (9, 16) and reward.shape == (9, 65)
+        has_norm = any(isinstance(layer, nn.LayerNorm) for layer in encoder.modules())
+        assert has_norm == config["use_layer_norm"]
+    critic, actor = networks.Critic(16, 4, width_scale=1 / 32), networks.Actor(16, 3, 3, width_scale=1 / 32)
+    torch.testing.assert_close(critic(zsa), torch.cat([critic.q1(zsa), critic.q2(zsa)], 1))
+    assert not {id(p) for p in critic.q1.parameters()} & {id(p) for p in critic.q2.parameters()}
+    action, pre_activation = actor(zs)
+    torch.testing.assert_close(action, pre_activation.tanh())
+
+
+def test_initialisation_and_bad_arguments():
+    layer = networks.Critic(512, 4).q1.blocks[0].linear1
+    bound = math.sqrt(2) * math.sqrt(6 / 1024)  # Xavier uniform with ReLU's gain
+    assert 0.99 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+    for bad in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale must be above 0"):
+            networks.Critic(8, 4, scale=bad)
+    with pytest.raises(ValueError, match="architecture type"):
+        networks.Actor(8, 2, 7)
+
+
+# --------------------------------------------------------------------------------------------------------- replay.py
+
+def play(seed, capacity, horizon, steps, obs_dim=2, action_dim=1, prioritized=True):
+    """A buffer of random episodes, and the same episodes as plain lists, each step with the row it went to."""
+    rng = np.random.RandomState(seed)
+    buffer = ReplayBuffer(obs_dim, action_dim, capacity, horizon, prioritized)
+    episodes, row, obs = [[]], 0, rng.randn(obs_dim)
+    for t in range(steps):
+        action, reward, next_obs = rng.randn(action_dim), rng.randn(), rng.randn(obs_dim)
+        terminated, truncated = rng.rand() < 0.08, rng.rand() < 0.08
+        buffer.add(obs, action, reward, next_obs, terminated, truncated)
+        episodes[-1].append((row, obs, action, reward, next_obs, terminated))
+        row, obs = row + 1, next_obs
+        if terminated or truncated:
+            episodes.append([])
+            row, obs = row + 1, rng.randn(obs_dim)
+    return buffer, episodes
+
+
+@property_test
+@given(st.integers(0, 10**6), st.integers(24, 90), st.integers(1, 5), st.integers(1, 250))
+def test_every_subtrajectory_is_real_and_every_complete_one_is_offered(seed, capacity, horizon, steps):
+    buffer, episodes = play(seed, capacity, horizon, steps)
+    expected = {}
+    for episode in episodes:
+        for start in range(len(episode)):
+            part = episode[start:start + horizon]
+            complete = len(part) == horizon or part[-1][5]  # runs its full length, or ends in a terminal state
+            if complete and part[0][0] > latest_row(episodes) - capacity:  # not yet overwritten
+                expected[part[0][0] % capacity] = part
+    assert set(buffer.priority.nonzero().flatten().tolist()) == set(expected)
+    if not expected:
+        return
+    batch = buffer.gather(torch.tensor(sorted(expected)), horizon)
+    for row, part in enumerate(expected[index] for index in sorted(expected)):
+        n = len(part)
+        for name, column in (("obs", 1), ("action", 2), ("reward", 3)):
+            np.testing.assert_allclose(getattr(batch, name)[row, :n], np.array([step[column] for step in part]), rtol=1e-6)
+        np.testing.assert_allclose(batch.obs[row, n], part[-1][4], rtol=1e-6)
+        assert batch.terminated[row, :n].bool().tolist() == [step[5] for step in part]
+
+
+@property_test
+@given(st.integers(0, 10**6), st.integers(40, 90), st.integers(1, 250))
+def test_mean_absolute_reward_and_termination_seen(seed, capacity, steps):
+    buffer, episodes = play(seed, capacity, 3, steps)
+    stored = [abs(step[3]) for episode in episodes for step in episode if step[0] > latest_row(episodes) - capacity]
+    assert buffer.mean_absolute_reward().item() == pytest.approx(np.mean(stored), rel=1e-5)
+    assert buffer.termination_seen.item() == any(step[5] for episode in episodes for step in episode)
+
+
+def latest_row(episodes):
+    """The row of the latest observation written, one past the latest step: what stood there before is gone."""
+    return max(step[0] for episode in episodes for step in episode) + 1
+
+
+def test_draws_follow_the_priorities():
+    buffer = ReplayBuffer(1, 1, 5000, horizon=1)
+    rng = np.random.RandomState(0)
+    for t in range(4000):
+        buffer.add([t], [0], 0.0, [t + 1], False, (t + 1) % 100 == 0)
+    weights = torch.zeros(len(buffer.priority)).double()
+    rows = buffer.priority.nonzero().flatten()
+    weights[rows] = torch.tensor(rng.choice([1.0, 2.0, 50.0], len(rows)))
+    buffer.priority.copy_(weights)
+    torch.manual_seed(0)
+    counts = torch.bincount(torch.cat([buffer.sample(1000).index for _ in range(400)]), minlength=len(weights)).double()
+    assert not counts[weights == 0].any()
+    for value in (1.0, 2.0, 50.0):
+        expected = value / weights.sum() * 400_000 * (weights == value).sum()
+        assert abs(counts[weights == value].sum() - expected) < 5 * expected.sqrt()
+    p = weights[rows] / weights.sum() * 400_000
+    chi2 = ((counts[rows] - p) ** 2 / p).sum()
+    assert abs(chi2 - len(rows)) < 6 * math.sqrt(2 * len(rows))
+
+
+def test_a_draw_of_zero_or_one_never_takes_a_row_without_priority(monkeypatch):
+    buffer, _ = play(1, 60, 3, 100)
+    for value in (0.0, 1.0):  # the ends of the interval, and what rounding could make of it
+        monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.full(tuple(shape), value, **kw))
+        assert (buffer.priority[buffer.sample(8).index] > 0).all()
+
+
+def test_float32_sums_would_distort_a_million_priorities():
+    buffer = ReplayBuffer(1, 1, 2**20, horizon=1)
+    buffer.priority.fill_(1.0)
+    buffer.priority[:1000] = 3e4  # a float32 running sum beyond 2^24 cannot see the ones any more
+    buffer.sampleable = 1
+    torch.manual_seed(0)
+    drawn = torch.cat([buffer._draw(10_000) for _ in range(20)])
+    tail = (drawn >= 1000).double().mean().item()
+    assert tail == pytest.approx((2**20 - 1000) / (2**20 - 1000 + 3e7), rel=0.05)
+
+
+def test_priorities_after_an_update():
+    buffer, _ = play(3, 60, 3, 50)
+    rows = buffer.priority.nonzero().flatten()[:3]
+    index = torch.stack([rows[0], rows[1], rows[0], rows[2]])
+    buffer.update_priority(index, torch.tensor([7.0, 0.2, 9.0, -4.0]))
+    expected = [9.0 ** 0.4, 1.0, 4.0 ** 0.4]  # the larger of two; at least 1; |δ|
+    np.testing.assert_allclose(buffer.priority[rows], expected, rtol=1e-6)
+    buffer.update_priority(rows[:1], torch.tensor([2.0]))
+    assert buffer.max_priority.item() == pytest.approx(9.0 ** 0.4)  # the largest so far, not the largest now
+    if buffer.episode_length:  # begin an episode of its own
+        buffer.add(np.zeros(2), [0], 0.0, np.zeros(2), False, True)
+    row = buffer.row
+    for _ in range(3):
+        buffer.add(np.zeros(2), [0], 0.0, np.zeros(2), False, False)
+    assert buffer.priority[row % 60].item() == pytest.approx(9.0 ** 0.4)  # new transitions get it
+    uniform, _ = play(3, 60, 3, 50, prioritized=False)
+    before = uniform.priority.clone()
+    uniform.update_priority(index, torch.tensor([7.0, 0.2, 9.0, -4.0]))
+    assert torch.equal(before, uniform.priority) and set(before.tolist()) == {0.0, 1.0}
+
+
+def test_multi_step_returns_by_hand():
+    reward = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
+    terminated = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    returns, not_done = multi_step_return(reward, terminated, 0.5)
+    assert returns.tolist() == [[3.0], [2.0], [3.0]]  # the terminating reward counts, later ones do not
+    assert not_done.tolist() == [[1.0], [0.0], [0.0]]
+
+
+def test_a_million_dog_run_transitions_fit_and_what_cannot_fit_is_refused():
+    buffer = ReplayBuffer(223, 38, 1_002_000)  # with the 2,000 last observations of 500-step episodes
+    size = sum(value.numel() * value.element_size() for value in vars(buffer).values() if torch.is_tensor(value))
+    assert 1.0e9 < size <= 1.3e9
+    with pytest.raises(MemoryError, match="GB"):
+        ReplayBuffer(223, 38, 10**11)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        ReplayBuffer(2, 1, 100).sample(4)
+
+
+# -------------------------------------------------------------------------------------------------------- metrics.py
+
+def test_srank_against_published_values_and_a_naive_form():
+    assert metrics.srank(torch.diag(torch.tensor([50, 30, 15, 4, 0.9, 0.1]))) == 4
+    assert metrics.srank(torch.diag(torch.tensor([99.0, 1.0]))) == 1  # 99 % is reached exactly
+    assert metrics.srank(torch.diag(0.5 ** torch.arange(10.0))) == 7
+    torch.manual_seed(0)
+    for rows, columns in ((16, 8), (8, 32), (40, 40)):
+        matrix = torch.randn(rows, columns) @ torch.diag(0.8 ** torch.arange(columns).float())
+        values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+        assert metrics.srank(matrix) == next(k for k in range(1, 99) if values[:k].sum() >= 0.99 * values.sum())
+    rank_one = torch.outer(torch.randn(12), torch.randn(6))
+    assert metrics.srank(rank_one) == 1 and metrics.srank(torch.zeros(4, 3)) == 0
+    assert math.isnan(metrics.srank(torch.full((4, 3), float("nan"))))
+
+
+def test_dormant_ratio_against_published_values():
+    layers = {"a": torch.tensor([[1.0, 0.0, 0.0, 4.0], [3.0, 0.0, 0.2, 0.0], [2.0, 0.0, 0.1, 2.0], [2.0, 0.0, 0.1, 2.0]]),
+              "b": torch.tensor([[0.0, 1.0]] * 4)}
+    for tau, pooled, a in ((0.0, 2 / 6, 0.25), (0.025, 2 / 6, 0.25), (0.1, 3 / 6, 0.5)):
+        ratio, per_layer = metrics.dormant_ratio(layers, tau)
+        assert ratio == pytest.approx(pooled) and per_layer == {"a": a, "b": 0.5}
+    elu = torch.tensor([[-1.0, 0.5, -0.01, 2.0], [1.0, -0.5, 0.01, 2.0]])  # signs do not cancel
+    assert metrics.dormant_ratio({"a": elu}) == (0.25, {"a": 0.25})
+    assert metrics.dormant_ratio({"a": torch.zeros(3, 5)})[0] == 1.0
+    assert math.isnan(metrics.dormant_ratio({})[0])
+
+
+def test_activations_are_read_after_the_activation_in_every_layer():
+    model = networks.BlockMLP(4, 2, 8, num_blocks=2, activation="elu")
+    x = torch.randn(16, 4)
+    with metrics.record_activations(model) as recorded:
+        model(x)
+    assert len(recorded) == 2 * 2 + 1 and all(value.shape == (16, 8) for value in recorded.values())
+    torch.testing.assert_close(recorded["activation.1"], model.features(x))
+    assert min(value.min() for value in recorded.values()) >= -1  # ELU's floor
+    model(torch.zeros(2, 4))
+    assert recorded["activation.1"].shape == (16, 8)  # the hooks are gone
+
+
+def test_norms_and_interference_against_naive_forms():
+    model = mlp(5, 7, 3)
+    x, y = torch.randn(6, 5), torch.randn(6, 3)
+    losses = (model(x) - y).square().mean(1)
+    gradients = []
+    for i in range(6):
+        model.zero_grad()
+        (model(x[i:i + 1]) - y[i:i + 1]).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    gradients = torch.stack(gradients)
+    assert metrics.gradient_norm(model) == pytest.approx(gradients[-1].norm().item(), rel=1e-5)
+    assert metrics.parameter_norm(model) == pytest.approx(
+        math.sqrt(sum(p.square().sum().item() for p in model.parameters())), rel=1e-5)
+    cosine = F.cosine_similarity(gradients[:, None].double(), gradients[None].double(), dim=2)
+    torch.testing.assert_close(metrics.gradient_interference(gradients), cosine, atol=1e-6, rtol=1e-5)
+    for group_size in (1, 20, 10**6):  # however the layers are grouped
+        gram = metrics.gradient_gram(losses, list(model.parameters()), group_size=group_size)
+        torch.testing.assert_close(metrics.cosines(gram), cosine, atol=1e-5, rtol=1e-4)
+    mean, negative = metrics.interference_summary(cosine)
+    off = cosine[~torch.eye(6, dtype=torch.bool)]
+    assert (mean, negative) == (pytest.approx(off.mean().item()), pytest.approx((off < 0).double().mean().item()))
+    masks = [torch.rand(p.shape) < 0.5 for p in model.parameters()]
+    masked = gradients * torch.cat([m.flatten() for m in masks])
+    torch.testing.assert_close(metrics.gradient_gram(losses, list(model.parameters()), masks), (masked @ masked.T).double(),
+                               atol=1e-6, rtol=1e-4)
+    model.zero_grad()
+    assert math.isnan(metrics.gradient_norm(model)) and math.isnan(metrics.parameter_norm(nn.ReLU()))
+    assert all(math.isnan(value) for value in metrics.interference_summary(torch.full((3, 3), float("nan"))))
+
+
+# ------------------------------------------------------------------------------------------------------------ mrq.py
+
+TINY = MRQConfig(batch_size=16, target_update_freq=4)
+
+
+def tiny(modules=MST, config=TINY, width=1 / 32, seed=0, **options):
+    torch.manual_seed(seed)
+    modules = {name: ModuleConfig(m.arch_type, m.regime, width, 1, sparse_options={"update_interval": 3})
+               for name, m in modules.items()}
+    return MRQ(4, 2, modules, config, total_updates=40, seed=seed, **options)
+
+
+def filled(seed=0, steps=300):
+    return play(seed, 400, 5, steps, obs_dim=4, action_dim=2)[0]
+
+
+def double(agent):
+    """The same agent in float64, for finite differences."""
+    for network in (*agent.networks.values(), *agent.targets.values()):
+        network.double()
+    agent.bins, agent.reward_scale, agent.target_reward_scale = (
+        t.double() for t in (agent.bins, agent.reward_scale, agent.target_reward_scale))
+    return agent
+
+
+def batch_of(buffer, size=12):
+    """A float64 batch with terminations in it, actions within ±1."""
+    torch.manual_seed(5)
+    batch = buffer.sample(size)
+    assert 0 < batch.terminated.sum() and (batch.terminated.cumsum(1) > 0)[:, 0].any() and not batch.terminated.all()
+    return Batch(batch.index, batch.obs.double(), batch.action.double().clamp(-1, 1), batch.reward.double(),
+                 batch.terminated.double())
+
+
+def dense_two_hot(x, bins):
+    row = torch.zeros(len(bins), dtype=bins.dtype)
+    upper = next((i for i, b in enumerate(bins) if b > x), None)
+    if x < bins[0] or upper is None:
+        row[0 if x < bins[0] else -1] = 1
+        return row
+    row[upper - 1], row[upper] = (bins[upper] - x) / (bins[upper] - bins[upper - 1]), (x - bins[upper - 1]) / (bins[upper] - bins[upper - 1])
+    return row
+
+
+def test_two_hot_against_a_spelt_out_row():
+    bins = symexp(torch.linspace(-10, 10, 65).double())
+    assert bins[-1].item() == pytest.approx(math.exp(10) - 1) and bins[32] == 0 and bins[0] == -bins[-1]
+    x = torch.cat([torch.randn(50).double() * 10, bins[[0, 5, 32, 64]], torch.tensor([1e6, -1e6, 0.0]).double()])
+    lower, weight = two_hot(x, bins)
+    rows = torch.zeros(len(x), 65).double().scatter_(1, lower[:, None], (1 - weight)[:, None])
+    rows.scatter_add_(1, lower[:, None] + 1, weight[:, None])
+    torch.testing.assert_close(rows, torch.stack([dense_two_hot(v, bins) for v in x]))
+    inside = x.abs() <= bins[-1]
+    torch.testing.assert_close((rows * bins).sum(1)[inside], x[inside])  # the mean of the two bins is x again
+    logits = torch.randn(len(x), 65).double()
+    torch.testing.assert_close(two_hot_cross_entropy(logits, x, bins), -(rows * logits.log_softmax(1)).sum(1))
+
+
+def test_encoder_loss_against_a_loop_over_samples():
+    agent, buffer = double(tiny()), filled()
+    batch = batch_of(buffer)
+    for seen in (0.0, 1.0):
+        expected = []
+        for i in range(len(batch.index)):
+            zs, total = agent.encoder.zs(batch.obs[i, 0]), 0.0
+            for k in range(5):
+                out = agent.encoder.model(agent.encoder.zsa_mlp(
+                    torch.cat([zs, F.elu(agent.encoder.za_linear(batch.action[i, k]))])))
+                done, zs, logits = out[0], out[1:17], out[17:]  # the raw linear prediction is fed back
+                target = agent.targets["encoder"].zs(batch.obs[i, k + 1])
+                total += 0.1 * -(dense_two_hot(batch.reward[i, k], agent.bins) * logits.log_softmax(0)).sum()
+                total += ((zs - target) ** 2).mean() + 0.1 * seen * (done - batch.terminated[i, k]) ** 2
+                if batch.terminated[i, k]:
+                    break  # nothing counts after a termination
+            expected.append(total)
+        losses, _ = agent.encoder_loss(batch, torch.tensor(seen))
+        torch.testing.assert_close(losses, torch.stack(expected))
+
+
+def test_td_target_and_critic_loss_against_a_loop_over_samples():
+    agent, buffer = double(tiny()), filled()
+    agent.reward_scale.fill_(2.5), agent.target_reward_scale.fill_(0.7)
+    batch = batch_of(buffer)
+    target_encoder, target_actor, target_critic = (agent.targets[name] for name in ("encoder", "actor", "critic"))
+    torch.manual_seed(11)
+    noise = (torch.randn(12, 2, dtype=torch.float64) * 0.2).clamp(-0.3, 0.3)
+    targets, losses, errors = [], [], []
+    with torch.no_grad():
+        for i in range(12):
+            y, alive = 0.0, True
+            for k in range(3):
+                if alive:
+                    y += 0.99 ** k * batch.reward[i, k]
+                    alive = not batch.terminated[i, k]
+            if alive:
+                zs = target_encoder.zs(batch.obs[i, 3])
+                action = (target_actor(zs)[0] + noise[i]).clamp(-1, 1)
+                y += 0.99 ** 3 * 0.7 * target_critic(target_encoder(zs, action)).min()
+            y = y / 2.5
+            q = agent.critic(agent.encoder(agent.encoder.zs(batch.obs[i, 0]), batch.action[i, 0]))
+            huber = [0.5 * d * d if d < 1 else d - 0.5 for d in (q - y).abs().tolist()]
+            targets.append(y), losses.append(sum(huber) / 2), errors.append((q - y).abs().max())
+    torch.manual_seed(11)
+    torch.testing.assert_close(agent.td_target(batch)[:, 0], torch.stack(targets))
+    torch.manual_seed(11)
+    loss, td_error, _ = agent.critic_loss(batch, agent.encoder.zs(batch.obs[:, 0]))
+    torch.testing.assert_close(loss, torch.tensor(losses).double())
+    torch.testing.assert_close(td_error, torch.stack(errors))
+
+
+def test_actor_loss_by_its_equation():
+    agent, buffer = double(tiny(config=MRQConfig(batch_size=16, pre_activation_weight=0.3))), filled()
+    zs = agent.encoder.zs(batch_of(buffer).obs[:, 0]).detach()
+    pre = agent.actor.mlp(zs)
+    zsa = agent.encoder(zs, pre.tanh())
+    expected = -0.5 * (agent.critic.q1(zsa) + agent.critic.q2(zsa))[:, 0] + 0.3 * (pre ** 2).mean(1)
+    torch.testing.assert_close(agent.actor_loss(zs)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["encoder", "critic", "actor"])
+def test_gradients_against_finite_differences(name):
+    agent, buffer = double(tiny()), filled()
+    batch = batch_of(buffer)
+    zs = agent.encoder.zs(batch.obs[:, 0]).detach()
+
+    def loss():
+        torch.manual_seed(2)  # the same target noise each time
+        return {"encoder": lambda: agent.encoder_loss(batch, torch.ones(()))[0], "critic": lambda: agent.critic_loss(batch, zs)[0],
+                "actor": lambda: agent.actor_loss(zs)[0]}[name]().mean()
+
+    parameters = list(agent.networks[name].parameters())
+    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients):
+        direction = torch.randn_like(parameter)
+        with torch.no_grad():
+            parameter += 1e-6 * direction
+            above = loss()
+            parameter -= 2e-6 * direction
+            below = loss()
+            parameter += 1e-6 * direction
+        assert ((above - below) / 2e-6).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-4, abs=1e-7)
+
+
+def test_one_whole_update_against_adamw_by_hand():
+    """Critic: masks, then clipping, then AdamW; from the gradient of the critic's own loss."""
+    config = MRQConfig(batch_size=16, critic_grad_clip=0.05)  # low enough to bind
+    agent, buffer = tiny(config=config), filled()
+    agent.refresh_targets(buffer)
+    for _ in range(5):  # crosses topology updates at 3; moments are not zero
+        agent.update_critic_and_actor(buffer)
+    before = copy.deepcopy(agent.critic)
+    names = [name for name, _ in agent.critic.named_parameters()]
+    moments = {n: {k: v.clone() for k, v in agent.optimizers["critic"].state[p].items()} for n, p in agent.critic.named_parameters()}
+    torch.manual_seed(7)
+    batch = buffer.sample(16, 3)
+    loss, _, _ = agent.critic_loss(batch, agent.encoder.zs(batch.obs[:, 0]).detach())
+    gradients = dict(zip(names, torch.autograd.grad(loss.mean(), list(agent.critic.parameters()))))
+    masks = agent.sparse["critic"].masks
+    for name in masks:  # the sixth update is a topology update: 6 is a multiple of 3
+        zeta = drop_fraction(6, 40, 0.5, 0.0)
+        masks[name] = masks[name].clone()
+    new_masks = {n: update_mask(dict(before.named_parameters())[n], gradients[n], masks[n], zeta) for n in masks}
+    torch.manual_seed(7)
+    agent.update_critic_and_actor(buffer)
+    for n in new_masks:
+        assert torch.equal(agent.sparse["critic"].masks[n], new_masks[n])
+        gradients[n] = gradients[n] * new_masks[n]
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    assert norm > 0.05 and agent.info["critic_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
+    for n, parameter in before.named_parameters():
+        stays = masks_and(masks, new_masks, n, parameter)
+        w, m, v = (t * stays for t in (parameter.detach(), moments[n]["exp_avg"], moments[n]["exp_avg_sq"]))
+        g = gradients[n] * 0.05 / (norm + 1e-6)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        w = w - 3e-4 * 1e-4 * w - 3e-4 * (m / (1 - 0.9 ** 6)) / ((v / (1 - 0.999 ** 6)).sqrt() + 1e-8)
+        torch.testing.assert_close(dict(agent.critic.named_parameters())[n].detach(), w, atol=1e-7, rtol=1e-5)
+
+
+def masks_and(old, new, name, parameter):
+    return (old[name] & new[name]) if name in new else torch.ones_like(parameter, dtype=torch.bool)
+
+
+def test_growth_is_ranked_by_the_modules_own_loss(monkeypatch):
+    agent, buffer = tiny(), filled()
+    agent.update(buffer)
+    frozen, frozen_buffer, seen = copy.deepcopy(agent), copy.deepcopy(buffer), {}
+    for name, sparse in agent.sparse.items():
+        monkeypatch.setattr(sparse, "update_topology", lambda step, name=name: seen.update(
+            {name: [p.grad.clone() for p in agent.networks[name].parameters()]}))
+    torch.manual_seed(1)
+    agent.update_critic_and_actor(buffer)
+    torch.manual_seed(1)
+    batch = frozen_buffer.sample(16, 3)
+    zs = frozen.encoder.zs(batch.obs[:, 0]).detach()
+    own = torch.autograd.grad(frozen.critic_loss(batch, zs)[0].mean(), list(frozen.critic.parameters()))
+    torch.testing.assert_close(seen["critic"], list(own))  # nothing of the actor's loss in it, and not masked yet
+    action, pre_activation = frozen.actor(zs)  # the actor follows the critic as just updated
+    loss = -agent.critic(agent.encoder(zs, action)).mean() + 1e-5 * pre_activation.square().mean()
+    torch.testing.assert_close(seen["actor"], list(torch.autograd.grad(loss, list(frozen.actor.parameters()))))
+
+
+def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
+    from torch.utils.flop_counter import FlopCounterMode
+    agent, buffer = tiny(modules=DEFAULT), filled()
+    agent.refresh_targets(buffer)
+    agent.update(buffer)
+    before = {name: [p.clone() for p in network.parameters()] for name, network in agent.networks.items()}
+    for network in agent.networks.values():
+        network.zero_grad(set_to_none=True)
+    zs = agent.encoder.zs(torch.randn(16, 4)).detach()
+    loss = agent.actor_loss(zs)[0].mean()
+    with FlopCounterMode(display=False) as counter:
+        agent._step("actor", loss)
+    assert all(p.grad is None for name in ("encoder", "critic") for p in agent.networks[name].parameters())
+    for name in ("encoder", "critic"):
+        assert all(torch.equal(a, b) for a, b in zip(before[name], agent.networks[name].parameters()))
+    # The backward pass multiplies once for each activation on the way, and once for each of the actor's weights.
+    products = lambda module: sum(2 * 16 * p.numel() for p in module.parameters() if p.ndim == 2)
+    way = products(agent.critic) + products(agent.encoder.zsa_mlp) + products(agent.encoder.za_linear)
+    first = 2 * 16 * agent.actor.mlp.projection.weight.numel()  # z_s needs no gradient
+    assert counter.get_total_flops() <= way + 2 * products(agent.actor) - first
+
+
+def test_order_of_an_update():
+    agent, buffer = tiny(), filled()
+    events = []
+    for name in ("refresh_targets", "update_encoder", "update_critic_and_actor"):
+        def spy(replay, name=name, original=getattr(agent, name)):
+            events.append(name)
+            return original(replay)
+        setattr(agent, name, spy)
+    for _ in range(9):
+        agent.update(buffer)
+    period = ["refresh_targets"] + ["update_encoder"] * 4 + ["update_critic_and_actor"] * 4
+    assert events == (period * 3)[:len(period) * 2 + 6]
+    assert agent.updates == {"encoder": 12, "critic": 9, "actor": 9}
+
+
+def test_targets_and_reward_scales_follow_every_period():
+    agent, buffer = tiny(), filled()
+    same = lambda name: all(torch.equal(a, b) for a, b in zip(agent.networks[name].parameters(), agent.targets[name].parameters()))
+    assert all(same(name) for name in agent.networks) and agent.reward_scale == agent.target_reward_scale == 1
+    agent.update(buffer)
+    mean = buffer.mean_absolute_reward()
+    assert agent.reward_scale == mean and agent.target_reward_scale == 1  # the first target scale is 1
+    assert not any(same(name) for name in agent.networks)
+    for _ in range(3):
+        agent.update(buffer)
+    held = {name: [p.clone() for p in agent.networks[name].parameters()] for name in ("critic", "actor")}
+    buffer.add(np.zeros(4), np.zeros(2), 500.0, np.zeros(4), False, True)
+    agent.update(buffer)
+    assert agent.target_reward_scale == mean and agent.reward_scale == buffer.mean_absolute_reward() > mean
+    for name in ("critic", "actor"):  # copied before this update's step
+        assert all(torch.equal(a, b) for a, b in zip(held[name], agent.targets[name].parameters()))
+
+
+@pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s")])
+def test_every_regime_on_every_module(regimes):
+    modules = {name: ModuleConfig(preset.arch_type, regime) for (name, preset), regime in zip(MST.items(), regimes)}
+    agent, buffer = tiny(modules), filled()
+    for _ in range(40):
+        agent.update(buffer)
+    for name, regime in zip(agent.networks, regimes):
+        final = {"dense": 1.0, "s2d": 1.0}.get(regime, 0.4)
+        weights = [p for p in agent.networks[name].parameters() if p.ndim == 2]
+        size = sum(w.numel() for w in weights)
+        assert abs(agent.sparse[name].density() - final) * size <= 0.5 * len(weights) + 1e-6
+        for network in (agent.networks[name], ):
+            for weight, mask in agent.sparse[name].masks.items():
+                assert not dict(network.named_parameters())[weight][~mask].any()
+        agent.refresh_targets(buffer)  # a hard copy is as sparse
+        for weight, mask in agent.sparse[name].masks.items():
+            assert not dict(agent.targets[name].named_parameters())[weight][~mask].any()
+    assert all(math.isfinite(value) for value in agent.info.values())
+
+
+def test_acting():
+    agent = tiny()
+    obs = np.random.RandomState(0).randn(3, 4).astype(np.float32)
+    actions = agent.act(obs, explore=False)
+    with torch.no_grad():
+        expected = agent.actor(agent.encoder.zs(torch.from_numpy(obs)))[0].numpy()
+    np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(agent.act(obs[1], explore=False), expected[1], rtol=1e-4, atol=1e-5)
+    noisy = np.concatenate([agent.act(obs, explore=True) - expected for _ in range(700)])
+    inside = noisy[(np.abs(noisy + np.tile(expected, (700, 1))) < 0.999)]
+    assert np.abs(noisy + np.tile(expected, (700, 1))).max() <= 1 and 0.15 < inside.std() < 0.22
+
+
+def test_an_agent_continues_from_its_state_as_if_nothing_had_happened():
+    agent, buffer = tiny(), filled()
+    for _ in range(5):
+        agent.update(buffer)
+    other = tiny(seed=9)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    buffers = [buffer, copy.deepcopy(buffer)]
+    for one, replay in zip((agent, other), buffers):
+        torch.manual_seed(1)
+        for _ in range(6):
+            one.update(replay)
+    for kind in ("networks", "targets"):
+        for name in agent.networks:
+            for a, b in zip(getattr(agent, kind)[name].parameters(), getattr(other, kind)[name].parameters()):
+                assert torch.equal(a, b)
+    assert {k: v.item() for k, v in agent.info.items()} == {k: v.item() for k, v in other.info.items()}
