@@ -15,7 +15,7 @@ numpy; copy it into your project.
         obs, reward, terminated, truncated = env.step(env.random_action())
         done = terminated or truncated
     evaluate = LockstepEvaluation("cartpole-swingup", episodes=2)
-    print(evaluate(lambda obs: -obs[:, :1].clip(-1, 1), seed=0, step=0))          # (2,) returns
+    print(evaluate(lambda obs: -obs[:, :1].clip(-1, 1), step=0))          # (2,) returns
 """
 
 import difflib
@@ -65,7 +65,8 @@ class Env:
         self._low = np.where(bounded, spec.minimum, -1.0)
         self._high = np.where(bounded, spec.maximum, 1.0)
         self._frame_limit = UNLIMITED_EPISODE if np.isinf(self._env._step_limit) else None
-        self._random = np.random.RandomState(seed)  # for random actions; the task's own randomness stays the task's
+        # Random actions have a stream of their own, and not the one that the task draws its resets from.
+        self._random = np.random.RandomState(np.random.SeedSequence([seed, 1]).generate_state(1))
         self.frames = 0  # control steps over all episodes
         self.action_dim = spec.shape[0]
         try:
@@ -76,7 +77,10 @@ class Env:
                              "GPU or Mesa try MUJOCO_GL=egl, or choose another task") from None
 
     def reset(self, seed=None):
-        """Starts an episode; with a seed, one that depends on the seed alone. Returns obs (obs_dim,) float32."""
+        """Starts an episode; with a seed, one that depends on that alone. Returns obs (obs_dim,) float32.
+
+        The LQR tasks also draw their springs, once, from the seed of the Env.
+        """
         if seed is not None:
             self._env.task.random.seed(seed)
         self._start, self._actions = self._env.task.random.get_state(), []
@@ -131,12 +135,13 @@ class LockstepEvaluation:
     that have ended stay in the batch, so that its shape, and with it the others' rounding, never changes.
     """
 
-    def __init__(self, name, episodes=10, action_repeat=2):
-        self.envs = [Env(name, seed=0, action_repeat=action_repeat) for _ in range(episodes)]
+    def __init__(self, name, episodes=10, seed=0, action_repeat=2):
+        self.seed = seed
+        self.envs = [Env(name, seed, action_repeat) for _ in range(episodes)]
 
-    def __call__(self, act, seed, step):
+    def __call__(self, act, step):
         """act: (episodes, obs_dim) -> (episodes, action_dim). Returns the episodes' returns, (episodes,)."""
-        seeds = [int(np.random.SeedSequence([seed, step, episode]).generate_state(1)[0])
+        seeds = [int(np.random.SeedSequence([self.seed, step, episode]).generate_state(1)[0])
                  for episode in range(len(self.envs))]
         obs = np.stack([env.reset(episode_seed) for env, episode_seed in zip(self.envs, seeds)])
         returns = np.zeros(len(self.envs))

@@ -148,7 +148,9 @@ def module_metrics(module, features, activations, losses, masks=None):
     names, parameters = zip(*module.named_parameters())
     gram = gradient_gram(losses, parameters, [(masks or {}).get(name) for name in names])
     row["interference"], row["interference_negative"] = interference_summary(cosines(gram))
-    row["parameter_norm"], row["gradient_norm"] = parameter_norm(module), gradient_norm(module)
+    row["parameter_norm"] = parameter_norm(module)
+    # Of the mean loss, from the same inner products: |Σ g_i / n|² = Σ_ij g_i·g_j / n². Masked, and before clipping.
+    row["gradient_norm"] = gram.mean().clamp(min=0).sqrt().item()
     return row | {f"dormant/{layer}": ratio for layer, ratio in per_layer.items()}
 
 

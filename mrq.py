@@ -194,7 +194,7 @@ class MRQ:
         loss = (config.reward_weight * reward_loss + config.dynamics_weight * dynamics_loss
                 + config.terminal_weight * termination_seen * terminal_loss)  # (batch,)
         info = {"encoder_loss": loss, "reward_loss": reward_loss, "dynamics_loss": dynamics_loss,
-                "terminal_loss": terminal_loss}
+                "terminal_loss": termination_seen * terminal_loss}
         return loss, {name: value.detach().mean() for name, value in info.items()}
 
     def critic_loss(self, batch, zs):

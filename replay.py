@@ -55,7 +55,7 @@ class ReplayBuffer:
         bytes_needed = capacity * (4 * (obs_dim + action_dim + 1) + 2) + 4 * padded
         if bytes_needed > (free := _free_memory(device)):
             raise MemoryError(f"a buffer of {capacity:,} rows takes {bytes_needed / 1e9:.2f} GB, but {device} has "
-                              f"{free / 1e9:.2f} GB free: ask for a smaller one")
+                              f"{free / 1e9:.2f} GB: ask for a smaller one")
         self.capacity, self.horizon, self.device = capacity, horizon, device
         self.prioritized, self.alpha, self.min_priority = prioritized, alpha, min_priority
         self.obs = torch.zeros(capacity, obs_dim, device=device)
@@ -66,11 +66,12 @@ class ReplayBuffer:
         # 0 says that no subtrajectory may start here: an episode's end, the ring's head, a row never written.
         self.priority = torch.zeros(padded, device=device)
         # Device scalars, so that a captured graph sees them change.
-        self.max_priority = torch.full((), float(min_priority), device=device)
+        self.max_priority = torch.full((), float(min_priority ** alpha), device=device)
         self.termination_seen = torch.zeros((), device=device)  # 1.0 from the first termination on
         self.row = 0  # where the current observation stands, or will stand
         self.episode_length = 0  # transitions of the current episode so far
-        self.sampleable = 0  # starts ever made sampleable; on the host, so that `sample` need not ask the device
+        # Which rows may be drawn, once more on the host, so that `sample` can tell an empty buffer without asking.
+        self._offered, self.sampleable = bytearray(capacity), 0
 
     # ---- writing ----
 
@@ -105,9 +106,12 @@ class ReplayBuffer:
         self.terminated[row] = False
         self.transition[row] = False  # until `add` says otherwise
         self.priority[row] = 0.0
+        self.sampleable -= self._offered[row]
+        self._offered[row] = 0
 
     def _make_sampleable(self, row):
-        self.sampleable += 1
+        self.sampleable += 1 - self._offered[row]
+        self._offered[row] = 1
         self.priority[row].copy_(self.max_priority if self.prioritized else torch.ones(()))
 
     # ---- drawing ----

@@ -86,7 +86,7 @@ def update_mask(weight, grad, mask, drop_fraction, num_active=None, grow="gradie
     """Algorithm 1 for one layer: drop the weakest active weights, grow the most promising of the rest.
 
     weight, grad, mask: tensors of one shape; mask is bool, True where a weight is active; grad is the dense gradient.
-    drop_fraction: ζ_t, the share of active weights to drop.
+    drop_fraction: ζ_t, the share of active weights to drop, in [0, 1].
     num_active: how many shall be active afterwards (default: as many as now). Fewer makes D2S, more makes S2D.
     grow: "gradient" (RigL: largest |gradient|) or "random" (SET; drawn from `generator`, on its own device).
     Returns the new bool mask; weight and mask are left as they were.
@@ -95,6 +95,9 @@ def update_mask(weight, grad, mask, drop_fraction, num_active=None, grow="gradie
     if not weight.shape == grad.shape == mask.shape:
         raise ValueError(f"weight {tuple(weight.shape)}, grad {tuple(grad.shape)} and mask {tuple(mask.shape)} "
                          "must have one shape")
+    if not 0 <= drop_fraction <= 1:
+        raise ValueError(f"drop_fraction is a share of the active weights and lies in [0, 1], not {drop_fraction}")
+    mask = mask.bool()
     active = int(mask.sum())
     num_active = active if num_active is None else num_active
     if not 0 <= num_active <= mask.numel():
@@ -108,11 +111,11 @@ def _drop_and_grow(weight, grad, mask, drop_fraction, active, num_active, grow, 
     dropped = max(math.floor(drop_fraction * active), active - num_active)
     kept = active - dropped
     # Line 9. Inactive weights are ranked below every active one: an active weight may well be 0 itself.
-    magnitude = weight.detach().abs().masked_fill(~mask, -1.0)
+    magnitude = torch.nan_to_num(weight.detach().abs()).masked_fill(~mask, -1.0)  # a NaN must not upset the count
     keep = _largest(magnitude, kept)
     # Line 10. Everything not kept competes, the weights just dropped included, as in the published RigL.
     if grow == "gradient":
-        promise = torch.nan_to_num(grad.detach().abs())  # a NaN must not upset the count
+        promise = torch.nan_to_num(grad.detach().abs())
     else:
         promise = _uniform(weight.shape, generator).to(weight.device)
     return keep | _largest(promise.masked_fill(keep, -1.0), num_active - kept)  # line 11
@@ -173,12 +176,14 @@ class SparseTraining:
             raise ValueError(f"total_steps ({total_steps}) and update_interval ({update_interval}) must be at least 1")
         if not 0 <= schedule_start <= schedule_end <= 1:
             raise ValueError(f"0 <= schedule_start <= schedule_end <= 1 must hold, not {schedule_start}, {schedule_end}")
+        if not (0 <= drop_initial <= 1 and 0 <= drop_final <= 1):
+            raise ValueError(f"drop_initial ({drop_initial}) and drop_final ({drop_final}) must lie in [0, 1]")
         self.module, self.optimizer, self.regime = module, optimizer, regime
         self.total_steps, self.update_interval = total_steps, update_interval
         self.distribution, self.grow = distribution, grow
         self.drop_initial, self.drop_final = drop_initial, drop_final
         self.power = power
-        self.start, self.end = round(schedule_start * total_steps), round(schedule_end * total_steps)
+        self.start, self.end = round(schedule_start * total_steps), max(1, round(schedule_end * total_steps))
         # A regime is only a schedule: the sparsity at the start, at the end, and whether topology moves at all.
         self.initial, self.final, self.dynamic = {
             "dense": (0.0, 0.0, False), "sst": (sparsity, sparsity, False), "dst": (sparsity, sparsity, True),
@@ -307,9 +312,16 @@ class SparseTraining:
                 if torch.is_tensor(state) and state.shape == weight.shape]
 
     def _counts(self, weights, sparsity):
+        """Whole numbers of active weights a layer, whose sum is exact for the module: each layer's share is rounded
+        down, and the largest remainders are rounded up."""
         densities = layer_densities([tuple(weight.shape) for weight in weights.values()], sparsity, self.distribution)
-        return {name: math.floor(density * weight.numel() + 0.5)
-                for (name, weight), density in zip(weights.items(), densities)}
+        shares = [density * weight.numel() for density, weight in zip(densities, weights.values())]
+        counts = [math.floor(share + 1e-6) for share in shares]
+        missing = math.floor((1.0 - sparsity) * sum(weight.numel() for weight in weights.values()) + 0.5) - sum(counts)
+        by_remainder = sorted(range(len(shares)), key=lambda layer: counts[layer] - shares[layer])
+        for layer in by_remainder[:missing]:
+            counts[layer] += 1
+        return dict(zip(weights, counts))
 
 
 def _check_choice(what, value, choices):

@@ -140,13 +140,13 @@ def pick_device(name):
 
 def check(args):
     """What would otherwise fail late, or silently do something else."""
-    at_least = {"total_steps": 1, "learning_starts": args.agent.encoder_horizon + 1, "eval_every": 1, "eval_episodes": 1,
-                "log_every": 1}
+    horizon = max(args.agent.encoder_horizon, args.agent.q_horizon)
+    at_least = {"total_steps": 1, "learning_starts": horizon + 1, "eval_every": 1, "eval_episodes": 1, "log_every": 1,
+                "batch_size": 1, "encoder_horizon": 1, "q_horizon": 1, "target_update_freq": 1, "reward_bins": 2}
+    values = dataclasses.asdict(args) | dataclasses.asdict(args.agent)
     for name, least in at_least.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
-    if args.agent.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, not {args.agent.batch_size}")
+        if values[name] < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {values[name]}")
 
 
 def describe(agent, modules, args, device, folder):
@@ -181,7 +181,8 @@ def measure(agent, replay):
     for name, network in agent.networks.items():
         columns = metrics.module_metrics(network, features[name], activations[name], losses[name],
                                          agent.sparse[name].masks)
-        row |= {f"{name}/{column}": value if ready else math.nan for column, value in columns.items()}
+        row |= {f"{name}/{column}": value if ready or column == "parameter_norm" else math.nan
+                for column, value in columns.items()}
         row[f"{name}/density"] = agent.sparse[name].density()
     return row
 
@@ -197,7 +198,7 @@ def build(args):
     agent = MRQ(env.obs_dim, env.action_dim, modules, args.agent, total_updates, device, args.seed)
     rows = min(args.buffer_size, 2 * args.total_steps + 2 * agent.horizon + 2)  # no more than the run can fill
     replay = ReplayBuffer(env.obs_dim, env.action_dim, rows, agent.horizon, agent.prioritized, device=device)
-    evaluation = LockstepEvaluation(args.env, args.eval_episodes)
+    evaluation = LockstepEvaluation(args.env, args.eval_episodes, args.seed)
     folder = os.path.join(args.runs, args.name or run_name(args))
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 **{package: version(package) for package in ("numpy", "dm_control", "mujoco")}}
@@ -211,7 +212,8 @@ def build(args):
 def train(args, device, env, agent, replay, evaluation, log):
     """The one loop. At step t: act on obs_t; update on what was stored up to t-1; step; store. Fast or slow, in this
     order: the device may train while the environment steps, and nothing but the clock changes."""
-    began = logged = time.time()
+    began = time.time()
+    logged_step, logged_time = 0, began
     last_return, episode_return = math.nan, 0.0
     bar = tqdm(total=args.total_steps, unit="step", dynamic_ncols=True, smoothing=0.05,
                mininterval=0.5 if sys.stderr.isatty() else 60)
@@ -220,7 +222,7 @@ def train(args, device, env, agent, replay, evaluation, log):
         # Random numbers drawn in here are put back: evaluating changes nothing of what is learnt.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(args.seed + step)
-            returns = evaluation(lambda obs: agent.act(obs, explore=False), args.seed, step)
+            returns = evaluation(lambda obs: agent.act(obs, explore=False), step)
             log.write("eval", {"agent_step": step, "frames": env.frames, "return": returns.mean(),
                                "return_std": returns.std(), "seconds": time.time() - began} | measure(agent, replay))
         bar.set_postfix_str(f"return {returns.mean():.1f}", refresh=False)
@@ -232,6 +234,8 @@ def train(args, device, env, agent, replay, evaluation, log):
             evaluate(step)
 
         learning = step >= args.learning_starts
+        if step == args.learning_starts:
+            logged_step, logged_time = step, time.time()
         agent.observe(obs)
         action = agent.act(obs, explore=True) if learning else env.random_action()
         if learning:
@@ -249,9 +253,9 @@ def train(args, device, env, agent, replay, evaluation, log):
             info = {name: value.item() for name, value in agent.info.items()}
             density = {f"{name}_density": sparse.density() for name, sparse in agent.sparse.items()}
             log.write("train", {"agent_step": step + 1, "frames": env.frames, "episode_return": last_return} | info
-                      | density | {"steps_per_second": args.log_every / (time.time() - logged),
+                      | density | {"steps_per_second": (step + 1 - logged_step) / (time.time() - logged_time),
                                    "seconds": time.time() - began})
-            logged = time.time()
+            logged_step, logged_time = step + 1, time.time()
             bad = [name for name, value in info.items() if not math.isfinite(value)]
             if bad:
                 raise FloatingPointError(f"{bad[0]} is {info[bad[0]]} at agent step {step + 1}; stopped. All rows up to "
