@@ -90,6 +90,8 @@ class Env:
     def step(self, action):
         """action: (action_dim,) in [-1, 1]. Returns (obs, reward summed over the repeat, terminated, truncated)."""
         action = np.asarray(action, np.float32)
+        if not np.isfinite(action).all():
+            raise FloatingPointError(f"{self.name} was given the action {action}: the network that chose it has diverged")
         self._actions.append(action)
         control = self._low + (np.clip(action, -1.0, 1.0) + 1.0) / 2.0 * (self._high - self._low)
         reward, terminated, truncated = 0.0, False, False

@@ -319,7 +319,7 @@ class SparseTraining:
         counts = [math.floor(share + 1e-6) for share in shares]
         missing = math.floor((1.0 - sparsity) * sum(weight.numel() for weight in weights.values()) + 0.5) - sum(counts)
         by_remainder = sorted(range(len(shares)), key=lambda layer: counts[layer] - shares[layer])
-        for layer in by_remainder[:missing]:
+        for layer in by_remainder[:max(0, missing)]:
             counts[layer] += 1
         return dict(zip(weights, counts))
 

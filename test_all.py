@@ -1027,3 +1027,224 @@ def test_all_five_losses_are_needed_and_learn():
             predicted.append((agent.critic(agent.encoder(z, torch.tensor(action)[None])).mean() * agent.reward_scale).item())
     assert np.corrcoef(predicted, real)[0, 1] > 0.9, f"critic: {predicted} against {real}"
     assert abs(np.mean(predicted) - np.mean(real)) < 4, f"critic: {np.mean(predicted)} against {np.mean(real)}"
+
+
+# ----------------------------------------------------------------------------------------------------------- envs.py
+
+def test_action_repeat_rewards_observations_and_the_time_limit():
+    from dm_control import suite
+    env = Env("quadruped-walk", seed=4)  # its actions reach from -1 to 1.1 in places
+    raw = suite.load("quadruped", "walk", task_kwargs={"random": 4})
+    spec, rng = raw.action_spec(), np.random.RandomState(0)
+    raw.reset()  # Env has reset once to learn its sizes
+    obs, timestep = env.reset(), raw.reset()
+    flat = lambda t: np.concatenate([np.ravel(v) for v in t.observation.values()]).astype(np.float32)
+    np.testing.assert_array_equal(obs, flat(timestep))
+    for _ in range(20):
+        action = rng.uniform(-1, 1, env.action_dim).astype(np.float32)
+        rewards = [raw.step(spec.minimum + (action + 1.0) / 2 * (spec.maximum - spec.minimum)) for _ in range(2)]
+        obs, reward, terminated, truncated = env.step(action)
+        assert reward == pytest.approx(sum(t.reward for t in rewards)) and not terminated and not truncated
+        np.testing.assert_array_equal(obs, flat(rewards[-1]))
+    assert env.frames == 40 and obs.dtype == np.float32 and obs.shape == (env.obs_dim,)
+
+
+@pytest.mark.parametrize("name, repeat, steps", [("cartpole-swingup", 2, 500), ("cartpole-swingup", 3, 334), ("lqr-lqr_2_1", 2, 500)])
+def test_a_time_limit_truncates_and_an_episode_stops_where_it_ends(name, repeat, steps):
+    env = Env(name, action_repeat=repeat)
+    env.reset()
+    ends = [env.step(np.ones(env.action_dim))[2:] for _ in range(steps)]
+    assert set(ends[:-1]) == {(False, False)} and ends[-1] == (False, True)
+    assert env.frames == 1000  # 333 times 3, and once 1
+
+
+def test_a_termination_is_told_from_a_time_limit():
+    env = Env("lqr-lqr_2_1")
+    env.reset()
+    with env._env.physics.reset_context():
+        env._env.physics.data.qpos[:] = 0.0  # at rest at the origin: LQR's terminal state
+        env._env.physics.data.qvel[:] = 0.0
+    assert env.step(np.zeros(1))[2:] == (True, False) and env.frames == 1
+
+
+def test_every_task_of_the_suite_starts_or_says_why_not():
+    assert {"dog-run", "ball_in_cup-catch", "humanoid_CMU-stand", "lqr-lqr_6_2"} <= set(task_names())
+    for name in task_names():
+        try:
+            env = Env(name)
+            obs, reward, _, _ = env.step(env.random_action())
+            assert np.isfinite(obs).all() and np.isfinite(reward)
+        except ValueError as error:
+            assert name == "quadruped-escape" and "OpenGL" in str(error) and "\n" not in str(error)
+    with pytest.raises(ValueError, match="did you mean dog-run or"):
+        Env("dog_run")
+
+
+@pytest.mark.parametrize("name", ["walker-walk", "finger-turn_hard", "fish-swim", "lqr-lqr_6_2"])
+def test_an_env_returns_exactly_to_a_saved_moment(name):
+    env, other = Env(name, seed=1), Env(name, seed=1)
+    env.reset(), env.reset()
+    for _ in range(6):
+        env.step(env.random_action())
+    state = env.state()
+    ahead = [env.step(env.random_action()) for _ in range(10)]
+    other.restore(state)
+    assert other.frames == 12
+    for (obs, reward, *_), (obs2, reward2, *_) in zip(ahead, [other.step(other.random_action()) for _ in range(10)]):
+        assert np.array_equal(obs, obs2) and reward == reward2
+
+
+def test_evaluation_episodes_depend_on_their_seed_alone():
+    act = lambda obs: np.sin(7 * obs[:, :1])
+    five, two = LockstepEvaluation("cartpole-swingup", 5, seed=3), LockstepEvaluation("cartpole-swingup", 2, seed=3)
+    returns = five(act, step=10)
+    np.testing.assert_array_equal(five(act, step=10), returns)  # whatever was played before
+    np.testing.assert_array_equal(two(act, step=10), returns[:2])
+    assert len(set(returns)) == 5 and not np.array_equal(five(act, step=20), returns)
+    env, total, done = Env("cartpole-swingup"), 0.0, False
+    obs = env.reset(int(np.random.SeedSequence([3, 10, 4]).generate_state(1)[0]))
+    while not done:
+        obs, reward, terminated, truncated = env.step(act(obs[None])[0])
+        total, done = total + reward, terminated or truncated
+    assert returns[4] == pytest.approx(total)
+
+
+# ---------------------------------------------------------------------------------------------------------- train.py
+
+def run_train(folder, *flags, timeout=300):
+    return subprocess.run([sys.executable, str(HERE / "train.py"), "--runs", str(folder), "--device", "cpu", *flags],
+                          capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+SHORT = ("--env", "cartpole-swingup", "--width-scale", "0.05", "--total-steps", "130", "--learning-starts", "60",
+         "--eval-every", "50", "--eval-episodes", "2", "--log-every", "30", "--batch-size", "16", "--target-update-freq", "20")
+
+
+def table(folder, name):
+    with open(folder / name) as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_from_the_command_line(tmp_path):
+    result = run_train(tmp_path, "--mst", *SHORT)
+    assert result.returncode == 0, result.stderr
+    for line in ("encoder  type 6  dense", "critic   type 6  dst", "actor    type 5  sst", "density 0.4", str(tmp_path)):
+        assert line in result.stdout
+    (folder,) = tmp_path.iterdir()
+    rows = table(folder, "eval.csv")
+    assert [int(row["agent_step"]) for row in rows] == [0, 50, 100, 130]
+    assert [int(row["frames"]) for row in rows] == [0, 100, 200, 260]
+    for module in ("encoder", "critic", "actor"):
+        columns = [c for c in rows[0] if c.startswith(module)]
+        assert all(any(key in c for c in columns) for key in ("srank", "dormant/", "interference", "parameter_norm", "gradient_norm"))
+        assert math.isnan(float(rows[0][f"{module}/dormant"])) and math.isnan(float(rows[0][f"{module}/gradient_norm"]))
+        assert all(float(rows[-1][c]) == float(rows[-1][c]) for c in columns)  # nothing is NaN by the end
+    assert float(rows[-1]["critic/density"]) == pytest.approx(0.4, abs=1e-3) and float(rows[-1]["encoder/density"]) == 1
+    training = table(folder, "train.csv")
+    assert [(int(row["agent_step"]), int(row["frames"])) for row in training] == [(90, 180), (120, 240), (130, 260)]
+    assert all(math.isfinite(float(row[c])) for row in training for c in row if c != "episode_return")
+    config = json.load(open(folder / "config.json"))
+    assert config["mst"] and config["modules"]["critic"]["regime"] == "dst" and config["versions"]["torch"] == torch.__version__
+
+    again = run_train(tmp_path, "--mst", *SHORT)  # the folder is there already
+    assert again.returncode != 0 and "exists" in again.stderr and len(again.stderr.strip().splitlines()) == 1
+    assert table(folder, "eval.csv") == rows
+    # The same seed gives the same run; evaluating more often changes nothing of what is learnt.
+    more = run_train(tmp_path / "more", "--mst", *SHORT, "--eval-every", "10")
+    assert more.returncode == 0
+    (folder2,) = (tmp_path / "more").iterdir()
+    timeless = lambda rows: [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    assert timeless(table(folder2, "train.csv")) == timeless(training)
+    assert timeless(table(folder2, "eval.csv"))[-1] == timeless(rows)[-1]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--env", "walker-wlk"), "did you mean walker-walk"),
+    (("--critic-type", "7"), "choose 1 to 6"),
+    (("--critic-regime", "rigl"), "choose one of dense, sst, dst, s2d, d2s"),
+    (("--growth", "momentum", "--mst"), "unknown grow"),
+    (("--distribution", "erk", "--mst"), "unknown distribution"),
+    (("--actor-regime", "sst", "--actor-sparsity", "1.0"), "lies in [0, 1)"),
+    (("--sparsity", "-0.1", "--mst"), "lies in [0, 1)"),
+    (("--scale", "0"), "scale must be above 0"),
+    (("--depth-scale", "-1"), "scale must be above 0"),
+    (("--buffer-size", "100000000000", "--total-steps", "100000000000"), "GB"),
+    (("--device", "cuda"), "--device cpu"),
+    (("--device", "gpu"), "--device"),
+    (("--learning-starts", "2"), "--learning-starts must be at least"),
+    (("--residual", "none"), "unknown residual"),
+    (("--target-update-freq", "0"), "--target-update-freq"),
+])
+def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    if flags == ("--device", "cuda") and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--env", "cartpole-swingup", "--total-steps", "100", "--learning-starts", "50",
+                                      "--runs", str(tmp_path / "runs"), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert isinstance(stopped.value.code, str) and message in stopped.value.code and "\n" not in stopped.value.code
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_bad_setting_of_a_dense_module_is_refused_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--env", "cartpole-swingup", "--sparsity", "3", "--runs", str(tmp_path / "r")])
+    with pytest.raises(SystemExit, match="lies in"):
+        train.main()
+
+
+def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
+    result = run_train(tmp_path, *SHORT, "--critic-lr", "1e30")
+    assert result.returncode != 0 and re.search(r"train.py: \w+ is (nan|inf|-inf) at agent step", result.stderr)
+    assert "Traceback" not in result.stderr
+    (folder,) = tmp_path.iterdir()
+    assert len(table(folder, "eval.csv")) == 2 and len(table(folder, "train.csv")) == 1  # nothing is lost
+
+
+def flags_to_args(*flags):
+    import tyro
+    return tyro.cli(train.Args, args=list(flags))
+
+
+def test_presets_and_flags_reach_the_modules():
+    types = lambda *flags: [(m.arch_type, m.regime, m.width_scale, m.depth_scale, m.sparsity)
+                            for m in train.module_configs(flags_to_args(*flags)).values()]
+    assert types() == [(4, "dense", 1, 1, 0.6), (4, "dense", 1, 1, 0.6), (3, "dense", 1, 1, 0.6)]  # Table 2
+    assert types("--mst", "--scale", "5") == [(6, "dense", 5, 5, 0.6), (6, "dst", 5, 5, 0.6), (5, "sst", 5, 5, 0.6)]
+    assert types("--mst", "--critic-regime", "s2d", "--actor-type", "6", "--sparsity", "0.8", "--critic-sparsity", "0.5",
+                 "--scale", "3", "--encoder-scale", "1", "--depth-scale", "2") == [
+        (6, "dense", 1, 2, 0.8), (6, "s2d", 3, 2, 0.5), (6, "sst", 3, 2, 0.8)]
+    assert types("--critic-regime", "dst", "--scale", "5")[1] == (4, "dst", 5, 5, 0.6)
+    options = train.module_configs(flags_to_args("--mst", "--distribution", "uniform", "--growth", "random",
+                                                 "--update-interval", "7"))["critic"].sparse_options
+    assert (options["distribution"], options["grow"], options["update_interval"]) == ("uniform", "random", 7)
+
+
+def test_run_names_tell_runs_apart():
+    names = {train.run_name(flags_to_args(*flags)) for flags in (
+        (), ("--mst",), ("--seed", "1"), ("--scale", "5"), ("--critic-scale", "5"), ("--critic-lr", "1e-3"), ("--env", "walker-run"),
+        ("--sparsity", "0.5"), ("--mst", "--sparsity", "0.5"), ("--discount", "0.9"), ("--total-steps", "7"))}
+    assert len(names) == 11 and "dog-run__seed=0" in names
+
+
+def test_large_networks_without_residuals_are_named(tmp_path):
+    agent = tiny()
+    modules = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in DEFAULT.items()}
+    assert "--mst" in train.describe(agent, modules, flags_to_args(), "cpu", "x")
+    assert "--mst" not in train.describe(agent, MST, flags_to_args(), "cpu", "x")
+
+
+# ------------------------------------------------------------------------------------------------------------- copies
+
+@pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics"])
+def test_a_file_runs_alone(name, tmp_path):
+    """Its docstring's example, in an empty folder, with everything but torch and numpy out of reach."""
+    source = (HERE / f"{name}.py").read_text()
+    (tmp_path / f"{name}.py").write_text(source)
+    docstring = source.split('"""')[1]
+    example = "\n".join(line[4:] for line in docstring.splitlines() if line.startswith("    ") or not line)
+    example = example[example.index("import"):]
+    blocked = "import sys\nfor name in ('dm_control', 'mujoco', 'tyro', 'tqdm', 'pytest', 'hypothesis', 'scipy'): sys.modules[name] = None\n"
+    (tmp_path / "example.py").write_text(blocked + example)
+    result = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert result.returncode == 0 and result.stdout, result.stderr

@@ -132,7 +132,10 @@ def run_name(args):
 
 
 def pick_device(name):
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ValueError(f"unknown --device {name!r}: choose auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but this PyTorch sees no CUDA device: use --device cpu, or install a CUDA build")
     return device
@@ -228,6 +231,19 @@ def train(args, device, env, agent, replay, evaluation, log):
         bar.set_postfix_str(f"return {returns.mean():.1f}", refresh=False)
         bar.write(f"step {step:>9,}  return {returns.mean():7.1f} ± {returns.std():.1f}")
 
+    def write_training(step):
+        nonlocal logged_step, logged_time
+        info = {name: value.item() for name, value in agent.info.items()}
+        speed = (step - logged_step) / (time.time() - logged_time)  # evaluations included
+        logged_step, logged_time = step, time.time()
+        log.write("train", {"agent_step": step, "frames": env.frames, "episode_return": last_return} | info
+                  | {f"{name}_density": sparse.density() for name, sparse in agent.sparse.items()}
+                  | {"steps_per_second": speed, "seconds": time.time() - began})
+        bad = [name for name, value in info.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(f"{bad[0]} is {info[bad[0]]} at agent step {step}; stopped. All rows up to here are "
+                                     f"in {log.folder}")
+
     obs = env.reset()
     for step in range(args.total_steps):
         if step % args.eval_every == 0:
@@ -241,6 +257,8 @@ def train(args, device, env, agent, replay, evaluation, log):
         if learning:
             for _ in range(agent.updates_per_step):
                 agent.update(replay)
+        if not np.isfinite(action).all():  # seen here at once, and without asking the device each step
+            write_training(step)  # names the loss that broke
         next_obs, reward, terminated, truncated = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated, truncated)
         episode_return += reward
@@ -250,16 +268,7 @@ def train(args, device, env, agent, replay, evaluation, log):
 
         bar.update()
         if learning and ((step + 1) % args.log_every == 0 or step + 1 == args.total_steps):
-            info = {name: value.item() for name, value in agent.info.items()}
-            density = {f"{name}_density": sparse.density() for name, sparse in agent.sparse.items()}
-            log.write("train", {"agent_step": step + 1, "frames": env.frames, "episode_return": last_return} | info
-                      | density | {"steps_per_second": (step + 1 - logged_step) / (time.time() - logged_time),
-                                   "seconds": time.time() - began})
-            logged_step, logged_time = step + 1, time.time()
-            bad = [name for name, value in info.items() if not math.isfinite(value)]
-            if bad:
-                raise FloatingPointError(f"{bad[0]} is {info[bad[0]]} at agent step {step + 1}; stopped. All rows up to "
-                                         f"here are in {log.folder}")
+            write_training(step + 1)
     evaluate(args.total_steps)
     bar.close()
 
