@@ -12,6 +12,7 @@ Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it by `p
     agent.info["critic_loss"]                   # what the last update saw, as device scalars
 """
 
+import contextlib
 import copy
 from dataclasses import dataclass, field
 
@@ -150,21 +151,25 @@ class MRQ:
 
     def update_critic_and_actor(self, replay):
         batch = replay.sample(self.config.batch_size, self.config.q_horizon)
-        with torch.no_grad():  # the encoder gets no gradient from critic or actor
-            zs = self.encoder.zs(batch.obs[:, 0])
+        zs = self.encode(batch.obs[:, 0])
         losses, td_error, info = self.critic_loss(batch, zs)
         info["critic_grad_norm"] = self._step("critic", losses.mean(), clip=self.config.critic_grad_clip)
         replay.update_priority(batch.index, td_error)
-        losses, actor_info = self.actor_loss(zs)
+        self.info.update(info)
+        self.update_actor(zs)
+
+    def update_actor(self, zs):
+        with frozen(self.encoder, self.critic):  # the loss flows through them, and ends at the actor's weights
+            losses, info = self.actor_loss(zs)
         self._step("actor", losses.mean())
-        self.info.update(info | actor_info)
+        self.info.update(info)
 
     def _step(self, name, loss, clip=None):
         """One optimiser step of one module, in the order that sparse training needs."""
         parameters, optimizer, sparse = list(self.networks[name].parameters()), self.optimizers[name], self.sparse[name]
         self.updates[name] += 1
         optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=parameters)  # this module's gradients alone: nothing else is computed
+        loss.backward()
         sparse.update_topology(self.updates[name])  # ranks growth by this loss's dense gradient
         sparse.mask_gradients()
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else None  # what is pruned does not count
@@ -172,6 +177,11 @@ class MRQ:
         return norm
 
     # ---- losses, one value a sample: (batch,) ----
+
+    @torch.no_grad()
+    def encode(self, obs):
+        """z_s for critic and actor, which give the encoder no gradient."""
+        return self.encoder.zs(obs)
 
     def encoder_loss(self, batch, termination_seen):
         """Unrolls z_s through the real actions, and predicts reward, next z_s and done at each step.  Eqs. (7)-(10)
@@ -248,8 +258,7 @@ class MRQ:
 
     def probe_losses(self, batch, replay):
         """Each module's own loss, one value a sample, with its graph: module -> (batch,)."""
-        with torch.no_grad():
-            zs = self.encoder.zs(batch.obs[:, 0])
+        zs = self.encode(batch.obs[:, 0])
         return {"encoder": self.encoder_loss(batch, replay.termination_seen)[0], "critic": self.critic_loss(batch, zs)[0],
                 "actor": self.actor_loss(zs)[0]}
 
@@ -267,6 +276,19 @@ class MRQ:
         self.updates = dict(state["updates"])
         self.reward_scale.copy_(state["reward_scale"])
         self.target_reward_scale.copy_(state["target_reward_scale"])
+
+
+@contextlib.contextmanager
+def frozen(*modules):
+    """What is computed within asks no gradient of these modules' weights, and so spends nothing on them."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def symexp(x):
