@@ -97,7 +97,8 @@ class MRQ:
             network.to(self.device)
             # fused: one pass over the weights, and no host synchronisation
             self.optimizers[name] = torch.optim.AdamW(network.parameters(), lr=learning_rates[name],
-                                                      weight_decay=config.weight_decay, fused=True)
+                                                      weight_decay=config.weight_decay, fused=True,
+                                                      capturable=self.device.type == "cuda")
             self.sparse[name] = modules[name].sparse_training(network, self.optimizers[name], total_updates,
                                                               seed=1000 * seed + number)
             self.targets[name] = copy.deepcopy(network).requires_grad_(False)  # as sparse as the network

@@ -24,6 +24,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import fast
 import metrics
 from envs import Env, LockstepEvaluation
 from mrq import DEFAULT, MRQ, MST, ModuleConfig, MRQConfig
@@ -80,6 +81,9 @@ class Args:
     eval_every: int = 5_000  # agent steps between two evaluations
     eval_episodes: int = 10  # episodes an evaluation
     device: str = "auto"  # auto | cpu | cuda | cuda:N
+    precision: str = "auto"  # auto | fp32 | tf32 | bf16, of matrix products; auto is tf32 on CUDA, fp32 elsewhere
+    compile: bool = False  # torch.compile the losses (needs a C++ compiler on a CPU)
+    cuda_graphs: bool = False  # capture updates as CUDA graphs
     mst: bool = False  # the paper's Module-Specific Training: encoder 6 dense, critic 6 DST, actor 5 SST
     scale: float = 1.0  # multiplies width and depth of every module
     width_scale: float | None = None  # width alone, of every module, instead of the scales
@@ -194,11 +198,17 @@ def build(args):
     """Everything a run needs; whatever is wrong with the flags is found here, before the folder is made."""
     check(args)
     device = pick_device(args.device)
+    precision = fast.pick_precision(args.precision, device)
+    if args.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a CUDA device, and this run is on {device}")
     modules = module_configs(args)
     torch.manual_seed(args.seed)
     env = Env(args.env, seed=args.seed)
     total_updates = max(1, args.total_steps - args.learning_starts) * MRQ.updates_per_step
     agent = MRQ(env.obs_dim, env.action_dim, modules, args.agent, total_updates, device, args.seed)
+    fast.speed_up(agent, precision, args.compile)
+    if args.cuda_graphs:
+        fast.captured(agent)
     rows = min(args.buffer_size, 2 * args.total_steps + 2 * agent.horizon + 2)  # no more than the run can fill
     replay = ReplayBuffer(env.obs_dim, env.action_dim, rows, agent.horizon, agent.prioritized, device=device)
     evaluation = LockstepEvaluation(args.env, args.eval_episodes, args.seed)

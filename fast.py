@@ -1,0 +1,103 @@
+"""The fast path: matrix precision, compiled losses, and updates captured as CUDA graphs.
+
+What it claims: it wraps an agent's update and replaces none of it. Each part is a flag of its own, none is needed, and
+the results are those of the plain path within rounding; masks included, since topology changes happen in place.
+
+    speed_up(agent, precision="bf16", compile=True)
+    update = captured(agent)            # on CUDA: agent.update, with its two halves captured
+    update(replay)
+
+Precision, of matrix products alone; weights, moments, losses and the Q heads stay in float32:
+    fp32   float32 throughout
+    tf32   float32 products rounded to 10 bits of mantissa, on CUDA since Ampere
+    bf16   bfloat16 products through autocast, on CUDA and on processors with bf16 instructions
+"""
+
+import types
+
+import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+LOSSES = ("encoder_loss", "critic_loss", "actor_loss")
+WARM_UP = 3  # eager calls before a capture: allocators and autotuners settle; they are real updates, none is undone
+
+
+def pick_precision(name, device):
+    """"auto" is tf32 on CUDA and fp32 elsewhere. ValueError for what the device does not have."""
+    if name == "auto":
+        return "tf32" if device.type == "cuda" else "fp32"
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}: choose auto, {', '.join(PRECISIONS)}")
+    if name == "tf32" and device.type != "cuda":
+        raise ValueError(f"tf32 is a precision of CUDA devices, and this run is on {device}: choose fp32 or bf16")
+    return name
+
+
+def speed_up(agent, precision="fp32", compile=False):
+    """Sets the precision of the agent's losses, and compiles them, in place."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    for name in (*LOSSES, "encode"):
+        function = getattr(agent, name)
+        if compile and name in LOSSES:
+            # One graph a loss: a break would bring back what compiling is for. Shapes never change.
+            function = torch.compile(function, fullgraph=True, dynamic=False)
+        if precision == "bf16":
+            function = _in_bfloat16(function, agent.device.type)
+        setattr(agent, name, function)
+
+
+def _in_bfloat16(function, device_type):
+    def wrapped(*arguments):
+        with torch.autocast(device_type, dtype=torch.bfloat16):
+            return function(*arguments)
+    return wrapped
+
+
+def captured(agent):
+    """The agent's `update`, with its encoder update and its critic-and-actor update captured as CUDA graphs."""
+    agent.update_encoder = CapturedUpdate(agent, agent.update_encoder, ["encoder"])
+    agent.update_critic_and_actor = CapturedUpdate(agent, agent.update_critic_and_actor, ["critic", "actor"])
+    return agent.update
+
+
+class CapturedUpdate:
+    """One update as one graph: recorded once, then replayed, with the host's bookkeeping done beside it.
+
+    modules: whose update counts one call advances. A call in which one of them changes its topology runs uncaptured,
+    through the same function; as masks, weights and moments change in place, the graph goes on with the new ones.
+    """
+
+    def __init__(self, agent, function, modules, record=None):
+        self.agent, self.function, self.modules = agent, function, modules
+        self.record = record or record_cuda_graph
+        self.calls, self.replay_graph, self.info = 0, None, None
+
+    def __call__(self, replay):
+        self.calls += 1
+        agent = self.agent
+        if self.calls <= WARM_UP or any(agent.sparse[name].due(agent.updates[name] + 1) for name in self.modules):
+            self.function(replay)
+            return
+        if self.replay_graph is None:
+            before = dict(agent.updates)
+            last_steps = {name: agent.sparse[name].last_step for name in self.modules}
+            agent.info, everything = {}, agent.info
+            self.replay_graph = self.record(lambda: self.function(replay))
+            self.info, agent.info = agent.info, everything  # the graph writes into these tensors from now on
+            agent.updates.update(before)  # recording advanced the host's counts, but ran nothing
+            for name, step in last_steps.items():
+                agent.sparse[name].last_step = step
+        self.replay_graph()
+        for name in self.modules:
+            agent.updates[name] += 1
+            agent.sparse[name].update_topology(agent.updates[name])  # not due: notes the step, and does nothing else
+        agent.info.update(self.info)
+
+
+def record_cuda_graph(function):
+    """Records the kernels of `function` without running them; returns what runs them."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # its own stream and memory pool; the default generator is registered by it
+        function()
+    return graph.replay
