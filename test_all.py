@@ -20,7 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fast
 import metrics
 import networks
 import train
@@ -1029,6 +1031,136 @@ def test_all_five_losses_are_needed_and_learn():
     assert abs(np.mean(predicted) - np.mean(real)) < 4, f"critic: {np.mean(predicted)} against {np.mean(real)}"
 
 
+# ------------------------------------------------------------------------------------------------------------ fast.py
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on every operation that makes the host wait for the device: reading a value, or a shape that depends on one."""
+    FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
+                 "aten::_unique2", "aten::bincount", "aten::repeat_interleave.Tensor"}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        by_mask = function.name().startswith("aten::index") and any(
+            torch.is_tensor(i) and i.dtype == torch.bool for i in (arguments[1] if len(arguments) > 1 and
+                                                                   isinstance(arguments[1], (list, tuple)) else ()))
+        assert function.name() not in self.FORBIDDEN and not by_mask, f"{function.name()} synchronises"
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("growth", ["gradient", "random"])
+def test_an_update_never_reads_back_from_the_device(growth, monkeypatch):
+    modules = {name: ModuleConfig(4, regime, 1 / 32, sparse_options={"update_interval": 3, "grow": growth})
+               for name, regime in (("encoder", "s2d"), ("critic", "dst"), ("actor", "d2s"))}
+    agent, buffer = MRQ(4, 2, modules, TINY, total_updates=40), filled()
+    with NoSynchronisation():  # bursts, targets, scales, topology updates and the fused optimiser among them
+        for _ in range(9):
+            agent.update(buffer)
+        with pytest.raises(AssertionError, match="synchronises"):
+            agent.reward_scale.item()
+        with pytest.raises(AssertionError, match="synchronises"):
+            buffer.priority[buffer.priority > 0]
+
+    # Tensors on "meta" have no values at all: whoever asks for one, or mixes in a tensor of the host, fails.
+    agent, buffer = MRQ(4, 2, modules, TINY, total_updates=40, device="meta"), ReplayBuffer(4, 2, 400, 5, device="meta")
+    buffer.sampleable = 1
+    for optimizer in agent.optimizers.values():  # the fused kernel has no meta form; it was under watch above
+        monkeypatch.setattr(optimizer, "step", lambda: None)
+    with pytest.raises(RuntimeError):
+        agent.reward_scale.item()
+    for _ in range(9):
+        agent.update(buffer)
+    assert agent.updates["critic"] == 9 and agent.info["critic_loss"].device.type == "meta"
+
+
+def test_recorded_updates_equal_plain_ones():
+    """The host's side of graph capture, with a stand-in for the device's. Recording runs the function and then puts the
+    device's state back; replaying runs it and puts the host's counts back, and writes where it was recorded."""
+    plain, agent, recordings = tiny(), tiny(), []
+    buffers = [filled(), filled()]
+
+    def counts():
+        return dict(agent.updates), {name: sparse.last_step for name, sparse in agent.sparse.items()}
+
+    def set_counts(updates, last_steps):
+        agent.updates.update(updates)
+        for name, step in last_steps.items():
+            agent.sparse[name].last_step = step
+
+    def record(function):
+        recordings.append(function)
+        state, tensors = copy.deepcopy(agent.state_dict()), copy.deepcopy(vars(buffers[1]))
+        rng = torch.get_rng_state()
+        function()
+        advanced, recorded = counts(), agent.info
+        agent.load_state_dict(state)
+        vars(buffers[1]).update(tensors)
+        torch.set_rng_state(rng)
+        set_counts(*advanced)
+
+        def replay_graph():
+            before, info = counts(), agent.info
+            agent.info = {}
+            function()
+            set_counts(*before)
+            for name, value in agent.info.items():
+                recorded[name].copy_(value)
+            agent.info = info
+        return replay_graph
+
+    agent.update_encoder = fast.CapturedUpdate(agent, agent.update_encoder, ["encoder"], record)
+    agent.update_critic_and_actor = fast.CapturedUpdate(agent, agent.update_critic_and_actor, ["critic", "actor"], record)
+    for step in range(20):
+        for one, replay in zip((plain, agent), buffers):
+            torch.manual_seed(step)
+            one.update(replay)
+        assert plain.updates == agent.updates
+        assert {n: s.last_step for n, s in plain.sparse.items()} == {n: s.last_step for n, s in agent.sparse.items()}
+        assert {k: v.item() for k, v in plain.info.items()} == {k: v.item() for k, v in agent.info.items()}
+    assert len(recordings) == 2  # once each: topology changes did not record anew
+    for name in plain.networks:
+        for a, b in zip(plain.networks[name].parameters(), agent.networks[name].parameters()):
+            assert torch.equal(a, b)
+        assert plain.sparse[name].last_step > 3 * 3  # several of them were topology updates
+
+
+def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
+    agent, plain, buffer = tiny(DEFAULT), tiny(DEFAULT), filled()
+    fast.speed_up(agent, "bf16")
+    batch = buffer.sample(64)
+    zs = plain.encode(batch.obs[:, 0])
+    for name, arguments in (("encoder_loss", (batch, torch.ones(()))), ("critic_loss", (batch, zs)), ("actor_loss", (zs,))):
+        torch.manual_seed(0)
+        exact = getattr(plain, name)(*arguments)[0]
+        torch.manual_seed(0)
+        rounded = getattr(agent, name)(*arguments)[0]
+        assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)  # something was rounded ...
+        torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)  # ... and not too much
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert agent.critic(torch.randn(3, 16)).dtype == torch.float32
+    for _ in range(5):
+        agent.update(buffer)
+    for network, optimizer in zip(agent.networks.values(), agent.optimizers.values()):
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters())
+        assert all(v.dtype == torch.float32 for state in optimizer.state.values() for v in state.values())
+
+
+def test_compiled_losses_equal_plain_ones(monkeypatch):
+    """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is
+    PyTorch's own affair and is left out."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="aot_eager", **options))
+    plain, compiled = tiny(), tiny()
+    fast.speed_up(compiled, "fp32", compile=True)
+    buffers = [filled(), filled()]
+    for step in range(7):  # across bursts and topology updates
+        for agent, replay in zip((plain, compiled), buffers):
+            torch.manual_seed(step)
+            agent.update(replay)
+    for name in plain.networks:
+        for a, b in zip(plain.networks[name].parameters(), compiled.networks[name].parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(plain.sparse[name].masks[n], compiled.sparse[name].masks[n]) for n in plain.sparse[name].masks)
+
+
 # ----------------------------------------------------------------------------------------------------------- envs.py
 
 def test_action_repeat_rewards_observations_and_the_time_limit():
@@ -1174,6 +1306,9 @@ def test_a_run_from_the_command_line(tmp_path):
     (("--learning-starts", "2"), "--learning-starts must be at least"),
     (("--residual", "none"), "unknown residual"),
     (("--target-update-freq", "0"), "--target-update-freq"),
+    (("--precision", "fp16"), "unknown precision"),
+    (("--precision", "tf32", "--device", "cpu"), "choose fp32 or bf16"),
+    (("--cuda-graphs", "--device", "cpu"), "--cuda-graphs needs a CUDA device"),
 ])
 def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
     if flags == ("--device", "cuda") and torch.cuda.is_available():
