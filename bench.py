@@ -1,0 +1,243 @@
+"""Time and memory of one agent step, split by phase, with the floor that arithmetic and bytes allow beside it.
+
+    python bench.py                                  # scale 1, this machine, dog-run shapes
+    python bench.py --scales 1 3 5 --csv bench.csv   # the README's table, on a GPU
+    python bench.py --variants dense mst mst+bf16    # which forms to compare
+
+Every figure is a median, in milliseconds per agent step; the encoder's burst and the topology updates are spread over the
+steps they serve. The variants of one scale take turns within one run, so that a noisy machine is noisy to all of them:
+read the ratios. FLOPs are counted by PyTorch's own counter during a real update, bytes are counted from the optimiser's
+traffic, and the rates that turn both into a floor are measured on the spot.
+"""
+
+import csv
+import dataclasses
+import gc
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+import fast
+from envs import Env
+from mrq import MRQ, MST, frozen
+from replay import ReplayBuffer
+from train import pick_device
+
+PHASES = ("sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act")
+BYTES_A_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all but the gradient, 4 bytes each
+
+
+@dataclass
+class Args:
+    scales: list[float] = field(default_factory=lambda: [1.0])  # of all three modules
+    variants: list[str] = field(default_factory=lambda: ["dense", "mst"])  # dense | mst, then +bf16, +tf32, +compile, +graphs
+    env: str = "dog-run"  # whose shapes and whose step are timed
+    steps: int = 20  # timed repetitions of each phase
+    device: str = "auto"  # auto | cpu | cuda
+    csv: str | None = None  # also write the rows here
+
+
+class Clock:
+    """Milliseconds of a function, by the device's own clock on CUDA."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def __call__(self, function):
+        if not self.cuda:
+            begin = time.perf_counter()
+            function()
+            return 1e3 * (time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+def variant_agent(variant, scale, env, device):
+    """The agent that a variant's name describes, e.g. mst+bf16+compile."""
+    kind, *options = variant.split("+")
+    unknown = set(options) - {"bf16", "tf32", "fp32", "compile", "graphs"}
+    if kind not in ("dense", "mst") or unknown:
+        raise ValueError(f"unknown variant {variant!r}: dense or mst, then +fp32, +tf32, +bf16, +compile, +graphs")
+    modules = {name: dataclasses.replace(module, width_scale=scale, depth_scale=scale,
+                                         regime=module.regime if kind == "mst" else "dense")
+               for name, module in MST.items()}  # the same architectures, so that the regime is all that differs
+    torch.manual_seed(0)
+    agent = MRQ(env.obs_dim, env.action_dim, modules, device=device)
+    precision = next((option for option in options if option in fast.PRECISIONS), "auto")
+    fast.speed_up(agent, fast.pick_precision(precision, device), "compile" in options)
+    if "graphs" in options:
+        fast.captured(agent)
+    return agent
+
+
+def filled_replay(env, agent, steps=2000):
+    replay = ReplayBuffer(env.obs_dim, env.action_dim, 1_000_000, agent.horizon, device=agent.device)
+    obs = env.reset()
+    for _ in range(steps):
+        action = env.random_action()
+        next_obs, reward, terminated, truncated = env.step(action)
+        replay.add(obs, action, reward, next_obs, terminated, truncated)
+        obs = env.reset() if terminated or truncated else next_obs
+    return replay
+
+
+def phases(agent, replay, env):
+    """Each phase as a function that can be timed by itself: name -> (function, how often an agent step has it)."""
+    config = agent.config
+    batch = replay.sample(config.batch_size, config.encoder_horizon)
+    short = replay.sample(config.batch_size, config.q_horizon)
+    zs = agent.encode(short.obs[:, 0])
+    obs = env.reset()
+
+    def sample():
+        replay.sample(config.batch_size, config.encoder_horizon)
+        drawn = replay.sample(config.batch_size, config.q_horizon)
+        replay.update_priority(drawn.index, drawn.reward[:, 0])
+
+    def critic():
+        agent.critic_loss(short, agent.encode(short.obs[:, 0]))[0].mean().backward()
+
+    def actor():
+        with frozen(agent.encoder, agent.critic):
+            losses, _ = agent.actor_loss(zs)
+        losses.mean().backward()
+
+    def optimiser():
+        torch.nn.utils.clip_grad_norm_(list(agent.critic.parameters()), config.critic_grad_clip)
+        for optimizer in agent.optimizers.values():
+            optimizer.step()
+
+    def masks():
+        for sparse in agent.sparse.values():
+            sparse.mask_gradients()
+
+    def topology():
+        for sparse in agent.sparse.values():
+            sparse.last_step = 0
+            sparse.update_topology(sparse.update_interval)
+
+    def environment():
+        if env.step(env.random_action())[3]:
+            env.reset()
+
+    return {"sample": (sample, 1),
+            "encoder": (lambda: agent.encoder_loss(batch, replay.termination_seen)[0].mean().backward(), 1),
+            "critic": (critic, 1), "actor": (actor, 1), "optimiser": (optimiser, 1), "masks": (masks, 1),
+            "topology": (topology, 1 / agent.sparse["critic"].update_interval), "environment": (environment, 1),
+            "act": (lambda: agent.act(obs, explore=True), 1)}
+
+
+def memory(agent, replay):
+    """Bytes by what they are for; a peak beyond their sum is activations and work space."""
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    weights = [p for network in agent.networks.values() for p in network.parameters()]
+    states = [state for optimizer in agent.optimizers.values() for values in optimizer.state.values()
+              for state in values.values() if torch.is_tensor(state)]
+    return {"weights": size(weights), "gradients": size([p.grad for p in weights if p.grad is not None]),
+            "moments": size(states), "targets": size(p for t in agent.targets.values() for p in t.parameters()),
+            "masks": size(mask for sparse in agent.sparse.values() for mask in sparse.masks.values()),
+            "buffer": size(value for value in vars(replay).values() if torch.is_tensor(value))}
+
+
+def rates(device, precision):
+    """(FLOP/s of a large matrix product, bytes/s of a large copy), measured here and now."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    n = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    source = torch.randn((2 ** 28 if device.type == "cuda" else 2 ** 25), device=device)
+    target, time_of = torch.empty_like(source), Clock(device)
+    product = min(time_of(lambda: x @ x) for _ in range(6))
+    copy = min(time_of(lambda: target.copy_(source)) for _ in range(6))
+    return 2 * n ** 3 / product * 1e3, 2 * source.numel() * 4 / copy * 1e3
+
+
+def bench_scale(scale, args, device):
+    """All variants of one scale, taking turns. Returns one row a variant."""
+    env, time_of = Env(args.env), Clock(device)
+    cases = {}
+    for variant in args.variants:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        agent = variant_agent(variant, scale, env, device)
+        replay = filled_replay(env, agent)
+        agent.refresh_targets(replay)
+        with FlopCounterMode(display=False) as counter:
+            agent.update_encoder(replay)
+            agent.update_critic_and_actor(replay)
+        for _ in range(fast.WARM_UP + 1):
+            agent.update_encoder(replay)
+            agent.update_critic_and_actor(replay)
+        peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else float("nan")
+        cases[variant] = agent, replay, phases(agent, replay, env), counter.get_total_flops(), peak
+    times = {variant: {} for variant in cases}
+    for _ in range(args.steps):
+        for variant, (agent, replay, parts, *_) in cases.items():
+            for name, function in (("update_encoder", lambda: agent.update_encoder(replay)),
+                                   ("update_rest", lambda: agent.update_critic_and_actor(replay))):
+                times[variant].setdefault(name, []).append(time_of(function))
+            for name, (function, _) in parts.items():
+                times[variant].setdefault(name, []).append(time_of(function))
+    rows = []
+    for variant, (agent, replay, parts, flops, peak) in cases.items():
+        medians = {name: statistics.median(values) for name, values in times[variant].items()}
+        weights = sum(p.numel() for network in agent.networks.values() for p in network.parameters())
+        precision = next((p for p in fast.PRECISIONS if p in variant), fast.pick_precision("auto", device))
+        flop_rate, byte_rate = rates(device, precision)
+        row = {"scale": scale, "variant": variant, "weights": weights,
+               "update": medians["update_encoder"] + medians["update_rest"]}
+        row |= {name: medians[name] * share for name, (_, share) in parts.items()}
+        row |= {"floor": 1e3 * (flops / flop_rate + weights * BYTES_A_WEIGHT / byte_rate), "gflop": flops / 1e9,
+                "tflop_per_s": flop_rate / 1e12, "gb_per_s": byte_rate / 1e9}
+        row |= {f"mb_{name}": size / 1e6 for name, size in memory(agent, replay).items()} | {"mb_peak": peak / 1e6}
+        rows.append(row)
+    return rows
+
+
+def show(rows):
+    """A Markdown table; update is one agent step of learning, and the phases are its parts timed apart."""
+    columns = ["scale", "variant", "update", *PHASES, "floor"]
+    print("| " + " | ".join(columns) + " | ÷ first |\n" + "|---" * (len(columns) + 1) + "|")
+    for row in rows:
+        cells = [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in columns]
+        first = next(other for other in rows if other["scale"] == row["scale"])
+        print("| " + " | ".join(cells) + f" | {row['update'] / first['update']:.3f} |", flush=True)
+    for row in rows:
+        sizes = ", ".join(f"{name[3:]} {value:.0f}" for name, value in row.items() if name.startswith("mb_"))
+        per_weight = (row["mb_weights"] + row["mb_gradients"] + row["mb_moments"]) * 1e6 / row["weights"]
+        print(f"scale {row['scale']:g} {row['variant']}: {row['weights'] / 1e6:.1f} M weights, {row['gflop']:.1f} GFLOP a step, "
+              f"{per_weight:.1f} bytes a weight in training; MB: {sizes}")
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    device = pick_device(args.device)
+    rows = []
+    try:
+        for scale in args.scales:
+            rows += bench_scale(scale, args, device)
+            gc.collect()
+    except (ValueError, MemoryError) as error:
+        sys.exit(f"bench.py: {error}")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}, PyTorch {torch.__version__}, {args.env}; milliseconds per agent step, medians of {args.steps}\n")
+    show(rows)
+    if args.csv:
+        with open(args.csv, "x", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
