@@ -19,6 +19,7 @@ numpy; copy it into your project.
 """
 
 import difflib
+import multiprocessing
 import sys
 import warnings
 
@@ -135,27 +136,91 @@ class LockstepEvaluation:
 
     episode e of the evaluation at agent step t is seeded by (seed, t, e) and by nothing else. Observations of episodes
     that have ended stay in the batch, so that its shape, and with it the others' rounding, never changes.
+    workers: processes that step MuJoCo, and do nothing else; 0 steps it here. Their number changes no result.
     """
 
-    def __init__(self, name, episodes=10, seed=0, action_repeat=2):
-        self.seed = seed
-        self.envs = [Env(name, seed, action_repeat) for _ in range(episodes)]
+    def __init__(self, name, episodes=10, seed=0, action_repeat=2, workers=0):
+        self.seed, self.episodes = seed, episodes
+        parts = np.array_split(np.arange(episodes), min(max(workers, 1), episodes))
+        make = _RemoteGroup if workers else _Group
+        self.groups = [(part, make(name, len(part), seed, action_repeat)) for part in parts]
 
     def __call__(self, act, step):
         """act: (episodes, obs_dim) -> (episodes, action_dim). Returns the episodes' returns, (episodes,)."""
         seeds = [int(np.random.SeedSequence([self.seed, step, episode]).generate_state(1)[0])
-                 for episode in range(len(self.envs))]
-        obs = np.stack([env.reset(episode_seed) for env, episode_seed in zip(self.envs, seeds)])
-        returns = np.zeros(len(self.envs))
-        running = set(range(len(self.envs)))
-        while running:
+                 for episode in range(self.episodes)]
+        for part, group in self.groups:
+            group.send("reset", [seeds[episode] for episode in part])
+        obs, _, running = self._receive()
+        returns = np.zeros(self.episodes)
+        while running.any():
             actions = act(obs)
-            for episode in sorted(running):
-                obs[episode], reward, terminated, truncated = self.envs[episode].step(actions[episode])
-                returns[episode] += reward
-                if terminated or truncated:
-                    running.remove(episode)
+            for part, group in self.groups:
+                group.send("step", actions[part])
+            obs, rewards, running = self._receive()
+            returns += rewards
         return returns
+
+    def _receive(self):
+        return tuple(np.concatenate(columns) for columns in zip(*(group.receive() for _, group in self.groups)))
+
+
+class _Group:
+    """Some of the evaluation's episodes. `send` asks for a method's result, `receive` waits for it."""
+
+    def __init__(self, name, count, seed, action_repeat):
+        self.envs = [Env(name, seed, action_repeat) for _ in range(count)]
+
+    def send(self, method, argument):
+        self._result = getattr(self, method)(argument)
+
+    def receive(self):
+        return self._result
+
+    def reset(self, seeds):
+        """Returns obs (count, obs_dim), rewards (count,), running (count,)."""
+        self.obs = np.stack([env.reset(seed) for env, seed in zip(self.envs, seeds)])
+        self.running = np.ones(len(self.envs), bool)
+        return self.obs.copy(), np.zeros(len(self.envs)), self.running.copy()
+
+    def step(self, actions):
+        rewards = np.zeros(len(self.envs))
+        for i in np.flatnonzero(self.running):
+            self.obs[i], rewards[i], terminated, truncated = self.envs[i].step(actions[i])
+            self.running[i] = not (terminated or truncated)
+        return self.obs.copy(), rewards, self.running.copy()
+
+
+class _RemoteGroup:
+    """The same, in a process of its own."""
+
+    def __init__(self, *arguments):
+        context = multiprocessing.get_context("spawn")  # a forked process would inherit CUDA, and break
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, arguments), daemon=True)
+        self._process.start()
+
+    def send(self, method, argument):
+        self._pipe.send((method, argument))
+
+    def receive(self):
+        result = self._pipe.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+def _serve(pipe, arguments):
+    group = _Group(*arguments)
+    while True:
+        try:
+            method, argument = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return  # the run has ended
+        try:
+            pipe.send(getattr(group, method)(argument))
+        except Exception as error:
+            pipe.send(error)
 
 
 def _flat(observation):

@@ -135,6 +135,15 @@ def _largest(scores, count):
     return (above | (tied & (tied.cumsum(0) <= places))).view(scores.shape)
 
 
+def _zero_pruned(tensor, mask):
+    """tensor ⊙ mask, in place, on the bits as integers: NaN × 0 is NaN, but a NaN's bits times 0 are 0.0.
+
+    One vectorised pass; `masked_fill_` with a random mask takes 30 times as long on a CPU.
+    """
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
+    tensor.detach().view(bits).mul_(mask)
+
+
 def _uniform(shape, generator):
     """Random scores in float64: float32 has 2^24 values, too few to rank a layer of millions without ties."""
     device = generator.device if generator is not None else "cpu"
@@ -237,10 +246,9 @@ class SparseTraining:
                                       self.grow, self.generator)
             # Algorithm 1, line 12. A weight that was dropped and came back at once is in both masks: it keeps its
             # value and its moments. All others start from zero.
-            fresh = ~(mask & new_mask)
-            weight.masked_fill_(fresh, 0.0)
-            for moment in self._moments(weight):
-                moment.masked_fill_(fresh, 0.0)
+            stays = mask & new_mask
+            for tensor in (weight, *self._moments(weight)):
+                _zero_pruned(tensor, stays)
             mask.copy_(new_mask)  # in place: whoever holds the mask (a captured graph, say) sees the new one
             self.active[name] = counts[name]
         return True
@@ -257,7 +265,7 @@ class SparseTraining:
         """Zeroes the gradients of pruned weights. Before clipping: they must not count towards the norm."""
         for name, weight in self._weights():
             if weight.grad is not None:
-                weight.grad.masked_fill_(~self.masks[name], 0.0)  # not a product: NaN × 0 is NaN
+                _zero_pruned(weight.grad, self.masks[name])
 
     # ---- reading, copying, saving ----
 
@@ -266,7 +274,7 @@ class SparseTraining:
         """Zeroes in `module` (this one, or another of the same layout, such as a soft target) what is pruned here."""
         parameters = dict(module.named_parameters())
         for name, mask in self.masks.items():
-            parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
+            _zero_pruned(parameters[name], mask.to(parameters[name].device))
 
     def density(self):
         """Share of the module's maskable weights that are active: 1.0 if it is dense."""

@@ -1232,6 +1232,7 @@ def test_evaluation_episodes_depend_on_their_seed_alone():
     returns = five(act, step=10)
     np.testing.assert_array_equal(five(act, step=10), returns)  # whatever was played before
     np.testing.assert_array_equal(two(act, step=10), returns[:2])
+    np.testing.assert_array_equal(LockstepEvaluation("cartpole-swingup", 5, seed=3, workers=2)(act, step=10), returns)
     assert len(set(returns)) == 5 and not np.array_equal(five(act, step=20), returns)
     env, total, done = Env("cartpole-swingup"), 0.0, False
     obs = env.reset(int(np.random.SeedSequence([3, 10, 4]).generate_state(1)[0]))

@@ -80,6 +80,7 @@ class Args:
     learning_starts: int = 10_000  # random steps before learning
     eval_every: int = 5_000  # agent steps between two evaluations
     eval_episodes: int = 10  # episodes an evaluation
+    eval_workers: int = 0  # processes that step the evaluation's environments; they change no result
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     precision: str = "auto"  # auto | fp32 | tf32 | bf16, of matrix products; auto is tf32 on CUDA, fp32 elsewhere
     compile: bool = False  # torch.compile the losses (needs a C++ compiler on a CPU)
@@ -130,7 +131,7 @@ def run_name(args):
             if dataclasses.is_dataclass(value):
                 yield from settings(value)
             elif value != default and spec.name not in ("env", "seed", "device", "runs", "name", "tensorboard",
-                                                        "wandb_project"):
+                                                        "wandb_project", "eval_workers"):
                 yield f"{spec.name.replace('_', '-')}={value}" if value is not True else spec.name
     return "__".join([args.env, *settings(args), f"seed={args.seed}"])
 
@@ -148,7 +149,7 @@ def pick_device(name):
 def check(args):
     """What would otherwise fail late, or silently do something else."""
     horizon = max(args.agent.encoder_horizon, args.agent.q_horizon)
-    at_least = {"total_steps": 1, "learning_starts": horizon + 1, "eval_every": 1, "eval_episodes": 1, "log_every": 1,
+    at_least = {"total_steps": 1, "learning_starts": horizon + 1, "eval_every": 1, "eval_episodes": 1, "eval_workers": 0, "log_every": 1,
                 "batch_size": 1, "encoder_horizon": 1, "q_horizon": 1, "target_update_freq": 1, "reward_bins": 2}
     values = dataclasses.asdict(args) | dataclasses.asdict(args.agent)
     for name, least in at_least.items():
@@ -211,7 +212,7 @@ def build(args):
         fast.captured(agent)
     rows = min(args.buffer_size, 2 * args.total_steps + 2 * agent.horizon + 2)  # no more than the run can fill
     replay = ReplayBuffer(env.obs_dim, env.action_dim, rows, agent.horizon, agent.prioritized, device=device)
-    evaluation = LockstepEvaluation(args.env, args.eval_episodes, args.seed)
+    evaluation = LockstepEvaluation(args.env, args.eval_episodes, args.seed, workers=args.eval_workers)
     folder = os.path.join(args.runs, args.name or run_name(args))
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 **{package: version(package) for package in ("numpy", "dm_control", "mujoco")}}
