@@ -254,6 +254,9 @@ def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
     old_weight, old_moment = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
     expected = update_mask(old_weight, weight.grad, old_mask, drop_fraction(10, 100, 0.5, 0.0))
     held = sparse.masks["0.weight"]
+    with torch.no_grad():  # whatever an optimiser state loaded from elsewhere may hold there
+        for tensor in (weight, optimizer.state[weight]["exp_avg"]):
+            tensor[~old_mask] = 7.0
     assert sparse.update_topology(10)
     new_mask = sparse.masks["0.weight"]
     assert new_mask is held and torch.equal(new_mask, expected) and not torch.equal(new_mask, old_mask)
@@ -269,6 +272,17 @@ def test_updates_happen_when_a_boundary_is_crossed_and_never_at_step_0():
     backward(model, 10)
     assert [step for step in (0, 1, 99, 130, 180, 200, 201, 450, 451, 999) if sparse.update_topology(step)] == [
         130, 200, 450, 999]
+
+
+def test_a_schedule_ends_where_it_says_even_between_two_boundaries():
+    for regime, density in (("d2s", 0.4), ("s2d", 1.0)):
+        model = mlp(10, 40, 40, 1)
+        sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), regime, 0.6, total_steps=100,
+                                update_interval=30)
+        backward(model, 10)
+        assert [step for step in range(1, 101) if sparse.update_topology(step)] == [30, 60, 80, 90]
+        backward(model, 10)
+        assert sparse.density() == pytest.approx(density, abs=0.5 / 2040)
 
 
 def test_sparsity_survives_copies_saving_and_new_parameters():
@@ -516,15 +530,14 @@ def test_a_draw_of_zero_or_one_never_takes_a_row_without_priority(monkeypatch):
         assert (buffer.priority[buffer.sample(8).index] > 0).all()
 
 
-def test_float32_sums_would_distort_a_million_priorities():
+def test_float32_sums_would_distort_a_million_priorities(monkeypatch):
     buffer = ReplayBuffer(1, 1, 2**20, horizon=1)
     buffer.priority.fill_(1.0)
-    buffer.priority[:1000] = 3e4  # a float32 running sum beyond 2^24 cannot see the ones any more
-    buffer.sampleable = 1
-    torch.manual_seed(0)
-    drawn = torch.cat([buffer._draw(10_000) for _ in range(20)])
-    tail = (drawn >= 1000).double().mean().item()
-    assert tail == pytest.approx((2**20 - 1000) / (2**20 - 1000 + 3e7), rel=0.05)
+    buffer.priority[0] = 2.0**36  # a float32 sum that begins so cannot see the million ones after it
+    for row in (1, 5000, 700_000, 2**20 - 1):
+        share = (2.0**36 + row - 0.5) / (2.0**36 + 2**20 - 1)  # the draw that falls on this row's block
+        monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.full(tuple(shape), share, **kw))
+        assert buffer._draw(2)[0].item() // 1024 == row // 1024
 
 
 def test_priorities_after_an_update():
@@ -535,6 +548,7 @@ def test_priorities_after_an_update():
     expected = [9.0 ** 0.4, 1.0, 4.0 ** 0.4]  # the larger of two; at least 1; |δ|
     np.testing.assert_allclose(buffer.priority[rows], expected, rtol=1e-6)
     buffer.update_priority(rows[:1], torch.tensor([2.0]))
+    assert buffer.priority[rows[0]].item() == pytest.approx(2.0 ** 0.4)  # it can fall as well
     assert buffer.max_priority.item() == pytest.approx(9.0 ** 0.4)  # the largest so far, not the largest now
     if buffer.episode_length:  # begin an episode of its own
         buffer.add(np.zeros(2), [0], 0.0, np.zeros(2), False, True)
@@ -662,7 +676,10 @@ def filled(seed=0, steps=300):
 
 
 def double(agent):
-    """The same agent in float64, for finite differences."""
+    """The same agent in float64, for finite differences, and moved away from its targets."""
+    for network in agent.networks.values():
+        for parameter in network.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
     for network in (*agent.networks.values(), *agent.targets.values()):
         network.double()
     agent.bins, agent.reward_scale, agent.target_reward_scale = (
