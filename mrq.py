@@ -192,7 +192,8 @@ class MRQ:
         config = self.config
         with torch.no_grad():
             # The target is the target encoder's z_s of the real next observation.
-            target_zs = self.targets["encoder"].zs(batch.obs[:, 1:])  # (batch, H, zs)
+            next_obs = batch.obs[:, 1:].flatten(0, 1)  # one large product, where (batch, H, ·) would make H small ones
+            target_zs = self.targets["encoder"].zs(next_obs).unflatten(0, (len(batch.obs), -1))  # (batch, H, zs)
         zs = self.encoder.zs(batch.obs[:, 0])  # (batch, zs)
         running = torch.ones_like(batch.reward[:, 0])  # (batch,) 0 after a termination
         reward_loss = dynamics_loss = terminal_loss = torch.zeros_like(running)
