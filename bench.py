@@ -199,7 +199,8 @@ def bench_scale(scale, args, device):
         row |= {name: medians[name] * share for name, (_, share) in parts.items()}
         row |= {"floor": 1e3 * (flops / flop_rate + weights * BYTES_A_WEIGHT / byte_rate), "gflop": flops / 1e9,
                 "tflop_per_s": flop_rate / 1e12, "gb_per_s": byte_rate / 1e9}
-        row |= {f"mb_{name}": size / 1e6 for name, size in memory(agent, replay).items()} | {"mb_peak": peak / 1e6}
+        row |= {f"mb_{name}": size / 1e6 for name, size in memory(agent, replay).items()}
+        row["mb_peak"] = peak / 1e6 if device.type == "cuda" else ""  # the host's peak is not the agent's alone
         rows.append(row)
     return rows
 
@@ -213,7 +214,7 @@ def show(rows):
         first = next(other for other in rows if other["scale"] == row["scale"])
         print("| " + " | ".join(cells) + f" | {row['update'] / first['update']:.3f} |", flush=True)
     for row in rows:
-        sizes = ", ".join(f"{name[3:]} {value:.0f}" for name, value in row.items() if name.startswith("mb_"))
+        sizes = ", ".join(f"{name[3:]} {value:.0f}" for name, value in row.items() if name.startswith("mb_") and value != "")
         per_weight = (row["mb_weights"] + row["mb_gradients"] + row["mb_moments"]) * 1e6 / row["weights"]
         print(f"scale {row['scale']:g} {row['variant']}: {row['weights'] / 1e6:.1f} M weights, {row['gflop']:.1f} GFLOP a step, "
               f"{per_weight:.1f} bytes a weight in training; MB: {sizes}")

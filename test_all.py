@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import fast
 import metrics
 import networks
@@ -1353,6 +1354,15 @@ def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
     assert len(table(folder, "eval.csv")) == 2 and len(table(folder, "train.csv")) == 1  # nothing is lost
 
 
+@pytest.mark.parametrize("flags, package", [(("--tensorboard",), "tensorboard"), (("--wandb-project", "x"), "wandb")])
+def test_a_tracker_is_imported_only_if_asked_for(tmp_path, monkeypatch, flags, package):
+    monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(package, package), None)  # not there
+    monkeypatch.setattr(sys, "argv", ["train.py", "--runs", str(tmp_path / "runs"), *SHORT, *flags])
+    with pytest.raises(SystemExit, match=f"{package} is not installed"):
+        train.main()
+    assert not (tmp_path / "runs").exists()
+
+
 def flags_to_args(*flags):
     import tyro
     return tyro.cli(train.Args, args=list(flags))
@@ -1384,6 +1394,22 @@ def test_large_networks_without_residuals_are_named(tmp_path):
     modules = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in DEFAULT.items()}
     assert "--mst" in train.describe(agent, modules, flags_to_args(), "cpu", "x")
     assert "--mst" not in train.describe(agent, MST, flags_to_args(), "cpu", "x")
+
+
+# ----------------------------------------------------------------------------------------------------------- bench.py
+
+def test_the_benchmark_counts_what_it_says(capsys):
+    args = bench.Args(variants=["dense", "mst"], env="cartpole-swingup", steps=1)
+    dense, mst = rows = bench.bench_scale(0.05, args, torch.device("cpu"))
+    bench.show(rows)
+    table = capsys.readouterr().out
+    assert all(f" {phase} " in table for phase in bench.PHASES) and "16.0 bytes a weight" in table
+    assert mst["weights"] == dense["weights"] and mst["gflop"] == dense["gflop"] > 0  # masks spare no arithmetic
+    assert dense["mb_weights"] == pytest.approx(4e-6 * dense["weights"]) == dense["mb_gradients"] == dense["mb_targets"]
+    assert dense["mb_masks"] == 0 < mst["mb_masks"] <= 1e-6 * mst["weights"]  # a byte a weight at most
+    assert all(row[phase] > 0 for row in rows for phase in ("update", "sample", "encoder", "critic", "actor", "optimiser"))
+    with pytest.raises(ValueError, match="unknown variant"):
+        bench.variant_agent("sparse", 1, None, torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------------------- copies
