@@ -75,6 +75,7 @@ def captured(agent):
 class CapturedUpdate:
     """One update as one graph: recorded once, then replayed, with the host's bookkeeping done beside it.
 
+    Load states before the first call: a graph holds on to the optimisers' tensors, and loading replaces them.
     modules: whose update counts one call advances. A call in which one of them changes its topology runs uncaptured,
     through the same function; as masks, weights and moments change in place, the graph goes on with the new ones.
     """
@@ -87,7 +88,10 @@ class CapturedUpdate:
     def __call__(self, replay):
         self.calls += 1
         agent = self.agent
-        if self.calls <= WARM_UP or any(agent.sparse[name].due(agent.updates[name] + 1) for name in self.modules):
+        if self.calls <= WARM_UP:
+            _beside(self.function, replay)
+            return
+        if any(agent.sparse[name].due(agent.updates[name] + 1) for name in self.modules):
             self.function(replay)
             return
         if self.replay_graph is None:
@@ -104,6 +108,17 @@ class CapturedUpdate:
             agent.updates[name] += 1
             agent.sparse[name].update_topology(agent.updates[name])  # not due: notes the step, and does nothing else
         agent.info.update(self.info)
+
+
+def _beside(function, replay):
+    """On a side stream, as PyTorch asks of what runs before a capture; plainly where there are no streams."""
+    if replay.device.type != "cuda":
+        return function(replay)
+    stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(main)
+    with torch.cuda.stream(stream):
+        function(replay)
+    main.wait_stream(stream)
 
 
 def record_cuda_graph(function):

@@ -143,6 +143,7 @@ class MRQ:
         self.target_reward_scale.copy_(self.reward_scale)
         # The paper says "recent experiences in the replay buffer"; all of the buffer is the published MR.Q's reading.
         self.reward_scale.copy_(replay.mean_absolute_reward().clamp(min=1e-8))
+        self.info["reward_scale"] = self.reward_scale
 
     def update_encoder(self, replay):
         batch = replay.sample(self.config.batch_size, self.config.encoder_horizon)

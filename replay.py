@@ -20,7 +20,6 @@ torch and numpy; copy it into your project.
     print(batch.obs.shape, returns[0])                                                     # (32, 4, 3)
 """
 
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -181,6 +180,7 @@ def _free_memory(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # all of it: what is cached can be freed
-    except (AttributeError, ValueError, OSError):  # no sysconf on this system: let the allocation itself decide
+        with open("/proc/meminfo") as file:  # what can be had without swapping, caches that would be dropped included
+            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):  # not Linux: let the allocation itself decide
         return float("inf")

@@ -149,8 +149,9 @@ def pick_device(name):
 def check(args):
     """What would otherwise fail late, or silently do something else."""
     horizon = max(args.agent.encoder_horizon, args.agent.q_horizon)
-    at_least = {"total_steps": 1, "learning_starts": horizon + 1, "eval_every": 1, "eval_episodes": 1, "eval_workers": 0, "log_every": 1,
-                "batch_size": 1, "encoder_horizon": 1, "q_horizon": 1, "target_update_freq": 1, "reward_bins": 2}
+    at_least = {"total_steps": 1, "learning_starts": horizon + 1, "eval_every": 1, "eval_episodes": 1, "eval_workers": 0,
+                "log_every": 1, "batch_size": 1, "encoder_horizon": 1, "q_horizon": 1, "target_update_freq": 1,
+                "reward_bins": 2}
     values = dataclasses.asdict(args) | dataclasses.asdict(args.agent)
     for name, least in at_least.items():
         if values[name] < least:
@@ -288,8 +289,8 @@ def main():
     args = tyro.cli(Args, description=__doc__)
     try:
         parts = build(args)
-    except (ValueError, MemoryError, OSError, ImportError) as error:
-        sys.exit(f"train.py: {error}")
+    except (ValueError, MemoryError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        sys.exit(f"train.py: {str(error).splitlines()[0]}")
     log = parts[-1]
     try:
         train(args, *parts)
