@@ -142,6 +142,7 @@ class Encoder(nn.Module):
         config = arch_config(arch_type)
         hidden, blocks = scaled_size(scale, width_scale, depth_scale)
         self.zs_dim = self.zsa_dim = hidden
+        self.num_bins = num_bins
         za_dim = max(1, hidden * ACTION_WIDTH // WIDTH)
         norm, activation = config["use_layer_norm"], config["activation"]
         self.zs_mlp = BlockMLP(obs_dim, self.zs_dim, hidden, num_blocks=blocks, residual=residual, **config)
@@ -165,8 +166,7 @@ class Encoder(nn.Module):
 
     def predict(self, zsa):
         """The next step's (done (..., 1), z_s (..., zs_dim), reward logits (..., bins)), all linear in z_sa.  Eq. (7)"""
-        prediction = self.model(zsa)
-        return prediction[..., :1], prediction[..., 1:1 + self.zs_dim], prediction[..., 1 + self.zs_dim:]
+        return self.model(zsa).split([1, self.zs_dim, self.num_bins], -1)
 
 
 class Critic(nn.Module):
