@@ -73,11 +73,19 @@ def variant_agent(variant, scale, env, device):
                for name, module in MST.items()}  # the same architectures, so that the regime is all that differs
     torch.manual_seed(0)
     agent = MRQ(env.obs_dim, env.action_dim, modules, device=device)
-    precision = next((option for option in options if option in fast.PRECISIONS), "auto")
-    fast.speed_up(agent, fast.pick_precision(precision, device), "compile" in options)
+    fast.speed_up(agent, precision_of(variant, device), "compile" in options)
     if "graphs" in options:
         fast.captured(agent)
     return agent
+
+
+def precision_of(variant, device):
+    return fast.pick_precision(next((part for part in variant.split("+") if part in fast.PRECISIONS), "auto"), device)
+
+
+def release_memory():
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing without CUDA
 
 
 def filled_replay(env, agent, steps=2000):
@@ -151,7 +159,7 @@ def memory(agent, replay):
 
 def rates(device, precision):
     """(FLOP/s of a large matrix product, bytes/s of a large copy), measured here and now."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    fast.set_precision(precision)
     n = 8192 if device.type == "cuda" else 2048
     x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     source = torch.randn((2 ** 28 if device.type == "cuda" else 2 ** 25), device=device)
@@ -164,40 +172,48 @@ def rates(device, precision):
 def bench_scale(scale, args, device):
     """All variants of one scale, taking turns. Returns one row a variant."""
     env, time_of = Env(args.env), Clock(device)
-    cases = {}
+    cases, flops = {}, {}
     for variant in args.variants:
+        kind = variant.split("+")[0]
+        if kind not in flops:  # on an agent of its own: a compiler refuses to work while operations are counted
+            agent = variant_agent(kind, scale, env, device)
+            replay = filled_replay(env, agent, steps=20)
+            with FlopCounterMode(display=False) as counter:
+                agent.update_encoder(replay)
+                agent.update_critic_and_actor(replay)
+            flops[kind] = counter.get_total_flops()
+            del agent, replay
+            release_memory()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         agent = variant_agent(variant, scale, env, device)
         replay = filled_replay(env, agent)
         agent.refresh_targets(replay)
-        with FlopCounterMode(display=False) as counter:
-            agent.update_encoder(replay)
-            agent.update_critic_and_actor(replay)
         for _ in range(fast.WARM_UP + 1):
             agent.update_encoder(replay)
             agent.update_critic_and_actor(replay)
         peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else float("nan")
-        cases[variant] = agent, replay, phases(agent, replay, env), counter.get_total_flops(), peak
+        cases[variant] = agent, replay, phases(agent, replay, env), precision_of(variant, device), peak
     times = {variant: {} for variant in cases}
     for _ in range(args.steps):
-        for variant, (agent, replay, parts, *_) in cases.items():
+        for variant, (agent, replay, parts, precision, _) in cases.items():
+            fast.set_precision(precision)  # one setting for the whole process: each variant's turn has its own
             for name, function in (("update_encoder", lambda: agent.update_encoder(replay)),
                                    ("update_rest", lambda: agent.update_critic_and_actor(replay))):
                 times[variant].setdefault(name, []).append(time_of(function))
             for name, (function, _) in parts.items():
                 times[variant].setdefault(name, []).append(time_of(function))
     rows = []
-    for variant, (agent, replay, parts, flops, peak) in cases.items():
+    for variant, (agent, replay, parts, precision, peak) in cases.items():
         medians = {name: statistics.median(values) for name, values in times[variant].items()}
         weights = sum(p.numel() for network in agent.networks.values() for p in network.parameters())
-        precision = next((p for p in fast.PRECISIONS if p in variant), fast.pick_precision("auto", device))
         flop_rate, byte_rate = rates(device, precision)
+        count = flops[variant.split("+")[0]]
         row = {"scale": scale, "variant": variant, "weights": weights,
                "update": medians["update_encoder"] + medians["update_rest"]}
         row |= {name: medians[name] * share for name, (_, share) in parts.items()}
-        row |= {"floor": 1e3 * (flops / flop_rate + weights * BYTES_A_WEIGHT / byte_rate), "gflop": flops / 1e9,
+        row |= {"floor": 1e3 * (count / flop_rate + weights * BYTES_A_WEIGHT / byte_rate), "gflop": count / 1e9,
                 "tflop_per_s": flop_rate / 1e12, "gb_per_s": byte_rate / 1e9}
         row |= {f"mb_{name}": size / 1e6 for name, size in memory(agent, replay).items()}
         row["mb_peak"] = peak / 1e6 if device.type == "cuda" else ""  # the host's peak is not the agent's alone
@@ -227,7 +243,7 @@ def main():
     try:
         for scale in args.scales:
             rows += bench_scale(scale, args, device)
-            gc.collect()
+            release_memory()
     except (ValueError, MemoryError) as error:
         sys.exit(f"bench.py: {error}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

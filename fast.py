@@ -13,6 +13,8 @@ Precision, of matrix products alone; weights, moments, losses and the Q heads st
     bf16   bfloat16 products through autocast, on CUDA and on processors with bf16 instructions
 """
 
+import gc
+
 import torch
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -31,9 +33,14 @@ def pick_precision(name, device):
     return name
 
 
+def set_precision(precision):
+    """The process's own setting, of float32 products; bf16 is a matter of autocast."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+
 def speed_up(agent, precision="fp32", compile=False):
     """Sets the precision of the agent's losses, and compiles them, in place."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    set_precision(precision)
     if precision == "bf16":
         for critic in (agent.networks["critic"], agent.targets["critic"]):
             for q in (critic.q1, critic.q2):
@@ -41,8 +48,9 @@ def speed_up(agent, precision="fp32", compile=False):
     for name in (*LOSSES, "encode"):
         function = getattr(agent, name)
         if compile and name in LOSSES:
-            # One graph a loss: a break would bring back what compiling is for. Shapes never change.
-            function = torch.compile(function, fullgraph=True, dynamic=False)
+            # One graph a loss: a break would bring back what compiling is for. Shapes never change. fallback_random:
+            # the target's noise comes from PyTorch's own generator, so that a seed means what it means without.
+            function = torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
         if precision == "bf16":
             function = _in_bfloat16(function, agent.device.type)
         setattr(agent, name, function)
@@ -67,6 +75,9 @@ def _keep_float32(layer, device_type):
 
 def captured(agent):
     """The agent's `update`, with its encoder update and its critic-and-actor update captured as CUDA graphs."""
+    for optimizer in agent.optimizers.values():
+        for group in optimizer.param_groups:
+            group["capturable"] = True
     agent.update_encoder = CapturedUpdate(agent, agent.update_encoder, ["encoder"])
     agent.update_critic_and_actor = CapturedUpdate(agent, agent.update_critic_and_actor, ["critic", "actor"])
     return agent.update
@@ -82,14 +93,14 @@ class CapturedUpdate:
 
     def __init__(self, agent, function, modules, record=None):
         self.agent, self.function, self.modules = agent, function, modules
-        self.record = record or record_cuda_graph
-        self.calls, self.replay_graph, self.info = 0, None, None
+        self.record = record or self.record_cuda_graph
+        self.calls, self.replay_graph, self.info, self.stream = 0, None, None, None
 
     def __call__(self, replay):
         self.calls += 1
         agent = self.agent
         if self.calls <= WARM_UP:
-            _beside(self.function, replay)
+            self.warm_up(replay)
             return
         if any(agent.sparse[name].due(agent.updates[name] + 1) for name in self.modules):
             self.function(replay)
@@ -109,22 +120,22 @@ class CapturedUpdate:
             agent.sparse[name].update_topology(agent.updates[name])  # not due: notes the step, and does nothing else
         agent.info.update(self.info)
 
+    def warm_up(self, replay):
+        """Runs on the stream that will record, as PyTorch asks; plainly where there are no streams."""
+        if replay.device.type != "cuda":
+            return self.function(replay)
+        self.stream = self.stream or torch.cuda.Stream()
+        main = torch.cuda.current_stream()
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
+            self.function(replay)
+        main.wait_stream(self.stream)
 
-def _beside(function, replay):
-    """On a side stream, as PyTorch asks of what runs before a capture; plainly where there are no streams."""
-    if replay.device.type != "cuda":
-        return function(replay)
-    stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(main)
-    with torch.cuda.stream(stream):
-        function(replay)
-    main.wait_stream(stream)
-
-
-def record_cuda_graph(function):
-    """Records the kernels of `function` without running them; returns what runs them."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # its own stream and memory pool; the default generator is registered by it
-        function()
-    return graph.replay
+    def record_cuda_graph(self, function):
+        """Records the kernels of `function` without running them; returns what runs them."""
+        gc.collect()  # a tensor that dies during the capture would break it
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):  # a memory pool of its own; registers the default generator
+            function()
+        return graph.replay

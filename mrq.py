@@ -97,8 +97,7 @@ class MRQ:
             network.to(self.device)
             # fused: one pass over the weights, and no host synchronisation
             self.optimizers[name] = torch.optim.AdamW(network.parameters(), lr=learning_rates[name],
-                                                      weight_decay=config.weight_decay, fused=True,
-                                                      capturable=self.device.type == "cuda")
+                                                      weight_decay=config.weight_decay, fused=True)
             self.sparse[name] = modules[name].sparse_training(network, self.optimizers[name], total_updates,
                                                               seed=1000 * seed + number)
             self.targets[name] = copy.deepcopy(network).requires_grad_(False)  # as sparse as the network
@@ -260,10 +259,13 @@ class MRQ:
         return {"encoder": {"zsa": zsa}, "critic": critic, "actor": {"pi": self.actor.mlp.features(zs)}}
 
     def probe_losses(self, batch, replay):
-        """Each module's own loss, one value a sample, with its graph: module -> (batch,)."""
-        zs = self.encode(batch.obs[:, 0])
-        return {"encoder": self.encoder_loss(batch, replay.termination_seen)[0], "critic": self.critic_loss(batch, zs)[0],
-                "actor": self.actor_loss(zs)[0]}
+        """Each module's own loss, one value a sample, with its graph: module -> (batch,).
+
+        By the plain methods of the class: what trains may be compiled, for another batch size and without this graph.
+        """
+        plain, zs = MRQ, self.encode(batch.obs[:, 0])
+        return {"encoder": plain.encoder_loss(self, batch, replay.termination_seen)[0],
+                "critic": plain.critic_loss(self, batch, zs)[0], "actor": plain.actor_loss(self, zs)[0]}
 
     def state_dict(self):
         """Tensors and plain values, nothing else; the replay buffer is not part of it."""

@@ -1165,7 +1165,8 @@ def test_compiled_losses_equal_plain_ones(monkeypatch):
     """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is
     PyTorch's own affair and is left out."""
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options: compile(
+        function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
     plain, compiled = tiny(), tiny()
     fast.speed_up(compiled, "fp32", compile=True)
     buffers = [filled(), filled()]
@@ -1348,7 +1349,7 @@ def test_a_bad_setting_of_a_dense_module_is_refused_too(tmp_path, monkeypatch):
 
 def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
     result = run_train(tmp_path, *SHORT, "--critic-lr", "1e30")
-    assert result.returncode != 0 and re.search(r"train.py: \w+ is (nan|inf|-inf) at agent step", result.stderr)
+    assert result.returncode != 0 and re.search(r"train.py: .* is \[?-?(nan|inf)\]? at agent step 6\d", result.stderr)
     assert "Traceback" not in result.stderr
     (folder,) = tmp_path.iterdir()
     assert len(table(folder, "eval.csv")) == 2 and len(table(folder, "train.csv")) == 1  # nothing is lost

@@ -143,6 +143,8 @@ def pick_device(name):
         raise ValueError(f"unknown --device {name!r}: choose auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but this PyTorch sees no CUDA device: use --device cpu, or install a CUDA build")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and generators are those of the current device
     return device
 
 
@@ -266,11 +268,13 @@ def train(args, device, env, agent, replay, evaluation, log):
             logged_step, logged_time = step, time.time()
         agent.observe(obs)
         action = agent.act(obs, explore=True) if learning else env.random_action()
+        if not np.isfinite(action).all():  # the last update broke the actor: seen without asking the device each step
+            write_training(step)  # names the loss that broke, if it shows already
+            raise FloatingPointError(f"the action is {action} at agent step {step}: the actor has diverged; stopped. All "
+                                     f"rows up to here are in {log.folder}")
         if learning:
             for _ in range(agent.updates_per_step):
                 agent.update(replay)
-        if not np.isfinite(action).all():  # seen here at once, and without asking the device each step
-            write_training(step)  # names the loss that broke
         next_obs, reward, terminated, truncated = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated, truncated)
         episode_return += reward
