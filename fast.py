@@ -18,7 +18,6 @@ import gc
 import torch
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-LOSSES = ("encoder_loss", "critic_loss", "actor_loss")
 WARM_UP = 3  # eager calls before a capture: allocators and autotuners settle; they are real updates, none is undone
 
 
@@ -42,14 +41,13 @@ def speed_up(agent, precision="fp32", compile=False):
     """Sets the precision of the agent's losses, and compiles them, in place."""
     set_precision(precision)
     if precision == "bf16":
-        for critic in (agent.networks["critic"], agent.targets["critic"]):
-            for q in (critic.q1, critic.q2):
-                _keep_float32(q.output, agent.device.type)
-    for name in (*LOSSES, "encode"):
+        for layer in agent.heads():
+            _keep_float32(layer, agent.device.type)
+    for name in (*agent.losses, *agent.passes):
         function = getattr(agent, name)
-        if compile and name in LOSSES:
+        if compile and name in agent.losses:
             # One graph a loss: a break would bring back what compiling is for. Shapes never change. fallback_random:
-            # the target's noise comes from PyTorch's own generator, so that a seed means what it means without.
+            # random numbers come from PyTorch's own generator, so that a seed means what it means without.
             function = torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
         if precision == "bf16":
             function = _in_bfloat16(function, agent.device.type)
@@ -64,7 +62,7 @@ def _in_bfloat16(function, device_type):
 
 
 def _keep_float32(layer, device_type):
-    """In bfloat16 a Q of 100 would be known to ±0.25 alone; the last layer is small enough to spare."""
+    """The last layer is small enough to spare."""
     plain = layer.forward
 
     def forward(x):
@@ -74,12 +72,12 @@ def _keep_float32(layer, device_type):
 
 
 def captured(agent):
-    """The agent's `update`, with its encoder update and its critic-and-actor update captured as CUDA graphs."""
+    """The agent's `update`, with what the agent names in `captures` captured as CUDA graphs."""
     for optimizer in agent.optimizers.values():
         for group in optimizer.param_groups:
             group["capturable"] = True
-    agent.update_encoder = CapturedUpdate(agent, agent.update_encoder, ["encoder"])
-    agent.update_critic_and_actor = CapturedUpdate(agent, agent.update_critic_and_actor, ["critic", "actor"])
+    for name, modules in agent.captures.items():
+        setattr(agent, name, CapturedUpdate(agent, getattr(agent, name), modules))
     return agent.update
 
 

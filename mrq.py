@@ -12,37 +12,14 @@ Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it by `p
     agent.info["critic_loss"]                   # what the last update saw, as device scalars
 """
 
-import contextlib
-import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from modules import ModularAgent, ModuleConfig, frozen
 from networks import Actor, Critic, Encoder
 from replay import multi_step_return
-from sparsity import SparseTraining
-
-
-@dataclass(frozen=True)
-class ModuleConfig:
-    """How one module is built and trained. The agent's other settings never depend on it."""
-    arch_type: int = 4  # 1 to 6, networks.ARCH_CONFIGS
-    regime: str = "dense"  # sparsity.REGIMES
-    width_scale: float = 1.0  # multiplies the hidden width
-    depth_scale: float = 1.0  # multiplies the number of blocks
-    sparsity: float = 0.6  # Section 3, Setup
-    residual: str = "pre"  # Eq. (5); "post" is Eq. (6)
-    sparse_options: dict = field(default_factory=dict)  # further arguments of SparseTraining
-
-    def size(self):
-        """The arguments that the classes of networks.py share."""
-        return {"arch_type": self.arch_type, "width_scale": self.width_scale, "depth_scale": self.depth_scale,
-                "residual": self.residual}
-
-    def sparse_training(self, network, optimizer, total_updates, seed):
-        return SparseTraining(network, optimizer, self.regime, self.sparsity, total_steps=total_updates, seed=seed,
-                              **self.sparse_options)
 
 
 DEFAULT = {"encoder": ModuleConfig(4), "critic": ModuleConfig(4), "actor": ModuleConfig(3)}  # Table 2
@@ -50,20 +27,16 @@ MST = {"encoder": ModuleConfig(6, "dense"), "critic": ModuleConfig(6, "dst"), "a
 
 
 @dataclass(frozen=True)
-class MRQConfig:
-    """Tables 1 and 2. Every comment is the flag's help text."""
+class MRConfig:
+    """Tables 1 and 2, without the policy: MR.SAC has these settings too. Every comment is the flag's help text."""
     batch_size: int = 256  # transitions (or subtrajectories) a gradient step
     discount: float = 0.99  # γ, a step
     encoder_horizon: int = 5  # H_Enc, steps the dynamics are unrolled
     q_horizon: int = 3  # H_Q, steps of the multi-step return
     target_update_freq: int = 250  # updates between two copies of the targets, and encoder updates in a burst
-    exploration_noise: float = 0.2  # std of the Gaussian added to actions
-    target_noise: float = 0.2  # std of the Gaussian added to target actions
-    target_noise_clip: float = 0.3  # bound of that noise
     dynamics_weight: float = 1.0  # λ_Dynamics
     reward_weight: float = 0.1  # λ_Reward
     terminal_weight: float = 0.1  # λ_Terminal
-    pre_activation_weight: float = 1e-5  # λ_pre-activ, on the actor's output before tanh
     encoder_lr: float = 1e-4  # AdamW learning rate of the encoder
     critic_lr: float = 3e-4  # AdamW learning rate of the critic
     actor_lr: float = 3e-4  # AdamW learning rate of the actor
@@ -72,42 +45,54 @@ class MRQConfig:
     reward_bins: int = 65  # bins of the two-hot reward
     reward_range: float = 10.0  # bins span ±this in symlog space: ±22,000 in rewards
 
+    @property
+    def horizon(self):
+        """The longest subtrajectory that the replay buffer must keep."""
+        return max(self.encoder_horizon, self.q_horizon)
 
-class MRQ:
+
+@dataclass(frozen=True)
+class MRQConfig(MRConfig):
+    """... and MR.Q's deterministic policy."""
+    exploration_noise: float = 0.2  # std of the Gaussian added to actions
+    target_noise: float = 0.2  # std of the Gaussian added to target actions
+    target_noise_clip: float = 0.3  # bound of that noise
+    pre_activation_weight: float = 1e-5  # λ_pre-activ, on the actor's output before tanh
+
+
+class MRQ(ModularAgent):
     """The agent. modules: a ModuleConfig for "encoder", "critic" and "actor".
 
     total_updates: T of the sparsity schedules. Each module gets as many updates as the agent takes learning steps.
     """
 
+    Config = MRQConfig
+    presets = {"default": DEFAULT, "mst": MST}
     updates_per_step = 1  # Table 1, replay ratio
     learning_starts = 10_000  # Table 1, initial random steps: a default, train.py decides
     prioritized = True
+    losses, passes = ("encoder_loss", "critic_loss", "actor_loss"), ("encode",)
+    captures = {"update_encoder": ["encoder"], "update_critic_and_actor": ["critic", "actor"]}
 
-    def __init__(self, obs_dim, action_dim, modules=None, config=MRQConfig(), total_updates=490_000, device="cpu", seed=0):
+    def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=490_000, device="cpu", seed=0):
         modules = modules or DEFAULT
-        self.config, self.device = config, torch.device(device)
-        self.horizon = max(config.encoder_horizon, config.q_horizon)
+        self.config = config = config or self.Config()
+        self.horizon = config.horizon
         self.encoder = Encoder(obs_dim, action_dim, num_bins=config.reward_bins, **modules["encoder"].size())
         self.critic = Critic(self.encoder.zsa_dim, **modules["critic"].size())
-        self.actor = Actor(self.encoder.zs_dim, action_dim, **modules["actor"].size())
-        self.networks = {"encoder": self.encoder, "critic": self.critic, "actor": self.actor}
-        learning_rates = {"encoder": config.encoder_lr, "critic": config.critic_lr, "actor": config.actor_lr}
-        self.optimizers, self.sparse, self.targets = {}, {}, {}
-        for number, (name, network) in enumerate(self.networks.items()):
-            network.to(self.device)
-            # fused: one pass over the weights, and no host synchronisation
-            self.optimizers[name] = torch.optim.AdamW(network.parameters(), lr=learning_rates[name],
-                                                      weight_decay=config.weight_decay, fused=True)
-            self.sparse[name] = modules[name].sparse_training(network, self.optimizers[name], total_updates,
-                                                              seed=1000 * seed + number)
-            self.targets[name] = copy.deepcopy(network).requires_grad_(False)  # as sparse as the network
-        self.updates = {name: 0 for name in self.networks}  # of each module
+        self.actor = self.make_actor(self.encoder.zs_dim, action_dim, modules["actor"].size())
+        super().__init__(
+            {"encoder": self.encoder, "critic": self.critic, "actor": self.actor}, modules,
+            {"encoder": config.encoder_lr, "critic": config.critic_lr, "actor": config.actor_lr}, config.weight_decay,
+            ("encoder", "critic", "actor"), total_updates, device, seed)
         # Scales as device scalars: a Python number would freeze in a captured graph.
         self.reward_scale = torch.ones((), device=self.device)  # r̄
         self.target_reward_scale = torch.ones((), device=self.device)  # r̄', the scale before
         self.bins = symexp(torch.linspace(-config.reward_range, config.reward_range, config.reward_bins,
                                           device=self.device))
-        self.info = {}  # what the last updates saw: name -> device scalar
+
+    def make_actor(self, zs_dim, action_dim, size):
+        return Actor(zs_dim, action_dim, **size)
 
     # ---- acting ----
 
@@ -119,9 +104,6 @@ class MRQ:
         if explore:
             action = (action + torch.randn_like(action) * self.config.exploration_noise).clamp(-1, 1)
         return action.cpu().numpy()
-
-    def observe(self, obs):
-        """MR.Q keeps no statistics of observations."""
 
     # ---- learning ----
 
@@ -164,18 +146,6 @@ class MRQ:
             losses, info = self.actor_loss(zs)
         self._step("actor", losses.mean())
         self.info.update(info)
-
-    def _step(self, name, loss, clip=None):
-        """One optimiser step of one module, in the order that sparse training needs."""
-        parameters, optimizer, sparse = list(self.networks[name].parameters()), self.optimizers[name], self.sparse[name]
-        self.updates[name] += 1
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        sparse.update_topology(self.updates[name])  # ranks growth by this loss's dense gradient
-        sparse.mask_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else None  # what is pruned does not count
-        optimizer.step()
-        return norm
 
     # ---- losses, one value a sample: (batch,) ----
 
@@ -225,17 +195,21 @@ class MRQ:
 
     @torch.no_grad()
     def td_target(self, batch):
-        """[Σ γ^k r_k + γ^H · not done · r̄' · min Q'(s_H, π'(s_H) + noise)] / r̄: (batch, 1).  Eq. (11)"""
+        """[Σ γ^k r_k + γ^H · not done · r̄' · V'(s_H)] / r̄: (batch, 1).  Eq. (11)"""
         config = self.config
         returns, not_done = multi_step_return(batch.reward[:, :config.q_horizon], batch.terminated[:, :config.q_horizon],
                                               config.discount)
-        zs = self.targets["encoder"].zs(batch.obs[:, config.q_horizon])
+        value = self.target_value(self.targets["encoder"].zs(batch.obs[:, config.q_horizon]))
+        discount_h = config.discount ** config.q_horizon
+        return (returns + discount_h * not_done * self.target_reward_scale * value) / self.reward_scale
+
+    def target_value(self, zs):
+        """V' = min Q'(s, π'(s) + noise) of the target networks, in units of r̄': (batch, zs) -> (batch, 1).  Eq. (11)"""
+        config = self.config
         action, _ = self.targets["actor"](zs)
         noise = (torch.randn_like(action) * config.target_noise).clamp(-config.target_noise_clip, config.target_noise_clip)
         action = (action + noise).clamp(-1, 1)
-        q = self.targets["critic"](self.targets["encoder"](zs, action)).amin(1, keepdim=True)
-        discount_h = config.discount ** config.q_horizon
-        return (returns + discount_h * not_done * self.target_reward_scale * q) / self.reward_scale
+        return self.targets["critic"](self.targets["encoder"](zs, action)).amin(1, keepdim=True)
 
     def actor_loss(self, zs):
         """-(Q1 + Q2)/2 of the actor's own action, and a pull on what enters tanh.  Eq. (12)"""
@@ -255,45 +229,20 @@ class MRQ:
         """
         zs = self.encoder.zs(batch.obs[:, 0])
         zsa = self.encoder(zs, batch.action[:, 0])
-        critic = {name: q.features(zsa) for name, q in (("q1", self.critic.q1), ("q2", self.critic.q2))}
-        return {"encoder": {"zsa": zsa}, "critic": critic, "actor": {"pi": self.actor.mlp.features(zs)}}
+        critic = {name: q.features(zsa) for name, q in self.critic.named_children()}
+        return {"encoder": {"zsa": zsa}, "critic": critic, "actor": {"pi": self.actor.features(zs)}}
 
     def probe_losses(self, batch, replay):
         """Each module's own loss, one value a sample, with its graph: module -> (batch,).
 
         By the plain methods of the class: what trains may be compiled, for another batch size and without this graph.
         """
-        plain, zs = MRQ, self.encode(batch.obs[:, 0])
+        plain, zs = type(self), self.encode(batch.obs[:, 0])
         return {"encoder": plain.encoder_loss(self, batch, replay.termination_seen)[0],
                 "critic": plain.critic_loss(self, batch, zs)[0], "actor": plain.actor_loss(self, zs)[0]}
 
-    def state_dict(self):
-        """Tensors and plain values, nothing else; the replay buffer is not part of it."""
-        parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()}
-                 for kind in ("networks", "targets", "optimizers", "sparse")}
-        return parts | {"updates": dict(self.updates), "reward_scale": self.reward_scale.clone(),
-                        "target_reward_scale": self.target_reward_scale.clone()}
-
-    def load_state_dict(self, state):
-        for kind in ("networks", "targets", "optimizers", "sparse"):
-            for name, part in getattr(self, kind).items():
-                part.load_state_dict(state[kind][name])
-        self.updates = dict(state["updates"])
-        self.reward_scale.copy_(state["reward_scale"])
-        self.target_reward_scale.copy_(state["target_reward_scale"])
-
-
-@contextlib.contextmanager
-def frozen(*modules):
-    """What is computed within asks no gradient of these modules' weights, and so spends nothing on them."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+    def tensors(self):
+        return {"reward_scale": self.reward_scale, "target_reward_scale": self.target_reward_scale}
 
 
 def symexp(x):

@@ -191,6 +191,9 @@ class Actor(nn.Module):
         hidden, blocks = scaled_size(scale, width_scale, depth_scale)
         self.mlp = BlockMLP(zs_dim, action_dim, hidden, num_blocks=blocks, residual=residual, **arch_config(arch_type))
 
+    def features(self, zs):
+        return self.mlp.features(zs)
+
     def forward(self, zs):
         """(..., zs_dim) -> action in [-1, 1] and pre-activation, (..., action_dim) each"""
         pre_activation = self.mlp(zs)
