@@ -237,7 +237,8 @@ class MRQ(ModularAgent):
 
         By the plain methods of the class: what trains may be compiled, for another batch size and without this graph.
         """
-        plain, zs = type(self), self.encode(batch.obs[:, 0])
+        plain = type(self)
+        zs = plain.encode(self, batch.obs[:, 0])
         return {"encoder": plain.encoder_loss(self, batch, replay.termination_seen)[0],
                 "critic": plain.critic_loss(self, batch, zs)[0], "actor": plain.actor_loss(self, zs)[0]}
 

@@ -54,7 +54,7 @@ class SACConfig(SimbaConfig):
     """... and SAC's temperature."""
     initial_temperature: float = 0.01  # α at the start
     temperature_lr: float = 1e-4  # Adam learning rate of log α
-    target_entropy: float = -0.5  # a dimension of the action
+    target_entropy: float = -0.5  # what entropy is held near, times the number of action dimensions
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class MRSACConfig(MRConfig):
     """MR.Q's settings without its policy, and SAC's temperature, which lives in units of the reward scale."""
     initial_temperature: float = 0.01  # α at the start
     temperature_lr: float = 3e-4  # Adam learning rate of log α
-    target_entropy: float = -0.5  # a dimension of the action
+    target_entropy: float = -0.5  # what entropy is held near, times the number of action dimensions
     target_policy: str = "target"  # target | online: which actor chooses the action of the TD target
     target_q: str = "min"  # min | mean: which of two Q enters the TD target
     actor_q: str = "min"  # min | mean: which of two Q the actor climbs
@@ -101,10 +101,13 @@ def reduce_q(q, reduction):
     return q.amin(1) if reduction == "min" else q.mean(1)
 
 
-def check_reductions(config):
+def check_reductions(config, twin=True):
     for name in ("target_q", "actor_q"):
-        if getattr(config, name) not in REDUCTIONS:
-            raise ValueError(f"unknown --{name.replace('_', '-')} {getattr(config, name)!r}: choose min or mean")
+        flag, reduction = "--" + name.replace("_", "-"), getattr(config, name)
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"unknown {flag} {reduction!r}: choose min or mean")
+        if reduction != "min" and not twin:
+            raise ValueError(f"{flag} {reduction} chooses between two Q networks, and there is one: add --twin-critics")
 
 
 class Temperature:
@@ -146,7 +149,7 @@ class SimbaAgent(ModularAgent):
     def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=990_000, device="cpu", seed=0):
         modules = modules or SIMBA
         self.config = config = config or self.Config()
-        check_reductions(config)
+        check_reductions(config, config.twin_critics)
         self.horizon = config.horizon
         size = {name: scaled_size(1, modules[name].width_scale, modules[name].depth_scale, width, depth)
                 for name, width, depth in (("critic", 512, 2), ("actor", 128, 1))}

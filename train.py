@@ -1,14 +1,16 @@
-"""Trains MR.Q with module-specific sparse training on a DeepMind Control task.
+"""Trains MR.Q, SAC, DDPG or MR.SAC with module-specific sparse training on a DeepMind Control task.
 
     python train.py --mst --env cartpole-swingup                       # the paper's preset: dense, DST, SST
     python train.py --mst --scale 5 --env dog-run                      # 371 M parameters, on a GPU
     python train.py --critic-regime dst --scale 5                      # one module's regime at a time
     python train.py --encoder-type 2 --encoder-regime s2d              # a cell of Figure 2
+    python train.py --algo sac --mst --width-scale 4 --depth-scale 3   # Figure 14's size; --help after --algo: its flags
 
 Steps are agent steps: two frames each. Each run writes runs/<name>/config.json, eval.csv and train.csv.
 Paper: Sections 3 and 4, Algorithm 1, Tables 1 and 2.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import math
@@ -27,10 +29,13 @@ from tqdm import tqdm
 import fast
 import metrics
 from envs import Env, LockstepEvaluation
-from mrq import DEFAULT, MRQ, MST, ModuleConfig, MRQConfig
+from modules import ModuleConfig
+from mrq import MRQ, MRQConfig
 from replay import Batch, ReplayBuffer
 from runlog import RunLog
+from sac import DDPG, MRSAC, SAC, DDPGConfig, MRSACConfig, SACConfig
 
+ALGORITHMS = {"mrq": MRQ, "sac": SAC, "ddpg": DDPG, "mrsac": MRSAC}
 METRIC_BATCH = 2048  # samples that SRank and the dormant ratio are read from
 INTERFERENCE_SAMPLES = 32  # per-sample gradients that are compared
 
@@ -61,7 +66,7 @@ class ActorArgs:
 
 @dataclass
 class SparsityArgs:
-    sparsity: float = 0.6  # share of weights pruned in every module whose regime is not dense (Section 3)
+    sparsity: float = 0.6  # share of weights pruned in every module whose regime is not dense; 0.8 for sac and ddpg
     distribution: str = "er"  # er | uniform: how sparsity is spread over the layers (Fig. 12)
     growth: str = "gradient"  # gradient (RigL) | random (SET): which weights grow (Fig. 12)
     update_interval: int = 1000  # a module's own updates between two changes of its topology
@@ -74,10 +79,11 @@ class SparsityArgs:
 
 @dataclass
 class Args:
+    algo: str = "mrq"  # mrq | sac | ddpg | mrsac
     env: str = "dog-run"  # a DeepMind Control task, domain-task
     seed: int = 0  # of environment, exploration, networks and masks
     total_steps: int = 500_000  # agent steps in all
-    learning_starts: int = 10_000  # random steps before learning
+    learning_starts: int = 10_000  # random steps before learning; 5,000 for sac and ddpg
     eval_every: int = 5_000  # agent steps between two evaluations
     eval_episodes: int = 10  # episodes an evaluation
     eval_workers: int = 0  # processes that step the evaluation's environments; they change no result
@@ -85,7 +91,7 @@ class Args:
     precision: str = "auto"  # auto | fp32 | tf32 | bf16, of matrix products; auto is tf32 on CUDA, fp32 elsewhere
     compile: bool = False  # torch.compile the losses (needs a C++ compiler on a CPU)
     cuda_graphs: bool = False  # capture updates as CUDA graphs
-    mst: bool = False  # the paper's Module-Specific Training: encoder 6 dense, critic 6 DST, actor 5 SST
+    mst: bool = False  # the paper's Module-Specific Training: encoder dense (type 6), critic DST (6), actor SST (5)
     scale: float = 1.0  # multiplies width and depth of every module
     width_scale: float | None = None  # width alone, of every module, instead of the scales
     depth_scale: float | None = None  # depth alone, of every module, instead of the scales
@@ -94,7 +100,8 @@ class Args:
     critic: tyro.conf.OmitArgPrefixes[CriticArgs] = field(default_factory=CriticArgs)
     actor: tyro.conf.OmitArgPrefixes[ActorArgs] = field(default_factory=ActorArgs)
     sparse: tyro.conf.OmitArgPrefixes[SparsityArgs] = field(default_factory=SparsityArgs)
-    agent: tyro.conf.OmitArgPrefixes[MRQConfig] = field(default_factory=MRQConfig)
+    agent: tyro.conf.OmitArgPrefixes[tyro.conf.AvoidSubcommands[MRQConfig | SACConfig | DDPGConfig | MRSACConfig]] = field(
+        default_factory=MRQConfig)
     buffer_size: int = 1_000_000  # replay rows; an episode takes its length + 1
     log_every: int = 500  # agent steps between two rows of train.csv
     runs: str = "runs"  # folder that runs are written into
@@ -103,37 +110,65 @@ class Args:
     wandb_project: str | None = None  # also log to this Weights & Biases project
 
 
+def defaults(algo):
+    """The flags' defaults for this algorithm."""
+    if algo not in ALGORITHMS:
+        raise ValueError(f"unknown --algo {algo!r}: choose one of {', '.join(ALGORITHMS)}")
+    agent_class = ALGORITHMS[algo]
+    sparsity = agent_class.presets["default"]["critic"].sparsity
+    return Args(algo=algo, learning_starts=agent_class.learning_starts, sparse=SparsityArgs(sparsity=sparsity),
+                agent=agent_class.Config())
+
+
+def parse(arguments=None):
+    """Command line -> Args. The algorithm is read first: it has flags and defaults of its own."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--algo", default="mrq")
+    algo = first.parse_known_args(arguments)[0].algo
+    return tyro.cli(Args, args=arguments, default=defaults(algo), description=__doc__)
+
+
 def module_configs(args):
-    """The three modules as the flags describe them: the preset, then what was said of one module."""
+    """The agent's modules as the flags describe them: the preset, then what was said of one module."""
     options = {"distribution": args.sparse.distribution, "grow": args.sparse.growth,
                "update_interval": args.sparse.update_interval, "drop_initial": args.sparse.drop_initial,
                "drop_final": args.sparse.drop_final, "schedule_start": args.sparse.schedule_start,
                "schedule_end": args.sparse.schedule_end, "power": args.sparse.schedule_power}
+    presets = ALGORITHMS[args.algo].presets["mst" if args.mst else "default"]
     modules = {}
-    for name, preset in (MST if args.mst else DEFAULT).items():
-        own = getattr(args, name)
-        arch_type, regime, scale, sparsity = (
-            getattr(own, f"{name}_{part}") for part in ("type", "regime", "scale", "sparsity"))
-        scale = _first(scale, args.scale)
+    for name in ("encoder", "critic", "actor"):
+        own = {part: getattr(getattr(args, name), f"{name}_{part}") for part in ("type", "regime", "scale", "sparsity")}
+        if name not in presets:
+            given = [part for part, value in own.items() if value is not None]
+            if given:
+                raise ValueError(f"--{name}-{given[0]}: {args.algo} has no {name}, only {' and '.join(presets)}")
+            continue
+        preset = presets[name]
+        if preset.arch_type == "simba" and own["type"] is not None:
+            raise ValueError(f"--{name}-type: {args.algo} runs on SimBa networks; the six types are for mrq and mrsac")
+        if preset.arch_type == "simba" and args.residual != "pre":
+            raise ValueError(f"--residual: {args.algo} runs on SimBa networks, whose residual connections are fixed")
+        scale = _first(own["scale"], args.scale)
         modules[name] = ModuleConfig(
-            arch_type=_first(arch_type, preset.arch_type), regime=_first(regime, preset.regime),
+            arch_type=_first(own["type"], preset.arch_type), regime=_first(own["regime"], preset.regime),
             width_scale=_first(args.width_scale, scale), depth_scale=_first(args.depth_scale, scale),
-            sparsity=_first(sparsity, args.sparse.sparsity), residual=args.residual, sparse_options=options)
+            sparsity=_first(own["sparsity"], args.sparse.sparsity), residual=args.residual, sparse_options=options)
     return modules
 
 
 def run_name(args):
-    """The task and every setting that is not its default, so that two different runs never share a name."""
-    def settings(config):
+    """The task, the algorithm if it is not MR.Q, and every setting that is not its default, so that two different runs
+    never share a name."""
+    def settings(config, default):
         for spec in dataclasses.fields(config):
-            value = getattr(config, spec.name)
-            default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()
+            value, usual = getattr(config, spec.name), getattr(default, spec.name)
             if dataclasses.is_dataclass(value):
-                yield from settings(value)
-            elif value != default and spec.name not in ("env", "seed", "device", "runs", "name", "tensorboard",
-                                                        "wandb_project", "eval_workers"):
+                yield from settings(value, usual)
+            elif value != usual and spec.name not in ("env", "seed", "device", "runs", "name", "tensorboard",
+                                                      "wandb_project", "eval_workers"):
                 yield f"{spec.name.replace('_', '-')}={value}" if value is not True else spec.name
-    return "__".join([args.env, *settings(args), f"seed={args.seed}"])
+    algo = [] if args.algo == "mrq" else [args.algo]
+    return "__".join([args.env, *algo, *settings(args, defaults(args.algo)), f"seed={args.seed}"])
 
 
 def pick_device(name):
@@ -150,19 +185,18 @@ def pick_device(name):
 
 def check(args):
     """What would otherwise fail late, or silently do something else."""
-    horizon = max(args.agent.encoder_horizon, args.agent.q_horizon)
-    at_least = {"total_steps": 1, "learning_starts": horizon + 1, "eval_every": 1, "eval_episodes": 1, "eval_workers": 0,
+    at_least = {"total_steps": 1, "learning_starts": args.agent.horizon + 1, "eval_every": 1, "eval_episodes": 1, "eval_workers": 0,
                 "log_every": 1, "batch_size": 1, "encoder_horizon": 1, "q_horizon": 1, "target_update_freq": 1,
                 "reward_bins": 2}
     values = dataclasses.asdict(args) | dataclasses.asdict(args.agent)
     for name, least in at_least.items():
-        if values[name] < least:
+        if values.get(name, least) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {values[name]}")
 
 
 def describe(agent, modules, args, device, folder):
     """What the run is, before it starts: modules, sizes, densities, and where it writes."""
-    lines = [f"{args.env}, seed {args.seed}, {args.total_steps:,} agent steps on {device}"]
+    lines = [f"{args.algo} on {args.env}, seed {args.seed}, {args.total_steps:,} agent steps on {device}"]
     for name, network in agent.networks.items():
         count = sum(parameter.numel() for parameter in network.parameters())
         config = modules[name]
@@ -171,7 +205,7 @@ def describe(agent, modules, args, device, folder):
                      f"×{config.depth_scale:g}  {(count - head) / 1e6:8.3f} M"
                      + (f" + {head / 1e6:.2f} M head" if head else "") + f"  density {agent.sparse[name].density():.3f}")
     collapsing = [name for name, config in modules.items()
-                  if config.arch_type <= 4 and max(config.width_scale, config.depth_scale) >= 3]
+                  if config.arch_type in (1, 2, 3, 4) and max(config.width_scale, config.depth_scale) >= 3]
     if collapsing:
         lines.append(f"  note: large networks without residual connections ({', '.join(collapsing)}) are what the paper "
                      "shows collapsing; --mst is its remedy")
@@ -208,8 +242,9 @@ def build(args):
     modules = module_configs(args)
     torch.manual_seed(args.seed)
     env = Env(args.env, seed=args.seed)
-    total_updates = max(1, args.total_steps - args.learning_starts) * MRQ.updates_per_step
-    agent = MRQ(env.obs_dim, env.action_dim, modules, args.agent, total_updates, device, args.seed)
+    agent_class = ALGORITHMS[args.algo]
+    total_updates = max(1, args.total_steps - args.learning_starts) * agent_class.updates_per_step
+    agent = agent_class(env.obs_dim, env.action_dim, modules, args.agent, total_updates, device, args.seed)
     fast.speed_up(agent, precision, args.compile)
     if args.cuda_graphs:
         fast.captured(agent)
@@ -290,8 +325,8 @@ def train(args, device, env, agent, replay, evaluation, log):
 
 
 def main():
-    args = tyro.cli(Args, description=__doc__)
     try:
+        args = parse()
         parts = build(args)
     except (ValueError, MemoryError, OSError, ImportError, torch.OutOfMemoryError) as error:
         sys.exit(f"train.py: {str(error).splitlines()[0]}")
