@@ -3,6 +3,7 @@
     python bench.py                                  # scale 1, this machine, dog-run shapes
     python bench.py --scales 1 3 5 --csv bench.csv   # the README's table, on a GPU
     python bench.py --variants dense mst mst+bf16    # which forms to compare
+    python bench.py --algo sac --env humanoid-run --width-scale 4 --depth-scale 3
 
 Every figure is a median, in milliseconds per agent step; the encoder's burst and the topology updates are spread over the
 steps they serve. The variants of one scale take turns within one run, so that a noisy machine is noisy to all of them:
@@ -24,9 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fast
 from envs import Env
-from mrq import MRQ, MST, frozen
+from modules import frozen
+from mrq import MRQ
 from replay import ReplayBuffer
-from train import pick_device
+from train import ALGORITHMS, defaults, pick_device
 
 PHASES = ("sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act")
 BYTES_A_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all but the gradient, 4 bytes each
@@ -34,7 +36,10 @@ BYTES_A_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all
 
 @dataclass
 class Args:
-    scales: list[float] = field(default_factory=lambda: [1.0])  # of all three modules
+    algo: str = "mrq"  # mrq | sac | ddpg | mrsac
+    scales: list[float] = field(default_factory=lambda: [1.0])  # width and depth of every module
+    width_scale: float | None = None  # width alone, instead of the scale
+    depth_scale: float | None = None  # depth alone, instead of the scale
     variants: list[str] = field(default_factory=lambda: ["dense", "mst"])  # dense | mst, then +bf16, +tf32, +compile, +graphs
     env: str = "dog-run"  # whose shapes and whose step are timed
     steps: int = 20  # timed repetitions of each phase
@@ -62,17 +67,19 @@ class Clock:
         return begin.elapsed_time(end)
 
 
-def variant_agent(variant, scale, env, device):
+def variant_agent(variant, scale, env, device, args):
     """The agent that a variant's name describes, e.g. mst+bf16+compile."""
     kind, *options = variant.split("+")
     unknown = set(options) - {"bf16", "tf32", "fp32", "compile", "graphs"}
     if kind not in ("dense", "mst") or unknown:
         raise ValueError(f"unknown variant {variant!r}: dense or mst, then +fp32, +tf32, +bf16, +compile, +graphs")
-    modules = {name: dataclasses.replace(module, width_scale=scale, depth_scale=scale,
+    agent_class = ALGORITHMS[args.algo]
+    width, depth = (scale if own is None else own for own in (args.width_scale, args.depth_scale))
+    modules = {name: dataclasses.replace(module, width_scale=width, depth_scale=depth,
                                          regime=module.regime if kind == "mst" else "dense")
-               for name, module in MST.items()}  # the same architectures, so that the regime is all that differs
+               for name, module in agent_class.presets["mst"].items()}  # so that the regime is all that differs
     torch.manual_seed(0)
-    agent = MRQ(env.obs_dim, env.action_dim, modules, device=device)
+    agent = agent_class(env.obs_dim, env.action_dim, modules, device=device)
     fast.speed_up(agent, precision_of(variant, device), "compile" in options)
     if "graphs" in options:
         fast.captured(agent)
@@ -89,9 +96,10 @@ def release_memory():
 
 
 def filled_replay(env, agent, steps=2000):
-    replay = ReplayBuffer(env.obs_dim, env.action_dim, 1_000_000, agent.horizon, device=agent.device)
+    replay = ReplayBuffer(env.obs_dim, env.action_dim, 1_000_000, agent.horizon, agent.prioritized, device=agent.device)
     obs = env.reset()
     for _ in range(steps):
+        agent.observe(obs)
         action = env.random_action()
         next_obs, reward, terminated, truncated = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated, truncated)
@@ -99,31 +107,55 @@ def filled_replay(env, agent, steps=2000):
     return replay
 
 
-def phases(agent, replay, env):
-    """Each phase as a function that can be timed by itself: name -> (function, how often an agent step has it)."""
+def mrq_phases(agent, replay):
+    """What the agents on an encoder do: phase -> function."""
     config = agent.config
     batch = replay.sample(config.batch_size, config.encoder_horizon)
     short = replay.sample(config.batch_size, config.q_horizon)
     zs = agent.encode(short.obs[:, 0])
-    obs = env.reset()
 
     def sample():
         replay.sample(config.batch_size, config.encoder_horizon)
         drawn = replay.sample(config.batch_size, config.q_horizon)
         replay.update_priority(drawn.index, drawn.reward[:, 0])
 
-    def critic():
-        agent.critic_loss(short, agent.encode(short.obs[:, 0]))[0].mean().backward()
-
     def actor():
         with frozen(agent.encoder, agent.critic):
-            losses, _ = agent.actor_loss(zs)
+            losses = agent.actor_loss(zs)[0]
         losses.mean().backward()
 
     def optimiser():
         torch.nn.utils.clip_grad_norm_(list(agent.critic.parameters()), config.critic_grad_clip)
         for optimizer in agent.optimizers.values():
             optimizer.step()
+
+    return {"sample": sample,
+            "encoder": lambda: agent.encoder_loss(batch, replay.termination_seen)[0].mean().backward(),
+            "critic": lambda: agent.critic_loss(short, agent.encode(short.obs[:, 0]))[0].mean().backward(),
+            "actor": actor, "optimiser": optimiser}
+
+
+def simba_phases(agent, replay):
+    """What SAC and DDPG do: phase -> function."""
+    batch = agent.draw(replay)
+
+    def actor():
+        with frozen(agent.critic):
+            losses = agent.actor_loss(batch.obs[:, 0])[0]
+        losses.mean().backward()
+
+    def optimiser():  # and the soft target
+        for optimizer in agent.optimizers.values():
+            optimizer.step()
+        agent.update_target(topology_changed=False)
+
+    return {"sample": lambda: agent.draw(replay), "critic": lambda: agent.critic_loss(batch)[0].mean().backward(),
+            "actor": actor, "optimiser": optimiser}
+
+
+def phases(agent, replay, env):
+    """Each phase as a function that can be timed by itself: name -> (function, how often an agent step has it)."""
+    obs = env.reset()
 
     def masks():
         for sparse in agent.sparse.values():
@@ -138,11 +170,11 @@ def phases(agent, replay, env):
         if env.step(env.random_action())[3]:
             env.reset()
 
-    return {"sample": (sample, 1),
-            "encoder": (lambda: agent.encoder_loss(batch, replay.termination_seen)[0].mean().backward(), 1),
-            "critic": (critic, 1), "actor": (actor, 1), "optimiser": (optimiser, 1), "masks": (masks, 1),
-            "topology": (topology, 1 / agent.sparse["critic"].update_interval), "environment": (environment, 1),
-            "act": (lambda: agent.act(obs, explore=True), 1)}
+    own = mrq_phases(agent, replay) if isinstance(agent, MRQ) else simba_phases(agent, replay)
+    updates = agent.updates_per_step
+    return {name: (function, updates) for name, function in (own | {"masks": masks}).items()} | {
+        "topology": (topology, updates / agent.sparse["critic"].update_interval), "environment": (environment, 1),
+        "act": (lambda: agent.act(obs, explore=True), 1)}
 
 
 def memory(agent, replay):
@@ -176,32 +208,32 @@ def bench_scale(scale, args, device):
     for variant in args.variants:
         kind = variant.split("+")[0]
         if kind not in flops:  # on an agent of its own: a compiler refuses to work while operations are counted
-            agent = variant_agent(kind, scale, env, device)
+            agent = variant_agent(kind, scale, env, device, args)
             replay = filled_replay(env, agent, steps=20)
             with FlopCounterMode(display=False) as counter:
-                agent.update_encoder(replay)
-                agent.update_critic_and_actor(replay)
-            flops[kind] = counter.get_total_flops()
+                for update in agent.captures:
+                    getattr(agent, update)(replay)
+            flops[kind] = counter.get_total_flops() * agent.updates_per_step
             del agent, replay
             release_memory()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        agent = variant_agent(variant, scale, env, device)
+        agent = variant_agent(variant, scale, env, device, args)
         replay = filled_replay(env, agent)
-        agent.refresh_targets(replay)
+        if isinstance(agent, MRQ):
+            agent.refresh_targets(replay)
         for _ in range(fast.WARM_UP + 1):
-            agent.update_encoder(replay)
-            agent.update_critic_and_actor(replay)
+            for update in agent.captures:
+                getattr(agent, update)(replay)
         peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else float("nan")
         cases[variant] = agent, replay, phases(agent, replay, env), precision_of(variant, device), peak
     times = {variant: {} for variant in cases}
     for _ in range(args.steps):
         for variant, (agent, replay, parts, precision, _) in cases.items():
             fast.set_precision(precision)  # one setting for the whole process: each variant's turn has its own
-            for name, function in (("update_encoder", lambda: agent.update_encoder(replay)),
-                                   ("update_rest", lambda: agent.update_critic_and_actor(replay))):
-                times[variant].setdefault(name, []).append(time_of(function))
+            for update in agent.captures:
+                times[variant].setdefault(update, []).append(time_of(lambda: getattr(agent, update)(replay)))
             for name, (function, _) in parts.items():
                 times[variant].setdefault(name, []).append(time_of(function))
     rows = []
@@ -211,9 +243,10 @@ def bench_scale(scale, args, device):
         flop_rate, byte_rate = rates(device, precision)
         count = flops[variant.split("+")[0]]
         row = {"scale": scale, "variant": variant, "weights": weights,
-               "update": medians["update_encoder"] + medians["update_rest"]}
-        row |= {name: medians[name] * share for name, (_, share) in parts.items()}
-        row |= {"floor": 1e3 * (count / flop_rate + weights * BYTES_A_WEIGHT / byte_rate), "gflop": count / 1e9,
+               "update": sum(medians[update] for update in agent.captures) * agent.updates_per_step}
+        row |= {name: medians[name] * parts[name][1] if name in parts else "" for name in PHASES}
+        optimiser_bytes = weights * BYTES_A_WEIGHT * agent.updates_per_step
+        row |= {"floor": 1e3 * (count / flop_rate + optimiser_bytes / byte_rate), "gflop": count / 1e9,
                 "tflop_per_s": flop_rate / 1e12, "gb_per_s": byte_rate / 1e9}
         row |= {f"mb_{name}": size / 1e6 for name, size in memory(agent, replay).items()}
         row["mb_peak"] = peak / 1e6 if device.type == "cuda" else ""  # the host's peak is not the agent's alone
@@ -241,13 +274,14 @@ def main():
     device = pick_device(args.device)
     rows = []
     try:
-        for scale in args.scales:
+        defaults(args.algo)  # refuses what is none
+        for scale in args.scales if args.width_scale is None or args.depth_scale is None else [1.0]:
             rows += bench_scale(scale, args, device)
             release_memory()
     except (ValueError, MemoryError) as error:
         sys.exit(f"bench.py: {error}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, PyTorch {torch.__version__}, {args.env}; milliseconds per agent step, medians of {args.steps}\n")
+    print(f"{name}, PyTorch {torch.__version__}, {args.algo} on {args.env}; milliseconds per agent step, medians of {args.steps}\n")
     show(rows)
     if args.csv:
         with open(args.csv, "x", newline="") as file:

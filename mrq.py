@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from modules import ModularAgent, ModuleConfig, frozen
 from networks import Actor, Critic, Encoder
-from replay import multi_step_return
+from replay import multi_step_return, to_device
 
 
 DEFAULT = {"encoder": ModuleConfig(4), "critic": ModuleConfig(4), "actor": ModuleConfig(3)}  # Table 2
@@ -99,7 +99,7 @@ class MRQ(ModularAgent):
     @torch.no_grad()
     def act(self, obs, explore):
         """obs: (obs_dim,) or (n, obs_dim), numpy. Returns actions in [-1, 1] of the same leading shape."""
-        obs = torch.as_tensor(obs, dtype=torch.float32).to(self.device)
+        obs = to_device(obs, self.device)
         action, _ = self.actor(self.encoder.zs(obs))
         if explore:
             action = (action + torch.randn_like(action) * self.config.exploration_noise).clamp(-1, 1)

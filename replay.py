@@ -79,7 +79,7 @@ class ReplayBuffer:
         if self.episode_length == 0:
             self._write_observation(self.row, obs)
         row, following = self.row, (self.row + 1) % self.capacity
-        self.action[row].copy_(torch.as_tensor(np.asarray(action, np.float32)))
+        self.action[row] = to_device(action, self.device)
         self.reward[row] = float(reward)
         self.terminated[row] = bool(terminated)
         self.transition[row] = True
@@ -100,7 +100,7 @@ class ReplayBuffer:
             self.episode_length = 0
 
     def _write_observation(self, row, obs):
-        self.obs[row].copy_(torch.as_tensor(np.asarray(obs, np.float32)))
+        self.obs[row] = to_device(obs, self.device)
         self.reward[row] = 0.0
         self.terminated[row] = False
         self.transition[row] = False  # until `add` says otherwise
@@ -111,7 +111,7 @@ class ReplayBuffer:
     def _make_sampleable(self, row):
         self.sampleable += 1 - self._offered[row]
         self._offered[row] = 1
-        self.priority[row].copy_(self.max_priority if self.prioritized else torch.ones(()))
+        self.priority[row] = self.max_priority if self.prioritized else 1.0
 
     # ---- drawing ----
 
@@ -152,6 +152,13 @@ class ReplayBuffer:
     def mean_absolute_reward(self):
         """r̄ of Eq. (11) over everything stored: a device scalar."""
         return self.reward.abs().sum(dtype=torch.float64).div(self.transition.sum()).float()
+
+
+def to_device(values, device):
+    """numpy -> float32 tensor there, without waiting: PyTorch would wait, for an ordinary copy to a GPU, until everything
+    the GPU has been given is done; and memory that is not pinned can be copied in no other way."""
+    tensor = torch.as_tensor(np.asarray(values, np.float32))
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def multi_step_return(reward, terminated, discount):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from modules import ModularAgent, ModuleConfig, frozen
 from mrq import MRQ, MRConfig
 from networks import BlockMLP, RunningNormalizer, SimbaCritic, SimbaMLP, arch_config, scaled_size
+from replay import to_device
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # of the Gaussian before tanh, as in the published SimBa
 REDUCTIONS = ("min", "mean")
@@ -166,12 +167,12 @@ class SimbaAgent(ModularAgent):
     def observe(self, obs):
         """Once an agent step, random ones included."""
         super().observe(obs)
-        self.normalizer.update(torch.as_tensor(obs, dtype=torch.float32).to(self.device))
+        self.normalizer.update(to_device(obs, self.device))
 
     @torch.no_grad()
     def act(self, obs, explore):
         """obs: (obs_dim,) or (n, obs_dim), numpy. Returns actions in [-1, 1] of the same leading shape."""
-        obs = self.normalizer(torch.as_tensor(obs, dtype=torch.float32).to(self.device))
+        obs = self.normalizer(to_device(obs, self.device))
         action = self.policy(obs)[0] if explore else self.best_action(obs)
         return action.cpu().numpy()
 
@@ -322,7 +323,7 @@ class MRSAC(MRQ):
     @torch.no_grad()
     def act(self, obs, explore):
         """obs: (obs_dim,) or (n, obs_dim), numpy. Returns actions in [-1, 1] of the same leading shape."""
-        output = self.actor(self.encoder.zs(torch.as_tensor(obs, dtype=torch.float32).to(self.device)))
+        output = self.actor(self.encoder.zs(to_device(obs, self.device)))
         return (tanh_gaussian(output)[0] if explore else tanh_mean(output)).cpu().numpy()
 
     def target_value(self, zs):

@@ -28,7 +28,8 @@ import metrics
 import networks
 import train
 from envs import Env, LockstepEvaluation, task_names
-from mrq import DEFAULT, MRQ, MST, ModuleConfig, MRQConfig, symexp, two_hot, two_hot_cross_entropy
+from modules import ModuleConfig
+from mrq import DEFAULT, MRQ, MST, MRQConfig, symexp, two_hot, two_hot_cross_entropy
 from replay import Batch, ReplayBuffer, multi_step_return
 from sparsity import REGIMES, SparseTraining, drop_fraction, layer_densities, scheduled_sparsity, update_mask
 
@@ -1124,8 +1125,8 @@ def test_recorded_updates_equal_plain_ones():
             agent.info = info
         return replay_graph
 
-    agent.update_encoder = fast.CapturedUpdate(agent, agent.update_encoder, ["encoder"], record)
-    agent.update_critic_and_actor = fast.CapturedUpdate(agent, agent.update_critic_and_actor, ["critic", "actor"], record)
+    for name, modules in agent.captures.items():
+        setattr(agent, name, fast.CapturedUpdate(agent, getattr(agent, name), modules, record))
     for step in range(20):
         for one, replay in zip((plain, agent), buffers):
             torch.manual_seed(step)
@@ -1365,8 +1366,7 @@ def test_a_tracker_is_imported_only_if_asked_for(tmp_path, monkeypatch, flags, p
 
 
 def flags_to_args(*flags):
-    import tyro
-    return tyro.cli(train.Args, args=list(flags))
+    return train.parse(list(flags))
 
 
 def test_presets_and_flags_reach_the_modules():
@@ -1410,7 +1410,7 @@ def test_the_benchmark_counts_what_it_says(capsys):
     assert dense["mb_masks"] == 0 < mst["mb_masks"] <= 1e-6 * mst["weights"]  # a byte a weight at most
     assert all(row[phase] > 0 for row in rows for phase in ("update", "sample", "encoder", "critic", "actor", "optimiser"))
     with pytest.raises(ValueError, match="unknown variant"):
-        bench.variant_agent("sparse", 1, None, torch.device("cpu"))
+        bench.variant_agent("sparse", 1, None, torch.device("cpu"), args)
 
 
 # ------------------------------------------------------------------------------------------------------------- copies

@@ -166,7 +166,8 @@ def run_name(args):
                 yield from settings(value, usual)
             elif value != usual and spec.name not in ("env", "seed", "device", "runs", "name", "tensorboard",
                                                       "wandb_project", "eval_workers"):
-                yield f"{spec.name.replace('_', '-')}={value}" if value is not True else spec.name
+                flag = spec.name.replace("_", "-")
+                yield flag if value is True else f"{flag}={value}"
     algo = [] if args.algo == "mrq" else [args.algo]
     return "__".join([args.env, *algo, *settings(args, defaults(args.algo)), f"seed={args.seed}"])
 
