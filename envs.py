@@ -61,6 +61,8 @@ class Env:
         self.name, self.action_repeat = name, action_repeat
         self._env = suite.load(domain, task, task_kwargs={"random": seed})
         spec = self._env.action_spec()
+        if not np.issubdtype(spec.dtype, np.floating):
+            raise ValueError(f"{name} has discrete actions: agents here choose continuous ones")
         # LQR's actions are bounded at ±1e10: there a unit action stays a unit.
         bounded = (spec.maximum - spec.minimum) < 1e6
         self._low = np.where(bounded, spec.minimum, -1.0)
@@ -86,7 +88,7 @@ class Env:
             self._env.task.random.seed(seed)
         self._start, self._actions = self._env.task.random.get_state(), []
         self._frame = 0  # of this episode
-        return _flat(self._env.reset().observation)
+        return self._observed(self._env.reset())
 
     def step(self, action):
         """action: (action_dim,) in [-1, 1]. Returns (obs, reward summed over the repeat, terminated, truncated)."""
@@ -105,7 +107,14 @@ class Env:
             truncated = not terminated and (timestep.last() or self._frame == self._frame_limit)
             if terminated or truncated:  # discount 0: a terminal state; 1: only the time was up
                 break
-        return _flat(timestep.observation), float(reward), bool(terminated), bool(truncated)
+        return self._observed(timestep), float(reward), bool(terminated), bool(truncated)
+
+    def _observed(self, timestep):
+        obs = _flat(timestep.observation)
+        if not np.isfinite(obs).all():  # once in a normaliser or a network, it would never leave
+            raise FloatingPointError(f"the observation of {self.name} holds {obs[~np.isfinite(obs)][0]} at frame "
+                                     f"{self.frames}: the physics has diverged")
+        return obs
 
     def random_action(self):
         """Uniform in [-1, 1], (action_dim,) float32."""

@@ -4,6 +4,7 @@ values computed by other implementations, and each has been seen to fail when th
 
 import copy
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
+import envs
 import fast
 import metrics
 import networks
@@ -31,6 +33,7 @@ from envs import Env, LockstepEvaluation, task_names
 from modules import ModuleConfig
 from mrq import DEFAULT, MRQ, MST, MRQConfig, symexp, two_hot, two_hot_cross_entropy
 from replay import Batch, ReplayBuffer, multi_step_return
+from sac import DDPG, MRSAC, SAC, DDPGConfig, SACConfig, Temperature, reduce_q, tanh_gaussian
 from sparsity import REGIMES, SparseTraining, drop_fraction, layer_densities, scheduled_sparsity, update_mask
 
 HERE = Path(__file__).parent
@@ -447,6 +450,69 @@ def test_initialisation_and_bad_arguments():
             networks.Critic(8, 4, scale=bad)
     with pytest.raises(ValueError, match="architecture type"):
         networks.Actor(8, 2, 7)
+
+
+def test_simba_networks_against_their_definition_and_sizes():
+    torch.manual_seed(0)
+    critic = networks.SimbaCritic(5, 2, 8, num_blocks=3, num_qs=2)
+    for parameter in critic.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    obs, action = torch.randn(7, 5), torch.randn(7, 2)
+
+    def norm(layer, v):  # with parameters, and an epsilon of its own
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * layer.weight + layer.bias
+
+    linear, columns = lambda layer, v: v @ layer.weight.T + layer.bias, []
+    for q in (critic.q1, critic.q2):
+        x = linear(q.projection, torch.cat([obs, action], 1))
+        for block in q.blocks:
+            x = x + linear(block.linear2, linear(block.linear1, norm(block.norm, x)).clamp(min=0))
+        columns.append(linear(q.output, norm(q.norm, x)))
+    torch.testing.assert_close(critic(obs, action), torch.cat(columns, 1))
+    assert len(list(networks.SimbaCritic(5, 2, 8, 1).children())) == 1
+
+    def size(inputs, outputs, hidden, blocks):  # weights and biases, and two vectors a LayerNorm
+        block = 2 * hidden + hidden * 4 * hidden + 4 * hidden + 4 * hidden * hidden + hidden
+        return (inputs + 1) * hidden + blocks * block + 2 * hidden + (hidden + 1) * outputs
+
+    for width, depth, millions in ((1, 1, 4.39), (2, 1, 17.44), (1, 4, 17.40), (4, 3, 207.96)):  # humanoid-run, one Q
+        with torch.device("meta"):
+            modules = {name: dataclasses.replace(m, width_scale=width, depth_scale=depth) for name, m in SAC.presets["default"].items()}
+            agent = SAC(67, 21, modules, device="meta")
+        counts = {name: count(network) for name, network in agent.networks.items()}
+        assert counts == {"critic": size(88, 1, 512 * width, 2 * depth), "actor": size(67, 42, 128 * width, depth)}
+        assert round(sum(counts.values()) / 1e6, 2) == millions
+
+
+def test_simba_initialisation():
+    torch.manual_seed(0)
+    q = networks.SimbaCritic(40, 10, 64, 2).q1
+    torch.testing.assert_close(q.projection.weight.T @ q.projection.weight, torch.eye(50), atol=1e-5, rtol=0)
+    assert q.output.weight.norm().item() == pytest.approx(1, abs=1e-5)  # orthogonal, gain 1
+    for layer in (q.blocks[0].linear1, q.blocks[1].linear2):
+        std = math.sqrt(2 / layer.in_features)  # He; the cut is at two standard deviations of the normal before it
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
+        assert 0.99 * 2 < layer.weight.abs().max().item() / (std / 0.8796257) <= 2
+        assert not layer.bias.any()
+
+
+def test_the_normalizer_against_numpy():
+    rng = np.random.RandomState(0)
+    seen = (rng.randn(500, 3) * [1, 10, 0] + [5, -300, 2]).astype(np.float32)
+    normalizer = networks.RunningNormalizer(3)
+    for obs in seen:
+        normalizer.update(torch.from_numpy(obs))
+    # Mean 0 and variance 1 with the weight of 1e-4 observations, then the rest.
+    weights = np.concatenate([[1e-4], np.ones(500)])
+    values = np.concatenate([np.zeros((1, 3)), seen.astype(np.float64)])
+    mean = np.average(values, axis=0, weights=weights)
+    var = np.average((values - mean) ** 2, axis=0, weights=weights) + 1e-4 / weights.sum()  # the first one's own variance
+    np.testing.assert_allclose(normalizer.mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(normalizer.var, var, rtol=1e-9)
+    assert normalizer.count.item() == pytest.approx(500.0001, abs=1e-9)
+    normalized = normalizer(torch.from_numpy(seen))
+    np.testing.assert_allclose(normalized, (seen - mean) / np.sqrt(var + 1e-8), rtol=2e-4, atol=2e-4)
+    assert normalized.dtype == torch.float32 and normalized.shape == (500, 3) and normalizer(normalized[None]).shape == (1, 500, 3)
 
 
 # --------------------------------------------------------------------------------------------------------- replay.py
@@ -953,11 +1019,12 @@ def test_acting():
     assert np.abs(noisy + np.tile(expected, (700, 1))).max() <= 1 and 0.15 < inside.std() < 0.22
 
 
-def test_an_agent_continues_from_its_state_as_if_nothing_had_happened():
-    agent, buffer = tiny(), filled()
+@pytest.mark.parametrize("algo", train.ALGORITHMS)
+def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
+    agent, buffer = tiny_of(algo)
     for _ in range(5):
         agent.update(buffer)
-    other = tiny(seed=9)
+    other = tiny_of(algo, seed=9)[0]
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
     buffers = [buffer, copy.deepcopy(buffer)]
     for one, replay in zip((agent, other), buffers):
@@ -965,10 +1032,309 @@ def test_an_agent_continues_from_its_state_as_if_nothing_had_happened():
         for _ in range(6):
             one.update(replay)
     for kind in ("networks", "targets"):
-        for name in agent.networks:
-            for a, b in zip(getattr(agent, kind)[name].parameters(), getattr(other, kind)[name].parameters()):
+        for name, network in getattr(agent, kind).items():
+            for a, b in zip(network.parameters(), getattr(other, kind)[name].parameters()):
                 assert torch.equal(a, b)
     assert {k: v.item() for k, v in agent.info.items()} == {k: v.item() for k, v in other.info.items()}
+    obs = np.ones(4, np.float32)
+    np.testing.assert_array_equal(agent.act(obs, explore=False), other.act(obs, explore=False))  # the normaliser too
+
+
+# ------------------------------------------------------------------------------------------------------------ sac.py
+
+def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=40, **settings):
+    """Any of the four agents, and a buffer for it."""
+    agent_class = train.ALGORITHMS[algo]
+    torch.manual_seed(seed)
+    modules = {name: dataclasses.replace(m, width_scale=1 / 16 if m.arch_type == "simba" else 1 / 32,
+                                         sparse_options={"update_interval": interval})
+               for name, m in (modules or agent_class.presets["mst"]).items()}
+    period = {"target_update_freq": 4} if issubclass(agent_class, MRQ) else {}
+    agent = agent_class(4, 2, modules, agent_class.Config(**({"batch_size": 16} | period | settings)), total_updates, device, seed)
+    buffer = play(seed, 400, agent.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.prioritized)[0]
+    if device == "cpu":
+        for obs in buffer.obs[:50].numpy():
+            agent.observe(2 * obs + 1)  # a normaliser that does something
+    return agent, buffer
+
+
+def in_float64(agent):
+    for network in (*agent.networks.values(), *agent.targets.values()):
+        for parameter in network.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        network.double()
+    if hasattr(agent, "temperature"):
+        agent.temperature.log.data = agent.temperature.log.data.double() + 3.0
+    return agent
+
+
+def exact_log_prob(mean, raw, noise):
+    """log π by PyTorch's own change of variables, in float64."""
+    log_std = -10 + 6 * (1 + raw.tanh())
+    base = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    squashed = torch.distributions.TransformedDistribution(base, torch.distributions.transforms.TanhTransform(cache_size=1))
+    x = mean + log_std.exp() * noise
+    action = squashed.transforms[0](x)  # the cache spares it the inverse
+    return action, squashed.log_prob(action)
+
+
+def test_log_probability_by_change_of_variables():
+    torch.manual_seed(0)
+    output = torch.cat([3 * torch.randn(200, 3), 2 * torch.randn(200, 3)], 1).double()
+    torch.manual_seed(1)
+    action, log_prob = tanh_gaussian(output)
+    torch.manual_seed(1)
+    expected_action, expected = exact_log_prob(*output.chunk(2, 1), torch.randn(200, 3, dtype=torch.float64))
+    torch.testing.assert_close(action, expected_action)
+    torch.testing.assert_close(log_prob, expected)
+
+
+def test_log_probability_is_the_slope_of_the_distribution_function():
+    """Numerically: P(action <= a) = Φ((atanh a - μ) / σ), and the density is its slope; all of them add up to 1."""
+    mean, raw = 0.4, -0.2
+    std = math.exp(-10 + 6 * (1 + math.tanh(raw)))
+    below = lambda a: 0.5 * (1 + math.erf((math.atanh(a) - mean) / (std * math.sqrt(2))))
+    torch.manual_seed(0)
+    output = torch.tensor([[mean, raw]]).double().expand(400, 2)
+    actions, log_prob = tanh_gaussian(output)
+    for a, density in zip(actions[:, 0].tolist(), log_prob.exp().tolist()):
+        assert (below(a + 1e-7) - below(a - 1e-7)) / 2e-7 == pytest.approx(density, rel=1e-5)
+    order = actions[:, 0].argsort()
+    assert torch.trapezoid(log_prob.exp()[order], actions[order, 0]).item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("mean", [0.0, 5.0, 9.5, 30.0, -30.0, 200.0])
+def test_log_probability_at_the_edges_of_the_squashing(mean):
+    """Where tanh rounds to ±1 in float32: against exact logarithms in float64."""
+    output = torch.tensor([[mean, 0.0]]).expand(50, 2).clone().requires_grad_()
+    torch.manual_seed(0)
+    action, log_prob = tanh_gaussian(output)
+    torch.manual_seed(0)
+    noise, std = torch.randn(50, 1).double()[:, 0], math.exp(-4)
+    x = mean + std * noise
+    log_slope = math.log(4) - 2 * x.abs() - 2 * torch.log1p(torch.exp(-2 * x.abs()))  # of 1 - tanh², by symmetry
+    expected = -0.5 * noise ** 2 + 4 - 0.5 * math.log(2 * math.pi) - log_slope
+    torch.testing.assert_close(log_prob.double(), expected, rtol=1e-5, atol=1e-4)
+    log_prob.sum().backward()
+    assert output.grad.isfinite().all() and (action.abs() <= 1).all()
+    assert output.grad[:, 0].sum().item() == pytest.approx((2 * torch.tanh(x)).sum().item(), rel=1e-3, abs=1e-2)
+
+
+def test_the_log_std_stays_between_its_bounds():
+    for raw, std in ((-50.0, math.exp(-10)), (50.0, math.exp(2)), (0.0, math.exp(-4))):
+        torch.manual_seed(0)
+        action, _ = tanh_gaussian(torch.tensor([[0.0, raw]]).double().expand(4000, 2))
+        assert action.clamp(-1 + 1e-15, 1 - 1e-15).atanh().std().item() == pytest.approx(std, rel=0.05)
+
+
+def sac_batch(agent, buffer, size=24):
+    torch.manual_seed(5)
+    batch = buffer.sample(size, 1)
+    assert 0 < batch.terminated.sum() < size
+    return Batch(batch.index, agent.normalizer(batch.obs.double()), batch.action.double(), batch.reward.double(), batch.terminated.double())
+
+
+@pytest.mark.parametrize("algo", ["sac", "ddpg"])
+@pytest.mark.parametrize("twin, target_q, actor_q", [(False, "min", "min"), (True, "min", "mean"), (True, "mean", "min")])
+def test_simba_losses_against_a_loop_over_samples(algo, twin, target_q, actor_q):
+    agent, buffer = tiny_of(algo, twin_critics=twin, target_q=target_q, actor_q=actor_q)
+    batch = sac_batch(in_float64(agent), buffer)
+    alpha = agent.temperature.log.exp().item() if algo == "sac" else None
+    pick = {"min": min, "mean": lambda q: sum(q) / len(q)}
+
+    def policy(i, obs, noise):
+        output = agent.actor(obs)
+        if algo == "sac":
+            action, log_prob = exact_log_prob(output[:2], output[2:], noise[i])
+            return action, alpha * log_prob
+        return (output.tanh() + 0.1 * noise[i]).clamp(-1, 1), 0.0
+
+    torch.manual_seed(6)
+    noise = torch.randn(24, 2, dtype=torch.float64)
+    targets, critic_losses, actor_losses = [], [], []
+    for i in range(24):
+        action, cost = policy(i, batch.obs[i, 1], noise)
+        x = torch.cat([batch.obs[i, 1], action])
+        value = pick[target_q]([q(x)[0] for q in agent.targets["critic"].children()]) - cost
+        y = batch.reward[i, 0] + (0 if batch.terminated[i, 0] else 0.99 * value)
+        x = torch.cat([batch.obs[i, 0], batch.action[i, 0]])
+        critic_losses.append(sum((q(x)[0] - y.detach()) ** 2 for q in agent.critic.children())), targets.append(y)
+        action, cost = policy(i, batch.obs[i, 0], noise)
+        x = torch.cat([batch.obs[i, 0], action])
+        actor_losses.append(cost - pick[actor_q]([q(x)[0] for q in agent.critic.children()]))
+    same = lambda value, expected: torch.testing.assert_close(value, torch.stack(expected).detach())
+    torch.manual_seed(6)
+    same(agent.td_target(batch).flatten(), targets)
+    torch.manual_seed(6)
+    loss, _ = agent.critic_loss(batch)
+    same(loss.detach(), critic_losses)
+    torch.manual_seed(6)
+    actor_loss, info = agent.actor_loss(batch.obs[:, 0])
+    same(actor_loss.detach(), actor_losses)
+    for network, ours, theirs in ((agent.critic, loss, critic_losses), (agent.actor, actor_loss, actor_losses)):
+        parameters = list(network.parameters())
+        expected = torch.autograd.grad(torch.stack(theirs).mean(), parameters, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(ours.mean(), parameters, retain_graph=True), expected)
+    if algo == "sac":
+        torch.manual_seed(6)
+        _, log_prob = exact_log_prob(*agent.actor(batch.obs[:, 0]).chunk(2, 1), torch.randn(24, 2, dtype=torch.float64))
+        assert info["entropy"].item() == pytest.approx(-log_prob.mean().item())
+
+
+@pytest.mark.parametrize("target_policy, target_q, actor_q", [("target", "min", "min"), ("online", "mean", "min"), ("target", "min", "mean")])
+def test_mrsac_losses_against_a_loop_over_samples(target_policy, target_q, actor_q):
+    agent, buffer = tiny_of("mrsac", target_policy=target_policy, target_q=target_q, actor_q=actor_q)
+    in_float64(agent)
+    agent.reward_scale, agent.target_reward_scale = torch.tensor(2.5).double(), torch.tensor(0.7).double()
+    batch, alpha = batch_of(buffer), agent.temperature.log.exp().item()
+    pick = {"min": torch.min, "mean": torch.mean}
+    target_actor = agent.targets["actor"] if target_policy == "target" else agent.actor
+    target_encoder, target_critic = agent.targets["encoder"], agent.targets["critic"]
+    torch.manual_seed(6)
+    noise = torch.randn(12, 2, dtype=torch.float64)
+    zs = agent.encoder.zs(batch.obs[:, 0]).detach()
+    targets, losses = [], []
+    for i in range(12):
+        y, alive = 0.0, True
+        for k in range(3):
+            if alive:
+                y, alive = y + 0.99 ** k * batch.reward[i, k], not batch.terminated[i, k]
+        if alive:
+            next_zs = target_encoder.zs(batch.obs[i, 3])
+            action, log_prob = exact_log_prob(*target_actor(next_zs).chunk(2), noise[i])
+            value = pick[target_q](target_critic(target_encoder(next_zs, action))) - alpha * log_prob
+            y = y + 0.99 ** 3 * 0.7 * value
+        targets.append(y / 2.5)  # in units of the reward scale
+        action, log_prob = exact_log_prob(*agent.actor(zs[i]).chunk(2), noise[i])
+        losses.append(alpha * log_prob - pick[actor_q](agent.critic(agent.encoder(zs[i], action))))
+    torch.manual_seed(6)
+    torch.testing.assert_close(agent.td_target(batch)[:, 0], torch.stack(targets).detach())
+    torch.manual_seed(6)
+    torch.testing.assert_close(agent.actor_loss(zs)[0], torch.stack(losses))
+    # The rest is MR.Q's own, not a copy.
+    assert all(getattr(MRSAC, name) is getattr(MRQ, name) for name in
+               ("encoder_loss", "critic_loss", "td_target", "refresh_targets", "update_encoder", "update_critic_and_actor", "update"))
+
+
+def test_the_temperature_against_adam_by_hand():
+    temperature = Temperature(SACConfig(initial_temperature=0.2, temperature_lr=0.01, target_entropy=-0.5), 6, torch.device("cpu"))
+    log, m, v = math.log(0.2), 0.0, 0.0
+    for step, entropy in enumerate((-4.0, -5.0, 1.0, -3.0, -2.5), start=1):
+        g = math.exp(log) * (entropy - -3.0)  # d/d(log α) of α·(H - H̄), H̄ = -0.5 · 6
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        log -= 0.01 * (m / (1 - 0.9 ** step)) / (math.sqrt(v / (1 - 0.999 ** step)) + 1e-8)
+        before = temperature.value().item()
+        temperature.update(torch.tensor(entropy))
+        assert temperature.value().item() == pytest.approx(math.exp(log), rel=1e-5)
+        if step <= 2:  # too little entropy: its price rises
+            assert temperature.value().item() > before
+
+
+def test_order_of_a_simba_update_and_its_soft_target():
+    agent, buffer = tiny_of("sac", regimes_dense("sac"))
+    events = []
+    for owner, name in ((agent, "actor_loss"), (agent.temperature, "update"), (agent, "critic_loss"), (agent, "update_target")):
+        def spy(*arguments, name=name, original=getattr(owner, name)):
+            events.append(name)
+            return original(*arguments)
+        setattr(owner, name, spy)
+    target = [p.clone() for p in agent.targets["critic"].parameters()]
+    for _ in range(3):
+        agent.update(buffer)
+        target = [0.995 * t + 0.005 * p.detach() for t, p in zip(target, agent.critic.parameters())]
+        torch.testing.assert_close(list(agent.targets["critic"].parameters()), target)
+    assert events == ["actor_loss", "update", "critic_loss", "update_target"] * 3
+    assert agent.updates == {"critic": 3, "actor": 3} and SAC.updates_per_step == DDPG.updates_per_step == 2
+
+
+def regimes_dense(algo, *regimes):
+    presets = train.ALGORITHMS[algo].presets["default"]
+    return {name: dataclasses.replace(m, regime=regime) for (name, m), regime in
+            zip(presets.items(), regimes or ("dense",) * len(presets))}
+
+
+def test_raw_observations_are_stored_and_normalised_when_drawn():
+    agent, buffer = tiny_of("sac")
+    seen = []
+    agent.critic_loss = lambda batch, original=agent.critic_loss: (seen.append(batch.obs), original(batch))[1]
+    torch.manual_seed(3)
+    raw = buffer.sample(16, 1).obs
+    torch.manual_seed(3)
+    agent.update(buffer)
+    torch.testing.assert_close(seen[0], (raw - agent.normalizer.mean.float()) / agent.normalizer.var.sqrt().float())
+    obs = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
+    expected = agent.actor(agent.normalizer(torch.from_numpy(obs)))[:2].tanh()
+    np.testing.assert_allclose(agent.act(obs, explore=False), expected.detach(), rtol=1e-5)
+    before = agent.normalizer.mean.clone()
+    agent.act(obs, explore=False), agent.act(obs, explore=True)
+    assert torch.equal(before, agent.normalizer.mean)  # only `observe` teaches it
+    agent.observe(obs)
+    assert not torch.equal(before, agent.normalizer.mean)
+    for algo in train.ALGORITHMS:
+        with pytest.raises(FloatingPointError, match="nan"):
+            tiny_of(algo)[0].observe(np.array([1.0, float("nan"), 0, 0], np.float32))
+
+
+def test_soft_targets_stay_sparse_through_thousands_of_updates():
+    for regime, updates in (("dst", 2500), ("d2s", 600), ("s2d", 600)):
+        agent, buffer = tiny_of("sac", regimes_dense("sac", regime, "sst"), interval=updates // 50, total_updates=updates)
+        masks, changed = agent.sparse["critic"].masks, 0
+        for step in range(1, updates + 1):
+            due = step % (updates // 50) == 0
+            before = {name: mask.clone() for name, mask in masks.items()} if due else masks
+            agent.update(buffer)
+            if due:  # at once, in the same update
+                changed += any(not torch.equal(before[name], mask) for name, mask in masks.items())
+                for network in (agent.critic, agent.targets["critic"]):
+                    weights = dict(network.named_parameters())
+                    assert not any(weights[name][~mask].any() for name, mask in masks.items())
+        assert changed > 20
+        weights = dict(agent.targets["critic"].named_parameters())
+        on = {name: weights[name][mask] for name, mask in masks.items()}
+        assert all(w.count_nonzero() > 0.8 * w.numel() for w in on.values())  # and what is active is alive
+
+
+@pytest.mark.parametrize("algo", ["sac", "ddpg", "mrsac"])
+@pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s"), ("dst", "sst", "s2d")])
+def test_every_regime_on_every_module_of_every_algorithm(algo, regimes):
+    regimes = regimes if algo == "mrsac" else regimes[1:]
+    agent, buffer = tiny_of(algo, regimes_dense(algo, *regimes))
+    sparsity = 0.6 if algo == "mrsac" else 0.8
+    for _ in range(40):
+        agent.update(buffer)
+    for name, regime in zip(agent.networks, regimes):
+        size = sum(w.numel() for w in agent.networks[name].parameters() if w.ndim >= 2)
+        kept = size if regime in ("dense", "s2d") else (1 - sparsity) * size
+        assert abs(agent.sparse[name].density() * size - kept) <= 0.5 + 1e-6
+        for weight, mask in agent.sparse[name].masks.items():
+            assert mask.sum() == agent.sparse[name].active[weight]
+            assert not dict(agent.networks[name].named_parameters())[weight][~mask].any()
+    assert all(math.isfinite(value) for value in agent.info.values())
+
+
+def test_exploration():
+    obs = np.random.RandomState(0).randn(3, 4).astype(np.float32)
+    agent = tiny_of("ddpg")[0]
+    best = agent.act(obs, explore=False)
+    noise = np.concatenate([agent.act(obs, explore=True) - best for _ in range(500)])[np.tile(np.abs(best) < 0.6, (500, 1))]
+    assert noise.std() == pytest.approx(0.1, rel=0.1) and abs(noise.mean()) < 0.02
+    for algo in ("sac", "mrsac"):
+        agent = tiny_of(algo)[0]
+        torch.manual_seed(1)
+        action = agent.act(obs, explore=True)
+        assert action.shape == (3, 2) and np.abs(action).max() <= 1 and not np.allclose(action, agent.act(obs, explore=True))
+        np.testing.assert_array_equal(agent.act(obs, explore=False), agent.act(obs, explore=False))
+        np.testing.assert_allclose(agent.act(obs[0], explore=False), agent.act(obs, explore=False)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_reductions_and_wrong_choices_are_told():
+    q = torch.tensor([[1.0, 3.0], [5.0, 2.0]])
+    assert reduce_q(q, "min").tolist() == [1, 2] and reduce_q(q, "mean").tolist() == [2, 3.5]
+    for algo, settings, message in (("sac", {"twin_critics": True, "target_q": "max"}, "choose min or mean"),
+                                    ("ddpg", {"actor_q": "mean"}, "add --twin-critics"),
+                                    ("mrsac", {"target_policy": "both"}, "choose target or online")):
+        with pytest.raises(ValueError, match=message):
+            tiny_of(algo, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------- learning, small
@@ -1050,6 +1416,48 @@ def test_all_five_losses_are_needed_and_learn():
     assert abs(np.mean(predicted) - np.mean(real)) < 4, f"critic: {np.mean(predicted)} against {np.mean(real)}"
 
 
+@pytest.mark.parametrize("algo", ["sac", "ddpg"])
+def test_simba_agents_learn_a_small_task(algo):
+    torch.manual_seed(0)
+    rng, agent_class = np.random.RandomState(0), train.ALGORITHMS[algo]
+    modules = {name: dataclasses.replace(m, width_scale=1 / 8, sparse_options={"update_interval": 200})
+               for name, m in agent_class.presets["mst"].items()}
+    agent = agent_class(2, 1, modules, agent_class.Config(batch_size=64, discount=0.9, actor_lr=1e-3, critic_lr=1e-3, target_rate=0.02),
+                        total_updates=1600)
+    replay, env = ReplayBuffer(2, 1, 5000, agent.horizon, agent.prioritized), Corridor()
+    obs = env.reset(rng)
+    for step in range(1300):
+        agent.observe(obs)
+        action = rng.uniform(-1, 1, 1) if step < 500 else agent.act(obs, explore=True)
+        for _ in range(2 * (step >= 500)):
+            agent.update(replay)
+        next_obs, reward, terminated, truncated = env.step(action)
+        replay.add(obs, action, reward, next_obs, terminated, truncated)
+        obs = env.reset(rng) if terminated or truncated else next_obs
+
+    def play_out(x, first_action=None):
+        env.x, env.t, rewards, done = x, 0, [], False
+        while not done:
+            action = agent.act(env.observe(), explore=False) if rewards or first_action is None else first_action
+            _, reward, terminated, truncated = env.step(action)
+            rewards.append(reward)
+            done = terminated or truncated
+        return rewards
+
+    returns = [sum(play_out(x)) for x in np.linspace(-1, 0, 5)]
+    assert np.mean(returns) > 1, f"actor: returns {returns}"  # an agent that learns nothing gets -4 to -20
+    predicted, real = [], []
+    for x in np.linspace(-0.9, 0.6, 12):
+        obs = np.array([x, math.sin(3 * x)], np.float32)
+        action = agent.act(obs, explore=False)
+        rewards = play_out(x, action)
+        rewards += [rewards[-1]] * 40 if len(rewards) == 20 else []  # bootstrapped past the limit
+        real.append(sum(r * 0.9 ** k for k, r in enumerate(rewards)))
+        with torch.no_grad():
+            predicted.append(agent.critic(agent.normalizer(torch.from_numpy(obs)), torch.from_numpy(action)).item())
+    assert np.corrcoef(predicted, real)[0, 1] > 0.9 and abs(np.mean(predicted) - np.mean(real)) < 4, f"critic: {predicted}, {real}"
+
+
 # ------------------------------------------------------------------------------------------------------------ fast.py
 
 class NoSynchronisation(TorchDispatchMode):
@@ -1065,36 +1473,41 @@ class NoSynchronisation(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("growth", ["gradient", "random"])
-def test_an_update_never_reads_back_from_the_device(growth, monkeypatch):
-    modules = {name: ModuleConfig(4, regime, 1 / 32, sparse_options={"update_interval": 3, "grow": growth})
-               for name, regime in (("encoder", "s2d"), ("critic", "dst"), ("actor", "d2s"))}
-    agent, buffer = MRQ(4, 2, modules, TINY, total_updates=40), filled()
-    with NoSynchronisation():  # bursts, targets, scales, topology updates and the fused optimiser among them
+@pytest.mark.parametrize("algo, growth", [("mrq", "gradient"), ("mrq", "random"), ("sac", "gradient"), ("ddpg", "random"),
+                                          ("mrsac", "gradient")])
+def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
+    modules = regimes_dense(algo, *(("s2d", "dst", "d2s") if algo in ("mrq", "mrsac") else ("dst", "d2s")))
+    agent, buffer = tiny_of(algo, modules)
+    for sparse in agent.sparse.values():
+        sparse.grow = growth
+    with NoSynchronisation():  # bursts, targets, scales, topology updates and the fused optimisers among them
         for _ in range(9):
             agent.update(buffer)
         with pytest.raises(AssertionError, match="synchronises"):
-            agent.reward_scale.item()
+            agent.info["critic_loss"].item()
         with pytest.raises(AssertionError, match="synchronises"):
             buffer.priority[buffer.priority > 0]
 
     # Tensors on "meta" have no values at all: whoever asks for one, or mixes in a tensor of the host, fails.
-    agent, buffer = MRQ(4, 2, modules, TINY, total_updates=40, device="meta"), ReplayBuffer(4, 2, 400, 5, device="meta")
+    agent, _ = tiny_of(algo, modules, device="meta")
+    buffer = ReplayBuffer(4, 2, 400, agent.horizon, agent.prioritized, device="meta")
     buffer.sampleable = 1
     for optimizer in agent.optimizers.values():  # the fused kernel has no meta form; it was under watch above
         monkeypatch.setattr(optimizer, "step", lambda: None)
-    with pytest.raises(RuntimeError):
-        agent.reward_scale.item()
     for _ in range(9):
         agent.update(buffer)
+    agent.observe(np.ones(4, np.float32))
+    with pytest.raises(RuntimeError):
+        agent.info["critic_loss"].item()
     assert agent.updates["critic"] == 9 and agent.info["critic_loss"].device.type == "meta"
 
 
-def test_recorded_updates_equal_plain_ones():
+@pytest.mark.parametrize("algo", train.ALGORITHMS)
+def test_recorded_updates_equal_plain_ones(algo):
     """The host's side of graph capture, with a stand-in for the device's. Recording runs the function and then puts the
     device's state back; replaying runs it and puts the host's counts back, and writes where it was recorded."""
-    plain, agent, recordings = tiny(), tiny(), []
-    buffers = [filled(), filled()]
+    (plain, *_), (agent, _), recordings = tiny_of(algo), tiny_of(algo), []
+    buffers = [tiny_of(algo)[1], tiny_of(algo)[1]]
 
     def counts():
         return dict(agent.updates), {name: sparse.last_step for name, sparse in agent.sparse.items()}
@@ -1134,11 +1547,12 @@ def test_recorded_updates_equal_plain_ones():
         assert plain.updates == agent.updates
         assert {n: s.last_step for n, s in plain.sparse.items()} == {n: s.last_step for n, s in agent.sparse.items()}
         assert {k: v.item() for k, v in plain.info.items()} == {k: v.item() for k, v in agent.info.items()}
-    assert len(recordings) == 2  # once each: topology changes did not record anew
-    for name in plain.networks:
-        for a, b in zip(plain.networks[name].parameters(), agent.networks[name].parameters()):
-            assert torch.equal(a, b)
-        assert plain.sparse[name].last_step > 3 * 3  # several of them were topology updates
+    assert len(recordings) == len(agent.captures)  # once each: topology changes did not record anew
+    for kind in ("networks", "targets"):
+        for name, network in getattr(plain, kind).items():
+            assert all(torch.equal(a, b) for a, b in zip(network.parameters(), getattr(agent, kind)[name].parameters()))
+    assert all(torch.equal(value, agent.tensors()[name]) for name, value in plain.tensors().items())
+    assert all(sparse.last_step > 3 * 3 for sparse in plain.sparse.values())  # several of them were topology updates
 
 
 def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
@@ -1162,15 +1576,33 @@ def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
         assert all(v.dtype == torch.float32 for state in optimizer.state.values() for v in state.values())
 
 
-def test_compiled_losses_equal_plain_ones(monkeypatch):
+@pytest.mark.parametrize("algo", ["sac", "ddpg", "mrsac"])
+def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
+    (agent, buffer), (plain, _) = tiny_of(algo, seed=1), tiny_of(algo, seed=1)
+    fast.speed_up(agent, "bf16")
+    for one in (agent, plain):
+        torch.manual_seed(0)
+        (one.update_critic_and_actor if algo == "mrsac" else one.update)(buffer)
+    for name in ("critic_loss", "actor_loss", "q"):
+        value, exact = agent.info[name], plain.info[name]
+        assert value.dtype == torch.float32 and value != exact and value.item() == pytest.approx(exact.item(), rel=0.1, abs=0.1)
+    x = torch.randn(3, agent.networks["actor"].output.in_features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert agent.critic(torch.randn(3, 4), torch.randn(3, 2)).dtype == torch.float32 if algo != "mrsac" else True
+        assert agent.actor.output(x).dtype == (torch.bfloat16 if algo == "ddpg" else torch.float32)
+    assert all(p.dtype == p.grad.dtype == torch.float32 for network in agent.networks.values() for p in network.parameters())
+
+
+@pytest.mark.parametrize("algo", train.ALGORITHMS)
+def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is
     PyTorch's own affair and is left out."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options: compile(
         function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
-    plain, compiled = tiny(), tiny()
+    (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
     fast.speed_up(compiled, "fp32", compile=True)
-    buffers = [filled(), filled()]
+    buffers = [one, other]
     for step in range(7):  # across bursts and topology updates
         for agent, replay in zip((plain, compiled), buffers):
             torch.manual_seed(step)
@@ -1230,6 +1662,28 @@ def test_every_task_of_the_suite_starts_or_says_why_not():
             assert name == "quadruped-escape" and "OpenGL" in str(error) and "\n" not in str(error)
     with pytest.raises(ValueError, match="did you mean dog-run or"):
         Env("dog_run")
+
+
+def test_discrete_actions_and_broken_observations_are_refused(monkeypatch, tmp_path):
+    from dm_control import suite
+    from dm_control.rl import control
+    from dm_env import specs
+    monkeypatch.setattr(control.Environment, "action_spec", lambda self: specs.DiscreteArray(3))
+    with pytest.raises(ValueError, match="cartpole-swingup has discrete actions") as error:
+        Env("cartpole-swingup")
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    flat, calls = envs._flat, itertools.count()
+    monkeypatch.setattr(envs, "_flat", lambda observation: flat(observation) * (math.nan if next(calls) == 30 else 1))
+    env = Env("cartpole-swingup")
+    with pytest.raises(FloatingPointError, match="observation of cartpole-swingup holds nan"):
+        for _ in range(40):
+            env.step(env.random_action())
+    calls = itertools.count(-1100)  # past the first evaluation
+    monkeypatch.setattr(sys, "argv", ["train.py", "--runs", str(tmp_path), "--algo", "sac", *SHORT[:-2]])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert "holds nan" in str(stopped.value) and len(str(stopped.value).strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["walker-walk", "finger-turn_hard", "fish-swim", "lqr-lqr_6_2"])
@@ -1311,8 +1765,41 @@ def test_a_run_from_the_command_line(tmp_path):
     assert timeless(table(folder2, "eval.csv"))[-1] == timeless(rows)[-1]
 
 
+@pytest.mark.parametrize("algo", ["sac", "ddpg", "mrsac"])
+def test_every_algorithm_runs_from_the_command_line(tmp_path, algo):
+    own = ("--target-update-freq", "20") if algo == "mrsac" else ()
+    result = run_train(tmp_path, "--algo", algo, "--mst", "--precision", "bf16", *SHORT[:-2], *own)
+    assert result.returncode == 0, result.stderr
+    names = ("encoder", "critic", "actor") if algo == "mrsac" else ("critic", "actor")
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith(f"cartpole-swingup__{algo}__") and f"{algo} on cartpole-swingup" in result.stdout
+    for line in ("critic   type 6  dst", "actor    type 5  sst") if algo == "mrsac" else (
+            "critic   type simba  dst", "actor    type simba  sst", "density 0.2"):
+        assert line in result.stdout
+    rows, training = table(folder, "eval.csv"), table(folder, "train.csv")
+    assert [int(row["agent_step"]) for row in rows] == [0, 50, 100, 130]
+    for module in names:
+        columns = [c for c in rows[0] if c.startswith(module + "/")]
+        assert all(any(key in c for c in columns) for key in ("srank", "dormant/", "interference", "parameter_norm", "gradient_norm"))
+        assert all(math.isfinite(float(rows[-1][c])) for c in columns)
+    assert any(c.startswith("encoder/") for c in rows[0]) == (algo == "mrsac")
+    assert ("temperature" in training[0]) == (algo != "ddpg")
+    assert all(math.isfinite(float(row[c])) for row in training for c in row if c != "episode_return")
+    assert json.load(open(folder / "config.json"))["learning_starts"] == 60
+
+
 @pytest.mark.parametrize("flags, message", [
     (("--env", "walker-wlk"), "did you mean walker-walk"),
+    (("--algo", "ppo"), "choose one of mrq, sac, ddpg, mrsac"),
+    (("--algo", "sac", "--encoder-regime", "dst"), "--encoder-regime: sac has no encoder, only critic and actor"),
+    (("--algo=ddpg", "--encoder-scale", "2"), "--encoder-scale: ddpg has no encoder"),
+    (("--algo", "sac", "--critic-type", "6"), "--critic-type: sac runs on SimBa networks"),
+    (("--algo", "ddpg", "--residual", "post"), "--residual: ddpg runs on SimBa networks"),
+    (("--algo", "sac", "--target-q", "mean"), "--target-q mean chooses between two Q networks, and there is one: add --twin-critics"),
+    (("--algo", "sac", "--twin-critics", "--actor-q", "max"), "unknown --actor-q 'max'"),
+    (("--algo", "mrsac", "--target-policy", "old"), "choose target or online"),
+    (("--algo", "mrsac", "--critic-type", "7"), "choose 1 to 6"),
+    (("--algo", "ddpg", "--sparsity", "1"), "lies in [0, 1)"),
     (("--critic-type", "7"), "choose 1 to 6"),
     (("--critic-regime", "rigl"), "choose one of dense, sst, dst, s2d, d2s"),
     (("--growth", "momentum", "--mst"), "unknown grow"),
@@ -1383,11 +1870,27 @@ def test_presets_and_flags_reach_the_modules():
     assert (options["distribution"], options["grow"], options["update_interval"]) == ("uniform", "random", 7)
 
 
+def test_every_algorithm_has_its_own_defaults():
+    sac, mrsac = flags_to_args("--algo", "sac"), flags_to_args("--mst", "--algo=mrsac")
+    assert (sac.learning_starts, sac.sparse.sparsity, sac.agent) == (5000, 0.8, SACConfig())
+    assert (mrsac.learning_starts, mrsac.sparse.sparsity, mrsac.agent.temperature_lr) == (10_000, 0.6, 3e-4)
+    assert isinstance(flags_to_args("--algo", "ddpg").agent, DDPGConfig) and isinstance(flags_to_args().agent, MRQConfig)
+    regimes = lambda *flags: {name: (m.regime, m.sparsity, m.width_scale, m.depth_scale)
+                              for name, m in train.module_configs(flags_to_args(*flags)).items()}
+    assert regimes("--algo", "sac", "--mst", "--width-scale", "4", "--depth-scale", "3") == {
+        "critic": ("dst", 0.8, 4, 3), "actor": ("sst", 0.8, 4, 3)}
+    assert regimes("--algo", "ddpg", "--actor-regime", "dst", "--critic-sparsity", "0.5", "--scale", "2") == {
+        "critic": ("dense", 0.5, 2, 2), "actor": ("dst", 0.8, 2, 2)}  # Fig. 14 swaps the regimes
+    assert regimes("--algo", "mrsac", "--mst")["encoder"][0] == "dense"
+
+
 def test_run_names_tell_runs_apart():
     names = {train.run_name(flags_to_args(*flags)) for flags in (
         (), ("--mst",), ("--seed", "1"), ("--scale", "5"), ("--critic-scale", "5"), ("--critic-lr", "1e-3"), ("--env", "walker-run"),
-        ("--sparsity", "0.5"), ("--mst", "--sparsity", "0.5"), ("--discount", "0.9"), ("--total-steps", "7"))}
-    assert len(names) == 11 and "dog-run__seed=0" in names
+        ("--sparsity", "0.5"), ("--mst", "--sparsity", "0.5"), ("--discount", "0.9"), ("--total-steps", "7"),
+        ("--algo", "sac"), ("--algo", "ddpg"), ("--algo", "mrsac"), ("--algo", "sac", "--twin-critics"), ("--algo", "sac", "--sparsity", "0.6"))}
+    assert len(names) == 16 and {"dog-run__seed=0", "dog-run__sac__seed=0", "dog-run__sac__twin-critics__seed=0",
+                                 "dog-run__sac__sparsity=0.6__seed=0"} <= names
 
 
 def test_large_networks_without_residuals_are_named(tmp_path):
@@ -1399,16 +1902,19 @@ def test_large_networks_without_residuals_are_named(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------- bench.py
 
-def test_the_benchmark_counts_what_it_says(capsys):
-    args = bench.Args(variants=["dense", "mst"], env="cartpole-swingup", steps=1)
+@pytest.mark.parametrize("algo", ["mrq", "ddpg"])
+def test_the_benchmark_counts_what_it_says(algo, capsys):
+    args = bench.Args(algo=algo, variants=["dense", "mst"], env="cartpole-swingup", steps=1)
     dense, mst = rows = bench.bench_scale(0.05, args, torch.device("cpu"))
     bench.show(rows)
     table = capsys.readouterr().out
     assert all(f" {phase} " in table for phase in bench.PHASES) and "16.0 bytes a weight" in table
     assert mst["weights"] == dense["weights"] and mst["gflop"] == dense["gflop"] > 0  # masks spare no arithmetic
-    assert dense["mb_weights"] == pytest.approx(4e-6 * dense["weights"]) == dense["mb_gradients"] == dense["mb_targets"]
+    assert dense["mb_weights"] == pytest.approx(4e-6 * dense["weights"]) == dense["mb_gradients"]
+    assert 0.9 * dense["mb_weights"] < dense["mb_targets"] <= dense["mb_weights"]  # DDPG's actor has none
     assert dense["mb_masks"] == 0 < mst["mb_masks"] <= 1e-6 * mst["weights"]  # a byte a weight at most
-    assert all(row[phase] > 0 for row in rows for phase in ("update", "sample", "encoder", "critic", "actor", "optimiser"))
+    assert all(row[phase] > 0 for row in rows for phase in ("update", "sample", "critic", "actor", "optimiser"))
+    assert (dense["encoder"] == "") == (algo == "ddpg")
     with pytest.raises(ValueError, match="unknown variant"):
         bench.variant_agent("sparse", 1, None, torch.device("cpu"), args)
 
