@@ -38,8 +38,13 @@ def set_precision(precision):
 
 
 def speed_up(agent, precision="fp32", compile=False):
-    """Sets the precision of the agent's losses, and compiles them, in place."""
+    """Sets the precision of the agent's losses, and compiles them and the masking of gradients, in place."""
     set_precision(precision)
+    if compile:
+        # One code object is compiled anew for every agent and module of the process; the default of 8 stops bench.py.
+        torch._dynamo.config.recompile_limit = 100
+        # Masking rides on the passes that clipping makes over the gradients.
+        agent.mask_and_clip = torch.compile(agent.mask_and_clip, fullgraph=True, dynamic=False)
     if precision == "bf16":
         for layer in agent.heads():
             _keep_float32(layer, agent.device.type)

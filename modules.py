@@ -47,7 +47,7 @@ class ModularAgent:
     and `updates`; `info` holds what the last updates saw, as device scalars.
     """
 
-    losses = ()  # methods that return (one value a sample, ...): what may be compiled, and run in the chosen precision
+    losses = ()  # methods that return (one value a sample, ...): they may be compiled, and run in the chosen precision
     passes = ()  # further methods that run in the chosen precision
     captures = {}  # method that may be captured as a CUDA graph -> modules that one call of it updates
 
@@ -74,15 +74,19 @@ class ModularAgent:
 
     def _step(self, name, loss, clip=None):
         """One optimiser step of one module, in the order that sparse training needs."""
-        parameters, optimizer, sparse = list(self.networks[name].parameters()), self.optimizers[name], self.sparse[name]
+        optimizer = self.optimizers[name]
         self.updates[name] += 1
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        sparse.update_topology(self.updates[name])  # ranks growth by this loss's dense gradient
-        sparse.mask_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else None  # what is pruned does not count
+        self.sparse[name].update_topology(self.updates[name])  # ranks growth by this loss's dense gradient
+        norm = self.mask_and_clip(name, clip)
         optimizer.step()
         return norm
+
+    def mask_and_clip(self, name, clip):
+        """What is pruned does not count towards the norm. Returns the norm before clipping, or None without a clip."""
+        self.sparse[name].mask_gradients()
+        return torch.nn.utils.clip_grad_norm_(list(self.networks[name].parameters()), clip) if clip else None
 
     def heads(self):
         """Last layers whose output stays in float32, whatever the precision: a Q of 100 in bfloat16 is known to ±0.25."""

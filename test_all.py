@@ -455,8 +455,8 @@ def test_initialisation_and_bad_arguments():
 def test_simba_networks_against_their_definition_and_sizes():
     torch.manual_seed(0)
     critic = networks.SimbaCritic(5, 2, 8, num_blocks=3, num_qs=2)
-    for parameter in critic.parameters():
-        nn.init.normal_(parameter, std=0.5)
+    for name, parameter in critic.named_parameters():
+        nn.init.normal_(parameter, std=1e-3 if "projection" in name else 0.5)  # so small that the epsilon tells
     obs, action = torch.randn(7, 5), torch.randn(7, 2)
 
     def norm(layer, v):  # with parameters, and an epsilon of its own
@@ -1211,6 +1211,12 @@ def test_mrsac_losses_against_a_loop_over_samples(target_policy, target_q, actor
     torch.testing.assert_close(agent.td_target(batch)[:, 0], torch.stack(targets).detach())
     torch.manual_seed(6)
     torch.testing.assert_close(agent.actor_loss(zs)[0], torch.stack(losses))
+    # One temperature update an actor update: Adam's first step is its learning rate, against the slope α·(H - H̄).
+    agent, buffer = tiny_of("mrsac")
+    log = agent.temperature.log.item()
+    agent.update_critic_and_actor(buffer)
+    slope = agent.info["entropy"].item() - -0.5 * 2
+    assert agent.temperature.log.item() - log == pytest.approx(-3e-4 * np.sign(slope), rel=1e-2)
     # The rest is MR.Q's own, not a copy.
     assert all(getattr(MRSAC, name) is getattr(MRQ, name) for name in
                ("encoder_loss", "critic_loss", "td_target", "refresh_targets", "update_encoder", "update_critic_and_actor", "update"))
@@ -1245,6 +1251,22 @@ def test_order_of_a_simba_update_and_its_soft_target():
         torch.testing.assert_close(list(agent.targets["critic"].parameters()), target)
     assert events == ["actor_loss", "update", "critic_loss", "update_target"] * 3
     assert agent.updates == {"critic": 3, "actor": 3} and SAC.updates_per_step == DDPG.updates_per_step == 2
+
+
+@pytest.mark.parametrize("algo", ["sac", "ddpg"])
+def test_the_simba_actors_loss_computes_nothing_for_the_critic(algo):
+    agent, buffer = tiny_of(algo)
+    spared = {}
+
+    def spy(name, loss, clip=None, original=agent._step):
+        result = original(name, loss, clip)
+        spared[name] = all(parameter.grad is None for parameter in agent.critic.parameters())
+        return result
+
+    agent._step = spy
+    agent.update(buffer)
+    assert spared == {"actor": True, "critic": False}
+    assert all(parameter.requires_grad for parameter in agent.critic.parameters())
 
 
 def regimes_dense(algo, *regimes):
@@ -1598,7 +1620,7 @@ def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is
     PyTorch's own affair and is left out."""
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options: compile(
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options=None: compile(
         function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
     (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
     fast.speed_up(compiled, "fp32", compile=True)
