@@ -1906,6 +1906,14 @@ def test_every_algorithm_has_its_own_defaults():
     assert regimes("--algo", "mrsac", "--mst")["encoder"][0] == "dense"
 
 
+@pytest.mark.parametrize("algo, updates", [("mrq", 60), ("sac", 120)])
+def test_schedules_span_all_updates_of_a_run(algo, updates, tmp_path):
+    _, _, agent, *_, log = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
+                                                     "--learning-starts", "40", "--runs", str(tmp_path)))
+    log.close()
+    assert {sparse.total_steps for sparse in agent.sparse.values()} == {updates}
+
+
 def test_run_names_tell_runs_apart():
     names = {train.run_name(flags_to_args(*flags)) for flags in (
         (), ("--mst",), ("--seed", "1"), ("--scale", "5"), ("--critic-scale", "5"), ("--critic-lr", "1e-3"), ("--env", "walker-run"),
