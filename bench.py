@@ -8,12 +8,14 @@
 Every figure is a median, in milliseconds per agent step; the encoder's burst and the topology updates are spread over the
 steps they serve. The variants of one scale take turns within one run, so that a noisy machine is noisy to all of them:
 read the ratios. FLOPs are counted by PyTorch's own counter during a real update, bytes are counted from the optimiser's
-traffic, and the rates that turn both into a floor are measured on the spot.
+traffic, and the rates that turn both into a floor are measured on the spot. Phases are timed apart and uncaptured;
+"masks" is the plain pass over the gradients, which +compile fuses with clipping.
 """
 
 import csv
 import dataclasses
 import gc
+import os
 import statistics
 import sys
 import time
@@ -28,7 +30,7 @@ from envs import Env
 from modules import frozen
 from mrq import MRQ
 from replay import ReplayBuffer
-from train import ALGORITHMS, defaults, pick_device
+from train import ALGORITHMS, REFUSED, defaults, one_line, pick_device
 
 PHASES = ("sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act")
 BYTES_A_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all but the gradient, 4 bytes each
@@ -38,8 +40,8 @@ BYTES_A_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all
 class Args:
     algo: str = "mrq"  # mrq | sac | ddpg | mrsac
     scales: list[float] = field(default_factory=lambda: [1.0])  # width and depth of every module
-    width_scale: float | None = None  # width alone, instead of the scale
-    depth_scale: float | None = None  # depth alone, instead of the scale
+    width_scale: float | None = None  # width alone, instead of the scales
+    depth_scale: float | None = None  # depth alone, instead of the scales
     variants: list[str] = field(default_factory=lambda: ["dense", "mst"])  # dense | mst, then +bf16, +tf32, +compile, +graphs
     env: str = "dog-run"  # whose shapes and whose step are timed
     steps: int = 20  # timed repetitions of each phase
@@ -71,8 +73,10 @@ def variant_agent(variant, scale, env, device, args):
     """The agent that a variant's name describes, e.g. mst+bf16+compile."""
     kind, *options = variant.split("+")
     unknown = set(options) - {"bf16", "tf32", "fp32", "compile", "graphs"}
-    if kind not in ("dense", "mst") or unknown:
-        raise ValueError(f"unknown variant {variant!r}: dense or mst, then +fp32, +tf32, +bf16, +compile, +graphs")
+    if kind not in ("dense", "mst") or unknown or len(set(options) & set(fast.PRECISIONS)) > 1:
+        raise ValueError(f"unknown variant {variant!r}: dense or mst, then one of +fp32, +tf32, +bf16, +compile, +graphs")
+    if "graphs" in options and device.type != "cuda":
+        raise ValueError(f"{variant} needs a CUDA device, and this run is on {device}")
     agent_class = ALGORITHMS[args.algo]
     width, depth = (scale if own is None else own for own in (args.width_scale, args.depth_scale))
     modules = {name: dataclasses.replace(module, width_scale=width, depth_scale=depth,
@@ -242,10 +246,12 @@ def bench_scale(scale, args, device):
         weights = sum(p.numel() for network in agent.networks.values() for p in network.parameters())
         flop_rate, byte_rate = rates(device, precision)
         count = flops[variant.split("+")[0]]
-        row = {"scale": scale, "variant": variant, "weights": weights,
+        row = {"algo": args.algo, "env": args.env, "scale": scale, "variant": variant, "weights": weights,
                "update": sum(medians[update] for update in agent.captures) * agent.updates_per_step}
         row |= {name: medians[name] * parts[name][1] if name in parts else "" for name in PHASES}
         optimiser_bytes = weights * BYTES_A_WEIGHT * agent.updates_per_step
+        if not isinstance(agent, MRQ):  # the soft target: reads both, writes one
+            optimiser_bytes += 12 * agent.updates_per_step * sum(p.numel() for p in agent.critic.parameters())
         row |= {"floor": 1e3 * (count / flop_rate + optimiser_bytes / byte_rate), "gflop": count / 1e9,
                 "tflop_per_s": flop_rate / 1e12, "gb_per_s": byte_rate / 1e9}
         row |= {f"mb_{name}": size / 1e6 for name, size in memory(agent, replay).items()}
@@ -256,7 +262,7 @@ def bench_scale(scale, args, device):
 
 def show(rows):
     """A Markdown table; update is one agent step of learning, and the phases are its parts timed apart."""
-    columns = ["scale", "variant", "update", *PHASES, "floor"]
+    columns = ["scale", "variant", "update", *PHASES, "floor"]  # a size set apart is named above the table
     print("| " + " | ".join(columns) + " | ÷ first |\n" + "|---" * (len(columns) + 1) + "|")
     for row in rows:
         cells = [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in columns]
@@ -269,19 +275,31 @@ def show(rows):
               f"{per_weight:.1f} bytes a weight in training; MB: {sizes}")
 
 
+def run(args):
+    """All rows; whatever is wrong with the flags is told before anything is timed."""
+    device = pick_device(args.device)
+    defaults(args.algo)  # refuses what is none
+    if args.steps < 1 or not args.scales or not args.variants:
+        raise ValueError("--steps must be at least 1, and --scales and --variants must name at least one each")
+    if args.csv and os.path.exists(args.csv):
+        raise ValueError(f"{args.csv} exists: choose another --csv, or move it away")
+    rows = []
+    for scale in args.scales:
+        rows += bench_scale(scale, args, device)
+        release_memory()
+    return device, rows
+
+
 def main():
     args = tyro.cli(Args, description=__doc__)
-    device = pick_device(args.device)
-    rows = []
     try:
-        defaults(args.algo)  # refuses what is none
-        for scale in args.scales if args.width_scale is None or args.depth_scale is None else [1.0]:
-            rows += bench_scale(scale, args, device)
-            release_memory()
-    except (ValueError, MemoryError) as error:
-        sys.exit(f"bench.py: {error}")
+        device, rows = run(args)
+    except REFUSED as error:
+        sys.exit(f"bench.py: {one_line(error)}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, PyTorch {torch.__version__}, {args.algo} on {args.env}; milliseconds per agent step, medians of {args.steps}\n")
+    sizes = "".join(f", {what} ×{value:g}" for what, value in (("width", args.width_scale), ("depth", args.depth_scale)) if value)
+    print(f"{name}, PyTorch {torch.__version__}, {args.algo} on {args.env}{sizes}; milliseconds per agent step, medians of "
+          f"{args.steps}\n")
     show(rows)
     if args.csv:
         with open(args.csv, "x", newline="") as file:

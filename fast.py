@@ -4,10 +4,11 @@ What it claims: it wraps an agent's update and replaces none of it. Each part is
 the results are those of the plain path within rounding; masks included, since topology changes happen in place.
 
     speed_up(agent, precision="bf16", compile=True)
-    update = captured(agent)            # on CUDA: agent.update, with its two halves captured
-    update(replay)
+    update = captured(agent)            # on CUDA: agent.update, captured in one part or two
+    update(replay)                      # always the same replay: a graph reads the tensors it was recorded with
 
-Precision, of matrix products alone; weights, moments, losses and the Q heads stay in float32:
+Precision, of matrix products and what lies between them; weights, gradients, moments, losses, and the last layers of Q
+and of stochastic actors stay in float32:
     fp32   float32 throughout
     tf32   float32 products rounded to 10 bits of mantissa, on CUDA since Ampere
     bf16   bfloat16 products through autocast, on CUDA and on processors with bf16 instructions
@@ -67,7 +68,6 @@ def _in_bfloat16(function, device_type):
 
 
 def _keep_float32(layer, device_type):
-    """The last layer is small enough to spare."""
     plain = layer.forward
 
     def forward(x):
@@ -78,9 +78,6 @@ def _keep_float32(layer, device_type):
 
 def captured(agent):
     """The agent's `update`, with what the agent names in `captures` captured as CUDA graphs."""
-    for optimizer in agent.optimizers.values():
-        for group in optimizer.param_groups:
-            group["capturable"] = True
     for name, modules in agent.captures.items():
         setattr(agent, name, CapturedUpdate(agent, getattr(agent, name), modules))
     return agent.update
@@ -107,6 +104,9 @@ class CapturedUpdate:
             return
         if any(agent.sparse[name].due(agent.updates[name] + 1) for name in self.modules):
             self.function(replay)
+            if self.replay_graph is not None:
+                for name in self.modules:  # the graph has gradients of its own
+                    agent.optimizers[name].zero_grad(set_to_none=True)
             return
         if self.replay_graph is None:
             before = dict(agent.updates)
@@ -136,6 +136,9 @@ class CapturedUpdate:
 
     def record_cuda_graph(self, function):
         """Records the kernels of `function` without running them; returns what runs them."""
+        for optimizer in self.agent.optimizers.values():
+            for group in optimizer.param_groups:
+                group["capturable"] = True
         gc.collect()  # a tensor that dies during the capture would break it
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

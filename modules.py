@@ -1,7 +1,7 @@
 """Module-specific training: an agent of several networks, each with a size, an optimiser and a regime of its own.
 
 What it claims: one optimiser step of one module, in the order that sparse training needs, whatever the algorithm; and a
-state that holds everything but the replay buffer, as tensors and plain values.
+state that holds all of the agent, as tensors and plain values.
 
 Paper: Section 4, "Module-Specific Training". The agents of mrq.py and sac.py stand on it; what they offer to the training
 loop is listed at `ModularAgent`.
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from sparsity import SparseTraining
+
+STATE = ("sparse", "networks", "targets", "optimizers")  # what an agent has by module name, and saves
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,32 @@ class ModularAgent:
         return {}
 
     def state_dict(self):
-        """Tensors and plain values, nothing else; the replay buffer is not part of it."""
-        parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()}
-                 for kind in ("networks", "targets", "optimizers", "sparse")}
+        """Tensors and plain values, nothing else. The replay buffer and PyTorch's random generators are not part of it.
+
+        As with any module's, weights and moments are the live ones: save or copy them before training goes on.
+        """
+        parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()} for kind in STATE}
         return parts | {"updates": dict(self.updates),
                         "tensors": {name: tensor.detach().clone() for name, tensor in self.tensors().items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        for kind in ("networks", "targets", "optimizers", "sparse"):
+        """Takes back what `state_dict` gave; ValueError, before any weight changes, for another agent's or regime's.
+
+        Learning rates and the like stay this agent's own.
+        """
+        for kind in STATE:
+            if state[kind].keys() != getattr(self, kind).keys():
+                raise ValueError(f"the saved {kind} are {', '.join(state[kind])}, this agent has "
+                                 f"{', '.join(getattr(self, kind))}")
+        for kind in ("sparse", "networks", "targets"):  # the masks first: they refuse what does not fit
             for name, part in getattr(self, kind).items():
                 part.load_state_dict(state[kind][name])
+        for name, optimizer in self.optimizers.items():
+            own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(state["optimizers"][name])
+            for group, options in zip(optimizer.param_groups, own):
+                group.update(options)
         self.updates = dict(state["updates"])
         for name, tensor in self.tensors().items():
             tensor.copy_(state["tensors"][name])

@@ -1,4 +1,4 @@
-"""The networks of the paper: six architecture types, MR.Q's three modules, and how they scale.
+"""The networks of the paper: six architecture types, MR.Q's three modules, SimBa's networks, and how they scale.
 
 What it claims: parameter counts equal the sizes the paper prints, at every scale; all six types have the same count.
 
@@ -231,7 +231,7 @@ class SimbaBlock(nn.Module):
 
 
 class SimbaMLP(nn.Module):
-    """Linear projection, blocks, LayerNorm, linear output. By itself it is SimBa's actor."""
+    """Linear projection, blocks, LayerNorm, linear output. By itself it is SimBa's actor for DDPG."""
 
     def __init__(self, input_dim, output_dim, hidden_dim, num_blocks):
         super().__init__()
@@ -251,6 +251,21 @@ class SimbaMLP(nn.Module):
 
     def forward(self, x):
         return self.output(self.features(x))
+
+
+class SimbaGaussian(SimbaMLP):
+    """SimBa's actor for SAC: mean and raw log-std, each from a head of its own (one layer for both would be pruned by ER
+    to another density)."""
+
+    def __init__(self, input_dim, action_dim, hidden_dim, num_blocks):
+        super().__init__(input_dim, action_dim, hidden_dim, num_blocks)
+        self.log_std = nn.Linear(hidden_dim, action_dim)
+        init_orthogonal(self.log_std)
+
+    def forward(self, x):
+        """(..., input) -> (..., 2·action_dim)"""
+        features = self.features(x)
+        return torch.cat([self.output(features), self.log_std(features)], -1)
 
 
 class SimbaCritic(nn.Module):

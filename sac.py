@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from modules import ModularAgent, ModuleConfig, frozen
 from mrq import MRQ, MRConfig
-from networks import BlockMLP, RunningNormalizer, SimbaCritic, SimbaMLP, arch_config, scaled_size
+from networks import BlockMLP, RunningNormalizer, SimbaCritic, SimbaGaussian, SimbaMLP, arch_config, scaled_size
 from replay import to_device
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # of the Gaussian before tanh, as in the published SimBa
@@ -103,6 +103,7 @@ def reduce_q(q, reduction):
 
 
 def check_reductions(config, twin=True):
+    """ValueError for a flag that is unknown, or that would do nothing."""
     for name in ("target_q", "actor_q"):
         flag, reduction = "--" + name.replace("_", "-"), getattr(config, name)
         if reduction not in REDUCTIONS:
@@ -133,7 +134,8 @@ class Temperature:
 # ---- SAC and DDPG ----
 
 class SimbaAgent(ModularAgent):
-    """What SAC and DDPG share: everything but the policy and what entropy is worth.
+    """What SAC and DDPG share: everything but the policy and what entropy is worth, which they give by `Config`,
+    `make_actor`, `policy` and `best_action`.
 
     modules: a ModuleConfig for "critic" and "actor"; its arch_type and residual say nothing here.
     total_updates: T of the sparsity schedules: two an agent step.
@@ -145,7 +147,6 @@ class SimbaAgent(ModularAgent):
     prioritized = False
     losses = ("critic_loss", "actor_loss")
     captures = {"update": ["critic", "actor"]}
-    outputs_per_action = 1  # of the actor
 
     def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=990_000, device="cpu", seed=0):
         modules = modules or SIMBA
@@ -155,7 +156,7 @@ class SimbaAgent(ModularAgent):
         size = {name: scaled_size(1, modules[name].width_scale, modules[name].depth_scale, width, depth)
                 for name, width, depth in (("critic", 512, 2), ("actor", 128, 1))}
         self.critic = SimbaCritic(obs_dim, action_dim, *size["critic"], num_qs=2 if config.twin_critics else 1)
-        self.actor = SimbaMLP(obs_dim, self.outputs_per_action * action_dim, *size["actor"])
+        self.actor = self.make_actor(obs_dim, action_dim, *size["actor"])
         self.normalizer = RunningNormalizer(obs_dim)
         super().__init__({"critic": self.critic, "actor": self.actor}, modules,
                          {"critic": config.critic_lr, "actor": config.actor_lr}, config.weight_decay, ("critic",),
@@ -255,7 +256,7 @@ class SAC(SimbaAgent):
     """Soft actor-critic: a tanh-Gaussian policy, and a temperature that holds its entropy near a target."""
 
     Config = SACConfig
-    outputs_per_action = 2  # mean and log-std
+    make_actor = SimbaGaussian
 
     def __init__(self, obs_dim, action_dim, *arguments, **options):
         super().__init__(obs_dim, action_dim, *arguments, **options)
@@ -275,7 +276,7 @@ class SAC(SimbaAgent):
         info["temperature"] = self.temperature.value()
 
     def heads(self):
-        return super().heads() + [self.actor.output]  # a log-std in bfloat16 would move in steps
+        return super().heads() + [self.actor.output, self.actor.log_std]  # in bfloat16 it would move in steps
 
     def tensors(self):
         return super().tensors() | {"log_temperature": self.temperature.log}
@@ -285,6 +286,7 @@ class DDPG(SimbaAgent):
     """Deep deterministic policy gradient, as the published SimBa runs it: no target actor, one noise everywhere."""
 
     Config = DDPGConfig
+    make_actor = SimbaMLP
 
     def policy(self, obs):
         """A noisy action; entropy costs nothing."""

@@ -470,6 +470,9 @@ def test_simba_networks_against_their_definition_and_sizes():
         columns.append(linear(q.output, norm(q.norm, x)))
     torch.testing.assert_close(critic(obs, action), torch.cat(columns, 1))
     assert len(list(networks.SimbaCritic(5, 2, 8, 1).children())) == 1
+    actor = networks.SimbaGaussian(5, 2, 8, 1)  # mean first, then log-std, each with a head of its own
+    torch.testing.assert_close(actor(obs), torch.cat([linear(actor.output, actor.features(obs)),
+                                                      linear(actor.log_std, actor.features(obs))], 1))
 
     def size(inputs, outputs, hidden, blocks):  # weights and biases, and two vectors a LayerNorm
         block = 2 * hidden + hidden * 4 * hidden + 4 * hidden + 4 * hidden * hidden + hidden
@@ -479,7 +482,7 @@ def test_simba_networks_against_their_definition_and_sizes():
         with torch.device("meta"):
             modules = {name: dataclasses.replace(m, width_scale=width, depth_scale=depth) for name, m in SAC.presets["default"].items()}
             agent = SAC(67, 21, modules, device="meta")
-        counts = {name: count(network) for name, network in agent.networks.items()}
+        counts = {name: count(network) for name, network in agent.networks.items()}  # log-std and mean: 21 outputs each
         assert counts == {"critic": size(88, 1, 512 * width, 2 * depth), "actor": size(67, 42, 128 * width, depth)}
         assert round(sum(counts.values()) / 1e6, 2) == millions
 
@@ -1040,6 +1043,21 @@ def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
     np.testing.assert_array_equal(agent.act(obs, explore=False), other.act(obs, explore=False))  # the normaliser too
 
 
+def test_another_agents_state_is_refused_before_anything_changes():
+    agent = tiny_of("sac", seed=2)[0]
+    weights = [p.clone() for p in agent.critic.parameters()]
+    dense = tiny_of("sac", regimes_dense("sac"))[0].state_dict()
+    for state, message in ((dense, "regime 'dense'"), (tiny_of("mrsac")[0].state_dict(), "encoder, critic, actor, this agent has"),
+                           (tiny_of("ddpg")[0].state_dict(), "the saved optimizers are critic, actor, this agent has")):
+        with pytest.raises(ValueError, match=message):
+            agent.load_state_dict(state)
+        assert all(torch.equal(a, b) for a, b in zip(weights, agent.critic.parameters()))
+    other, buffer = tiny_of("sac", critic_lr=0.5)
+    other.update(buffer)
+    agent.load_state_dict(other.state_dict())
+    assert agent.optimizers["critic"].param_groups[0]["lr"] == 1e-4 and agent.optimizers["critic"].state  # moments, not settings
+
+
 # ------------------------------------------------------------------------------------------------------------ sac.py
 
 def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=40, **settings):
@@ -1285,7 +1303,7 @@ def test_raw_observations_are_stored_and_normalised_when_drawn():
     agent.update(buffer)
     torch.testing.assert_close(seen[0], (raw - agent.normalizer.mean.float()) / agent.normalizer.var.sqrt().float())
     obs = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
-    expected = agent.actor(agent.normalizer(torch.from_numpy(obs)))[:2].tanh()
+    expected = agent.actor.output(agent.actor.features(agent.normalizer(torch.from_numpy(obs)))).tanh()
     np.testing.assert_allclose(agent.act(obs, explore=False), expected.detach(), rtol=1e-5)
     before = agent.normalizer.mean.clone()
     agent.act(obs, explore=False), agent.act(obs, explore=True)
@@ -1612,6 +1630,7 @@ def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert agent.critic(torch.randn(3, 4), torch.randn(3, 2)).dtype == torch.float32 if algo != "mrsac" else True
         assert agent.actor.output(x).dtype == (torch.bfloat16 if algo == "ddpg" else torch.float32)
+        assert algo != "sac" or agent.actor.log_std(x).dtype == torch.float32
     assert all(p.dtype == p.grad.dtype == torch.float32 for network in agent.networks.values() for p in network.parameters())
 
 
@@ -1833,6 +1852,15 @@ def test_every_algorithm_runs_from_the_command_line(tmp_path, algo):
     (("--buffer-size", "100000000000", "--total-steps", "100000000000"), "GB"),
     (("--device", "cuda"), "--device cpu"),
     (("--device", "gpu"), "--device"),
+    (("--device", "mps"), "choose auto, cpu, cuda or cuda:N"),
+    (("--device", "meta"), "choose auto, cpu, cuda or cuda:N"),
+    (("--scale", "3000"), "choose a smaller --scale"),
+    (("--discount", "1.1"), "--discount must be above 0 and at most 1, not 1.1"),
+    (("--critic-lr", "-1"), "--critic-lr must be at least 0, not -1.0"),
+    (("--algo", "sac", "--initial-temperature", "0"), "--initial-temperature must be above 0, not 0.0"),
+    (("--algo", "sac", "--target-entropy", "nan"), "--target-entropy must be finite"),
+    (("--algo", "ddpg", "--target-rate", "-3"), "--target-rate must be above 0 and at most 1"),
+    (("--algo", "ddpg", "--exploration-noise", "inf"), "--exploration-noise must be at least 0"),
     (("--learning-starts", "2"), "--learning-starts must be at least"),
     (("--residual", "none"), "unknown residual"),
     (("--target-update-freq", "0"), "--target-update-freq"),
@@ -1945,8 +1973,18 @@ def test_the_benchmark_counts_what_it_says(algo, capsys):
     assert dense["mb_masks"] == 0 < mst["mb_masks"] <= 1e-6 * mst["weights"]  # a byte a weight at most
     assert all(row[phase] > 0 for row in rows for phase in ("update", "sample", "critic", "actor", "optimiser"))
     assert (dense["encoder"] == "") == (algo == "ddpg")
-    with pytest.raises(ValueError, match="unknown variant"):
-        bench.variant_agent("sparse", 1, None, torch.device("cpu"), args)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--variants", "sparse"), "unknown variant 'sparse'"), (("--variants", "dense+bf16+tf32"), "one of +fp32"),
+    (("--variants", "mst+graphs", "--device", "cpu"), "needs a CUDA device"), (("--device", "foo"), "unknown --device"),
+    (("--steps", "0"), "--steps must be at least 1"), (("--csv", __file__), "exists"), (("--algo", "ppo"), "choose one of"),
+    (("--env", "dog_run"), "did you mean dog-run")])
+def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--scales", "0.05", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    assert message in stopped.value.code and "\n" not in stopped.value.code
 
 
 # ------------------------------------------------------------------------------------------------------------- copies

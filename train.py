@@ -16,6 +16,7 @@ import dataclasses
 import math
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from replay import Batch, ReplayBuffer
 from runlog import RunLog
 from sac import DDPG, MRSAC, SAC, DDPGConfig, MRSACConfig, SACConfig
 
+REFUSED = (ValueError, MemoryError, OSError, ImportError, RuntimeError)  # what building a run may raise; see `one_line`
 ALGORITHMS = {"mrq": MRQ, "sac": SAC, "ddpg": DDPG, "mrsac": MRSAC}
 METRIC_BATCH = 2048  # samples that SRank and the dormant ratio are read from
 INTERFERENCE_SAMPLES = 32  # per-sample gradients that are compared
@@ -42,15 +44,15 @@ INTERFERENCE_SAMPLES = 32  # per-sample gradients that are compared
 
 @dataclass
 class EncoderArgs:
-    encoder_type: int | None = None  # architecture 1-6; 4, or 6 with --mst
-    encoder_regime: str | None = None  # dense | sst | dst | s2d | d2s; dense
-    encoder_scale: float | None = None  # width and depth of this module; --scale
-    encoder_sparsity: float | None = None  # share of weights pruned; --sparsity
+    encoder_type: int | None = None  # (mrq, mrsac) architecture 1-6; 4, or 6 with --mst
+    encoder_regime: str | None = None  # (mrq, mrsac) dense | sst | dst | s2d | d2s; dense
+    encoder_scale: float | None = None  # (mrq, mrsac) width and depth of this module; --scale
+    encoder_sparsity: float | None = None  # (mrq, mrsac) share of weights pruned; --sparsity
 
 
 @dataclass
 class CriticArgs:
-    critic_type: int | None = None  # architecture 1-6; 4, or 6 with --mst
+    critic_type: int | None = None  # (mrq, mrsac) architecture 1-6; 4, or 6 with --mst
     critic_regime: str | None = None  # dense | sst | dst | s2d | d2s; dense, or dst with --mst
     critic_scale: float | None = None  # width and depth of this module; --scale
     critic_sparsity: float | None = None  # share of weights pruned; --sparsity
@@ -58,7 +60,7 @@ class CriticArgs:
 
 @dataclass
 class ActorArgs:
-    actor_type: int | None = None  # architecture 1-6; 3, or 5 with --mst
+    actor_type: int | None = None  # (mrq, mrsac) architecture 1-6; 3, or 5 with --mst
     actor_regime: str | None = None  # dense | sst | dst | s2d | d2s; dense, or sst with --mst
     actor_scale: float | None = None  # width and depth of this module; --scale
     actor_sparsity: float | None = None  # share of weights pruned; --sparsity
@@ -91,7 +93,7 @@ class Args:
     precision: str = "auto"  # auto | fp32 | tf32 | bf16, of matrix products; auto is tf32 on CUDA, fp32 elsewhere
     compile: bool = False  # torch.compile the losses (needs a C++ compiler on a CPU)
     cuda_graphs: bool = False  # capture updates as CUDA graphs
-    mst: bool = False  # the paper's Module-Specific Training: encoder dense (type 6), critic DST (6), actor SST (5)
+    mst: bool = False  # the paper's Module-Specific Training: encoder dense, critic DST, actor SST; types 6, 6, 5, if any
     scale: float = 1.0  # multiplies width and depth of every module
     width_scale: float | None = None  # width alone, of every module, instead of the scales
     depth_scale: float | None = None  # depth alone, of every module, instead of the scales
@@ -173,12 +175,15 @@ def run_name(args):
 
 
 def pick_device(name):
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise ValueError(f"unknown --device {name!r}: choose auto, cpu, cuda or cuda:N") from None
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"unknown --device {name!r}: choose auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but this PyTorch sees no CUDA device: use --device cpu, or install a CUDA build")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}, but this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # streams, graphs and generators are those of the current device
     return device
@@ -193,6 +198,16 @@ def check(args):
     for name, least in at_least.items():
         if values.get(name, least) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {values[name]}")
+    above_zero = ("initial_temperature", "critic_grad_clip", "reward_range", "target_rate", "discount")
+    for name, value in dataclasses.asdict(args.agent).items():
+        if not isinstance(value, float):
+            continue
+        low, high = 0.0, 1.0 if name in ("discount", "target_rate") else math.inf
+        if name == "target_entropy":
+            low = -math.inf
+        if not (low <= value <= high and math.isfinite(value)) or (value == 0 and name in above_zero):
+            interval = f"{'above' if name in above_zero else 'at least'} 0" + (" and at most 1" if high == 1 else "")
+            raise ValueError(f"--{name.replace('_', '-')} must be {interval if low == 0 else 'finite'}, not {value}")
 
 
 def describe(agent, modules, args, device, folder):
@@ -329,18 +344,27 @@ def main():
     try:
         args = parse()
         parts = build(args)
-    except (ValueError, MemoryError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        sys.exit(f"train.py: {str(error).splitlines()[0]}")
+    except REFUSED as error:
+        sys.exit(f"train.py: {one_line(error)}")
     log = parts[-1]
     try:
         train(args, *parts)
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.exit(f"\ntrain.py: {str(error).splitlines()[0]}")
+    except (FloatingPointError, RuntimeError) as error:
+        sys.exit(f"\ntrain.py: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(f"\ntrain.py: stopped by hand; all rows up to here are in {log.folder}")
     finally:
         log.close()
     print(f"done: {os.path.join(log.folder, 'eval.csv')}")
+
+
+def one_line(error):
+    """What to tell of it; what is no fault of the user's is raised again, with its traceback."""
+    memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the CPU's is a plain one
+    if isinstance(error, RuntimeError) and not memory:
+        raise error
+    advice = ": choose a smaller --scale, --batch-size or --buffer-size" if memory else ""
+    return str(error).splitlines()[0] + advice
 
 
 def _first(*values):
