@@ -42,7 +42,8 @@ class Args:
     scales: list[float] = field(default_factory=lambda: [1.0])  # width and depth of every module
     width_scale: float | None = None  # width alone, instead of the scales
     depth_scale: float | None = None  # depth alone, instead of the scales
-    variants: list[str] = field(default_factory=lambda: ["dense", "mst"])  # dense | mst, then +bf16, +tf32, +compile, +graphs
+    # dense | mst, then +fp32 | +tf32 | +bf16, +compile, +graphs
+    variants: list[str] = field(default_factory=lambda: ["dense", "mst"])
     env: str = "dog-run"  # whose shapes and whose step are timed
     steps: int = 20  # timed repetitions of each phase
     device: str = "auto"  # auto | cpu | cuda
@@ -269,10 +270,11 @@ def show(rows):
         first = next(other for other in rows if other["scale"] == row["scale"])
         print("| " + " | ".join(cells) + f" | {row['update'] / first['update']:.3f} |", flush=True)
     for row in rows:
-        sizes = ", ".join(f"{name[3:]} {value:.0f}" for name, value in row.items() if name.startswith("mb_") and value != "")
+        sizes = ", ".join(f"{name[3:]} {value:.0f}" for name, value in row.items()
+                          if name.startswith("mb_") and value != "")
         per_weight = (row["mb_weights"] + row["mb_gradients"] + row["mb_moments"]) * 1e6 / row["weights"]
-        print(f"scale {row['scale']:g} {row['variant']}: {row['weights'] / 1e6:.1f} M weights, {row['gflop']:.1f} GFLOP a step, "
-              f"{per_weight:.1f} bytes a weight in training; MB: {sizes}")
+        print(f"scale {row['scale']:g} {row['variant']}: {row['weights'] / 1e6:.1f} M weights, {row['gflop']:.1f} GFLOP "
+              f"a step, {per_weight:.1f} bytes a weight in training; MB: {sizes}")
 
 
 def run(args):
@@ -297,9 +299,10 @@ def main():
     except REFUSED as error:
         sys.exit(f"bench.py: {one_line(error)}")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    sizes = "".join(f", {what} ×{value:g}" for what, value in (("width", args.width_scale), ("depth", args.depth_scale)) if value)
-    print(f"{name}, PyTorch {torch.__version__}, {args.algo} on {args.env}{sizes}; milliseconds per agent step, medians of "
-          f"{args.steps}\n")
+    apart = (("width", args.width_scale), ("depth", args.depth_scale))
+    sizes = "".join(f", {what} ×{value:g}" for what, value in apart if value is not None)
+    print(f"{name}, PyTorch {torch.__version__}, {args.algo} on {args.env}{sizes}; milliseconds per agent step, "
+          f"medians of {args.steps}\n")
     show(rows)
     if args.csv:
         with open(args.csv, "x", newline="") as file:

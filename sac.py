@@ -237,7 +237,7 @@ class SimbaAgent(ModularAgent):
 
     @torch.no_grad()
     def probe(self, batch):
-        """One pass of each module over the batch. Returns the features SRank is read from: module -> name -> (batch, ·)."""
+        """One pass of each module over the batch. Returns what SRank is read from: module -> name -> (batch, ·)."""
         obs = self.normalizer(batch.obs[:, 0])
         x = torch.cat([obs, batch.action[:, 0]], -1)
         return {"critic": {name: q.features(x) for name, q in self.critic.named_children()},

@@ -191,23 +191,22 @@ def pick_device(name):
 
 def check(args):
     """What would otherwise fail late, or silently do something else."""
-    at_least = {"total_steps": 1, "learning_starts": args.agent.horizon + 1, "eval_every": 1, "eval_episodes": 1, "eval_workers": 0,
-                "log_every": 1, "batch_size": 1, "encoder_horizon": 1, "q_horizon": 1, "target_update_freq": 1,
-                "reward_bins": 2}
+    at_least = {"total_steps": 1, "learning_starts": args.agent.horizon + 1, "eval_every": 1, "eval_episodes": 1,
+                "eval_workers": 0, "log_every": 1, "batch_size": 1, "encoder_horizon": 1, "q_horizon": 1,
+                "target_update_freq": 1, "reward_bins": 2}
     values = dataclasses.asdict(args) | dataclasses.asdict(args.agent)
     for name, least in at_least.items():
         if values.get(name, least) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {values[name]}")
-    above_zero = ("initial_temperature", "critic_grad_clip", "reward_range", "target_rate", "discount")
     for name, value in dataclasses.asdict(args.agent).items():
         if not isinstance(value, float):
             continue
-        low, high = 0.0, 1.0 if name in ("discount", "target_rate") else math.inf
-        if name == "target_entropy":
-            low = -math.inf
-        if not (low <= value <= high and math.isfinite(value)) or (value == 0 and name in above_zero):
-            interval = f"{'above' if name in above_zero else 'at least'} 0" + (" and at most 1" if high == 1 else "")
-            raise ValueError(f"--{name.replace('_', '-')} must be {interval if low == 0 else 'finite'}, not {value}")
+        above_zero = name in ("discount", "target_rate", "initial_temperature", "critic_grad_clip", "reward_range")
+        least = -math.inf if name == "target_entropy" else 0.0
+        most = 1.0 if name in ("discount", "target_rate") else math.inf
+        if not (math.isfinite(value) and least <= value <= most) or (above_zero and value == 0):
+            wanted = "finite" if least < 0 else "above 0" if above_zero else "at least 0"
+            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}{' and at most 1' if most == 1 else ''}, not {value}")
 
 
 def describe(agent, modules, args, device, folder):
