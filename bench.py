@@ -70,6 +70,17 @@ class Clock:
         return begin.elapsed_time(end)
 
 
+def plain_agent(kind, scale, env, device, args):
+    """dense or mst, as it comes."""
+    agent_class = ALGORITHMS[args.algo]
+    width, depth = (scale if own is None else own for own in (args.width_scale, args.depth_scale))
+    modules = {name: dataclasses.replace(module, width_scale=width, depth_scale=depth,
+                                         regime=module.regime if kind == "mst" else "dense")
+               for name, module in agent_class.presets["mst"].items()}  # so that the regime is all that differs
+    torch.manual_seed(0)
+    return agent_class(env.obs_dim, env.action_dim, modules, device=device)
+
+
 def variant_agent(variant, scale, env, device, args):
     """The agent that a variant's name describes, e.g. mst+bf16+compile."""
     kind, *options = variant.split("+")
@@ -78,13 +89,7 @@ def variant_agent(variant, scale, env, device, args):
         raise ValueError(f"unknown variant {variant!r}: dense or mst, then one of +fp32, +tf32, +bf16, +compile, +graphs")
     if "graphs" in options and device.type != "cuda":
         raise ValueError(f"{variant} needs a CUDA device, and this run is on {device}")
-    agent_class = ALGORITHMS[args.algo]
-    width, depth = (scale if own is None else own for own in (args.width_scale, args.depth_scale))
-    modules = {name: dataclasses.replace(module, width_scale=width, depth_scale=depth,
-                                         regime=module.regime if kind == "mst" else "dense")
-               for name, module in agent_class.presets["mst"].items()}  # so that the regime is all that differs
-    torch.manual_seed(0)
-    agent = agent_class(env.obs_dim, env.action_dim, modules, device=device)
+    agent = plain_agent(kind, scale, env, device, args)
     fast.speed_up(agent, precision_of(variant, device), "compile" in options)
     if "graphs" in options:
         fast.captured(agent)
@@ -201,7 +206,8 @@ def rates(device, precision):
     x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     source = torch.randn((2 ** 28 if device.type == "cuda" else 2 ** 25), device=device)
     target, time_of = torch.empty_like(source), Clock(device)
-    product = min(time_of(lambda: x @ x) for _ in range(6))
+    multiply = fast.product if precision == "fp32" and device.type == "cpu" and fast.onednn_available() else torch.mm
+    product = min(time_of(lambda: multiply(x, x)) for _ in range(6))
     copy = min(time_of(lambda: target.copy_(source)) for _ in range(6))
     return 2 * n ** 3 / product * 1e3, 2 * source.numel() * 4 / copy * 1e3
 
@@ -212,8 +218,8 @@ def bench_scale(scale, args, device):
     cases, flops = {}, {}
     for variant in args.variants:
         kind = variant.split("+")[0]
-        if kind not in flops:  # on an agent of its own: a compiler refuses to work while operations are counted
-            agent = variant_agent(kind, scale, env, device, args)
+        if kind not in flops:  # on a plain agent of its own: the counter knows PyTorch's own products alone
+            agent = plain_agent(kind, scale, env, device, args)
             replay = filled_replay(env, agent, steps=20)
             with FlopCounterMode(display=False) as counter:
                 for update in agent.captures:

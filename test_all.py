@@ -1595,6 +1595,47 @@ def test_recorded_updates_equal_plain_ones(algo):
     assert all(sparse.last_step > 3 * 3 for sparse in plain.sparse.values())  # several of them were topology updates
 
 
+@pytest.mark.skipif(not fast.onednn_available(), reason="this PyTorch or processor has no use for oneDNN's products")
+def test_onednn_products_equal_pytorchs_own():
+    torch.manual_seed(0)
+    for rows, inputs, outputs, bias in ((256, 128, 130, True), (3, 700, 40, False), (1, 200, 200, True)):
+        layer, x = nn.Linear(inputs, outputs, bias), torch.randn(rows, 2 * inputs)[:, ::2].requires_grad_()  # with gaps
+        expected, ours = layer(x), fast.linear(layer, x)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        for factor in (torch.randn(rows, outputs), torch.ones(()), torch.randn(rows, 2 * outputs)[:, ::2]):  # whatever comes back
+            gradients = [torch.autograd.grad((y * factor).sum(), [x, *layer.parameters()], retain_graph=True) for y in (ours, expected)]
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        layer.requires_grad_(False)
+        fast.linear(layer, x).sum().backward()
+        assert x.grad is not None and layer.weight.grad is None
+        assert torch.equal(fast.linear(layer, x[0]), F.linear(x[0], layer.weight, layer.bias))  # not a batch
+        torch.testing.assert_close(fast.linear(layer.double(), x.double()), layer(x.double()))
+
+
+@pytest.mark.skipif(not fast.onednn_available(), reason="this PyTorch or processor has no use for oneDNN's products")
+@pytest.mark.parametrize("algo", ["mrq", "sac"])
+def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
+    calls, product = [], fast.product
+    monkeypatch.setattr(fast, "product", lambda x, weight, bias=None: (calls.append(weight.shape), product(x, weight, bias))[1])
+    monkeypatch.setattr(fast, "WIDE", 256)
+    (plain, buffer), (agent, other) = tiny_of(algo), tiny_of(algo)
+    fast.speed_up(agent, "fp32")
+    for one, replay in ((plain, buffer), (agent, other)):
+        torch.manual_seed(1)
+        for _ in range(4):
+            one.update(replay)
+    assert calls and all(shape.numel() >= 256 or 16 in shape for shape in calls)  # products of gradients have the batch
+    for name, network in plain.networks.items():
+        torch.testing.assert_close(list(network.parameters()), list(agent.networks[name].parameters()), rtol=1e-3, atol=1e-5)
+    calls.clear()
+    fast.speed_up(tiny_of(algo)[0], "bf16")
+    monkeypatch.setattr(fast, "onednn_available", lambda: False)
+    agent, buffer = tiny_of(algo)
+    fast.speed_up(agent, "fp32")
+    agent.update(buffer)
+    assert not calls
+
+
 def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
     agent, plain, buffer = tiny(DEFAULT), tiny(DEFAULT), filled()
     fast.speed_up(agent, "bf16")
