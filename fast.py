@@ -77,14 +77,17 @@ def onednn_available():
 
 
 def product(x, weight, bias=None):
-    """x Wᵀ + b in full float32: (batch, in), (out, in), (out,) -> (batch, out). The operation that compiled models use."""
+    """x Wᵀ + b in full float32: (batch, in), (out, in), (out,) -> (batch, out). The operation that compiled models use.
+
+    Each matrix must be dense, row after row or column after column: of a slice oneDNN makes a loop without vectors.
+    """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def linear(layer, x):
     """`layer(x)` by oneDNN; anything but a float32 batch goes PyTorch's own way."""
     if x.ndim == 2 and x.dtype == layer.weight.dtype == torch.float32:
-        return OneDNNLinear.apply(x, layer.weight, layer.bias)
+        return OneDNNLinear.apply(x.contiguous(), layer.weight, layer.bias)
     return F.linear(x, layer.weight, layer.bias)
 
 
@@ -99,7 +102,7 @@ class OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        (x, weight), grad = ctx.saved_tensors, grad.contiguous()
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad  # nothing is computed for who is frozen
         return (product(grad, weight.t()) if needs_x else None, product(grad.t(), x.t()) if needs_weight else None,
                 grad.sum(0) if needs_bias else None)
