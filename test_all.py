@@ -34,7 +34,7 @@ from modules import ModuleConfig
 from mrq import DEFAULT, MRQ, MST, MRQConfig, symexp, two_hot, two_hot_cross_entropy
 from replay import Batch, ReplayBuffer, multi_step_return
 from sac import DDPG, MRSAC, SAC, DDPGConfig, SACConfig, Temperature, reduce_q, tanh_gaussian
-from sparsity import REGIMES, SparseTraining, drop_fraction, layer_densities, scheduled_sparsity, update_mask
+from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # tiny networks: threads would only wait for one another
@@ -341,6 +341,12 @@ def test_convolutions_random_numbers_nan_and_refusals():
     model[0].weight.grad[~sparse.masks["0.weight"]] = float("nan")
     sparse.mask_gradients()
     assert model[0].weight.grad.isfinite().all()  # NaN × 0 would be NaN
+    for dtype, layout in itertools.product((torch.float32, torch.float64, torch.bfloat16), (lambda t: t, lambda t: t.t())):
+        tensor, mask = layout(torch.randn(1100, 1000).to(dtype)), layout(torch.rand(1100, 1000) < 0.5)  # more than one piece
+        expected = tensor.masked_fill(~mask, 0.0)
+        tensor[~mask] = float("nan")
+        _zero_pruned(tensor, mask)
+        assert torch.equal(tensor, expected)
     assert set(sparse.layer_densities()) == {"0.weight", "3.weight"}
     assert sparse.density() == pytest.approx(0.2, abs=2 / (16 * 27 + 4 * 16 * 36))
     for arguments, message in ((("rigl",), "unknown regime"), (("dst", 1.0), "sparsity"), (("dst", 0.5, 0), "total_steps"),
