@@ -81,7 +81,19 @@ def product(x, weight, bias=None):
 
     Each matrix must be dense, row after row or column after column: of a slice oneDNN makes a loop without vectors.
     """
+    if torch.compiler.is_compiling():  # the compiler's own form of the operation wants weights that never change
+        return opaque_product(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("module_specific::product", mutates_args=())
+def opaque_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@opaque_product.register_fake
+def _(x, weight, bias):
+    return x.new_empty(len(x), len(weight))
 
 
 def linear(layer, x):

@@ -1689,6 +1689,7 @@ def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options=None: compile(
         function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
     (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
+    monkeypatch.setattr(fast, "WIDE", 256)  # with oneDNN's products among what is compiled
     fast.speed_up(compiled, "fp32", compile=True)
     buffers = [one, other]
     for step in range(7):  # across bursts and topology updates
