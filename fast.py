@@ -17,6 +17,7 @@ and of stochastic actors stay in float32:
 import functools
 import gc
 import platform
+from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -87,7 +88,7 @@ def product(x, weight, bias=None):
 
 
 @torch.library.custom_op("module_specific::product", mutates_args=())
-def opaque_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def opaque_product(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
