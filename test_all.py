@@ -1602,8 +1602,10 @@ def test_recorded_updates_equal_plain_ones(algo):
 
 
 @pytest.mark.skipif(not fast.onednn_available(), reason="this PyTorch or processor has no use for oneDNN's products")
-def test_onednn_products_equal_pytorchs_own():
+def test_onednn_products_equal_pytorchs_own(monkeypatch):
     torch.manual_seed(0)
+    calls, product = [], fast.product
+    monkeypatch.setattr(fast, "product", lambda *arguments: (calls.append(1), product(*arguments))[1])
     for rows, inputs, outputs, bias in ((256, 128, 130, True), (3, 700, 40, False), (1, 200, 200, True)):
         layer, x = nn.Linear(inputs, outputs, bias), torch.randn(rows, 2 * inputs)[:, ::2].requires_grad_()  # with gaps
         expected, ours = layer(x), fast.linear(layer, x)
@@ -1611,9 +1613,11 @@ def test_onednn_products_equal_pytorchs_own():
         for factor in (torch.randn(rows, outputs), torch.ones(()), torch.randn(rows, 2 * outputs)[:, ::2]):  # whatever comes back
             gradients = [torch.autograd.grad((y * factor).sum(), [x, *layer.parameters()], retain_graph=True) for y in (ours, expected)]
             torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        calls.clear()
+        fast.linear(layer, x.detach()).sum().backward()
         layer.requires_grad_(False)
         fast.linear(layer, x).sum().backward()
-        assert x.grad is not None and layer.weight.grad is None
+        assert x.grad is not None and len(calls) == 2 + 2  # no product for who asks no gradient
         assert torch.equal(fast.linear(layer, x[0]), F.linear(x[0], layer.weight, layer.bias))  # not a batch
         torch.testing.assert_close(fast.linear(layer.double(), x.double()), layer(x.double()))
 
@@ -1634,12 +1638,12 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
     for name, network in plain.networks.items():
         torch.testing.assert_close(list(network.parameters()), list(agent.networks[name].parameters()), rtol=1e-3, atol=1e-5)
     calls.clear()
-    fast.speed_up(tiny_of(algo)[0], "bf16")
-    monkeypatch.setattr(fast, "onednn_available", lambda: False)
-    agent, buffer = tiny_of(algo)
-    fast.speed_up(agent, "fp32")
-    agent.update(buffer)
-    assert not calls
+    for precision, available in (("bf16", True), ("fp32", False)):
+        monkeypatch.setattr(fast, "onednn_available", lambda: available)
+        agent, buffer = tiny_of(algo)
+        fast.speed_up(agent, precision)
+        agent.update(buffer)
+        assert not calls
 
 
 def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
@@ -1691,6 +1695,7 @@ def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
     monkeypatch.setattr(fast, "WIDE", 256)  # with oneDNN's products among what is compiled
     fast.speed_up(compiled, "fp32", compile=True)
+    assert compiled.mask_and_clip != getattr(type(compiled), "mask_and_clip").__get__(compiled)  # wrapped, like the losses
     buffers = [one, other]
     for step in range(7):  # across bursts and topology updates
         for agent, replay in zip((plain, compiled), buffers):
@@ -2021,6 +2026,8 @@ def test_the_benchmark_counts_what_it_says(algo, capsys):
     assert dense["mb_masks"] == 0 < mst["mb_masks"] <= 1e-6 * mst["weights"]  # a byte a weight at most
     assert all(row[phase] > 0 for row in rows for phase in ("update", "sample", "critic", "actor", "optimiser"))
     assert (dense["encoder"] == "") == (algo == "ddpg")
+    traffic = 28 * dense["weights"] if algo == "mrq" else 2 * (28 * dense["weights"] + 12 * dense["mb_targets"] / 4e-6)  # soft target
+    assert dense["floor"] == pytest.approx(1e3 * (dense["gflop"] / dense["tflop_per_s"] / 1e3 + traffic / dense["gb_per_s"] / 1e9))
 
 
 @pytest.mark.parametrize("flags, message", [
