@@ -86,7 +86,8 @@ def variant_agent(variant, scale, env, device, args):
     kind, *options = variant.split("+")
     unknown = set(options) - {"bf16", "tf32", "fp32", "compile", "graphs"}
     if kind not in ("dense", "mst") or unknown or len(set(options) & set(fast.PRECISIONS)) > 1:
-        raise ValueError(f"unknown variant {variant!r}: dense or mst, then one of +fp32, +tf32, +bf16, +compile, +graphs")
+        raise ValueError(f"unknown variant {variant!r}: dense or mst, then at most one of +fp32, +tf32, +bf16, then "
+                         "+compile, +graphs")
     if "graphs" in options and device.type != "cuda":
         raise ValueError(f"{variant} needs a CUDA device, and this run is on {device}")
     agent = plain_agent(kind, scale, env, device, args)

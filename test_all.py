@@ -5,6 +5,7 @@ values computed by other implementations, and each has been seen to fail when th
 import copy
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -1321,6 +1322,21 @@ def test_raw_observations_are_stored_and_normalised_when_drawn():
             tiny_of(algo)[0].observe(np.array([1.0, float("nan"), 0, 0], np.float32))
 
 
+@pytest.mark.parametrize("algo", ["sac", "ddpg"])
+def test_metrics_look_at_normalised_observations(algo):
+    agent, buffer = tiny_of(algo)
+    batch = buffer.sample(8)
+    obs = agent.normalizer(batch.obs)
+    features = agent.probe(batch)
+    torch.testing.assert_close(features["critic"]["q1"], agent.critic.q1.features(torch.cat([obs[:, 0], batch.action[:, 0]], 1)))
+    torch.testing.assert_close(features["actor"]["pi"], agent.actor.features(obs[:, 0]))
+    torch.manual_seed(0)
+    losses = agent.probe_losses(batch, buffer)
+    torch.manual_seed(0)
+    torch.testing.assert_close(losses["critic"], agent.critic_loss(batch._replace(obs=obs))[0])
+    torch.testing.assert_close(losses["actor"], agent.actor_loss(obs[:, 0])[0])
+
+
 def test_soft_targets_stay_sparse_through_thousands_of_updates():
     for regime, updates in (("dst", 2500), ("d2s", 600), ("s2d", 600)):
         agent, buffer = tiny_of("sac", regimes_dense("sac", regime, "sst"), interval=updates // 50, total_updates=updates)
@@ -1401,6 +1417,30 @@ class Corridor:
         return self.observe(), -5.0 if fell else self.x, fell, not fell and self.t == 20
 
 
+def train_on(env, agent, replay, rng):
+    """500 random steps, then 800 of learning."""
+    obs = env.reset(rng)
+    for step in range(1300):
+        agent.observe(obs)
+        action = rng.uniform(-1, 1, 1) if step < 500 else agent.act(obs, explore=True)
+        for _ in range(agent.updates_per_step if step >= 500 else 0):
+            agent.update(replay)
+        next_obs, reward, terminated, truncated = env.step(action)
+        replay.add(obs, action, reward, next_obs, terminated, truncated)
+        obs = env.reset(rng) if terminated or truncated else next_obs
+
+
+def play_corridor(env, agent, x, first_action=None):
+    """The rewards of an episode from x."""
+    env.x, env.t, rewards, done = x, 0, [], False
+    while not done:
+        action = agent.act(env.observe(), explore=False) if rewards or first_action is None else first_action
+        _, reward, terminated, truncated = env.step(action)
+        rewards.append(reward)
+        done = terminated or truncated
+    return rewards
+
+
 def test_all_five_losses_are_needed_and_learn():
     """Learns a task where each loss has something of its own to show: what it predicts is held against the truth."""
     torch.manual_seed(0)
@@ -1410,25 +1450,9 @@ def test_all_five_losses_are_needed_and_learn():
     config = MRQConfig(batch_size=64, target_update_freq=50, encoder_lr=1e-3, critic_lr=1e-3, actor_lr=1e-3, discount=0.9)
     agent = MRQ(2, 1, modules, config, total_updates=800)
     replay, env = ReplayBuffer(2, 1, 5000, agent.horizon), Corridor()
-    obs = env.reset(rng)
-    for step in range(1300):
-        action = rng.uniform(-1, 1, 1) if step < 500 else agent.act(obs, explore=True)
-        if step >= 500:
-            agent.update(replay)
-        next_obs, reward, terminated, truncated = env.step(action)
-        replay.add(obs, action, reward, next_obs, terminated, truncated)
-        obs = env.reset(rng) if terminated or truncated else next_obs
-
+    train_on(env, agent, replay, rng)
+    play_out = functools.partial(play_corridor, env, agent)
     # Policy: from the left, go right and stop short of the edge. An agent that learns nothing gets -4 to -20.
-    def play_out(x, first_action=None):
-        env.x, env.t, rewards, done = x, 0, [], False
-        while not done:
-            action = agent.act(env.observe(), explore=False) if rewards or first_action is None else first_action
-            _, reward, terminated, truncated = env.step(action)
-            rewards.append(reward)
-            done = terminated or truncated
-        return rewards
-
     returns = [sum(play_out(x)) for x in np.linspace(-1, 0, 5)]
     assert np.mean(returns) > 1, f"actor: returns {returns}"
 
@@ -1471,25 +1495,8 @@ def test_simba_agents_learn_a_small_task(algo):
     agent = agent_class(2, 1, modules, agent_class.Config(batch_size=64, discount=0.9, actor_lr=1e-3, critic_lr=1e-3, target_rate=0.02),
                         total_updates=1600)
     replay, env = ReplayBuffer(2, 1, 5000, agent.horizon, agent.prioritized), Corridor()
-    obs = env.reset(rng)
-    for step in range(1300):
-        agent.observe(obs)
-        action = rng.uniform(-1, 1, 1) if step < 500 else agent.act(obs, explore=True)
-        for _ in range(2 * (step >= 500)):
-            agent.update(replay)
-        next_obs, reward, terminated, truncated = env.step(action)
-        replay.add(obs, action, reward, next_obs, terminated, truncated)
-        obs = env.reset(rng) if terminated or truncated else next_obs
-
-    def play_out(x, first_action=None):
-        env.x, env.t, rewards, done = x, 0, [], False
-        while not done:
-            action = agent.act(env.observe(), explore=False) if rewards or first_action is None else first_action
-            _, reward, terminated, truncated = env.step(action)
-            rewards.append(reward)
-            done = terminated or truncated
-        return rewards
-
+    train_on(env, agent, replay, rng)
+    play_out = functools.partial(play_corridor, env, agent)
     returns = [sum(play_out(x)) for x in np.linspace(-1, 0, 5)]
     assert np.mean(returns) > 1, f"actor: returns {returns}"  # an agent that learns nothing gets -4 to -20
     predicted, real = [], []
@@ -2031,7 +2038,7 @@ def test_the_benchmark_counts_what_it_says(algo, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--variants", "sparse"), "unknown variant 'sparse'"), (("--variants", "dense+bf16+tf32"), "one of +fp32"),
+    (("--variants", "sparse"), "unknown variant 'sparse'"), (("--variants", "dense+bf16+tf32"), "at most one of +fp32"),
     (("--variants", "mst+graphs", "--device", "cpu"), "needs a CUDA device"), (("--device", "foo"), "unknown --device"),
     (("--steps", "0"), "--steps must be at least 1"), (("--csv", __file__), "exists"), (("--algo", "ppo"), "choose one of"),
     (("--env", "dog_run"), "did you mean dog-run")])
