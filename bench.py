@@ -20,17 +20,19 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
+from agents import AGENTS
 from envs import Env
 from modules import frozen
 from mrq import MRQ
 from replay import ReplayBuffer
-from train import ALGORITHMS, REFUSED, defaults, one_line, pick_device
+from train import REFUSED, one_line
 
 PHASES = ("sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act")
 BYTES_A_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all but the gradient, 4 bytes each
@@ -38,7 +40,7 @@ BYTES_A_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all
 
 @dataclass
 class Args:
-    algo: str = "mrq"  # mrq | sac | ddpg | mrsac
+    algo: Literal["mrq", "sac", "ddpg", "mrsac"] = "mrq"
     scales: list[float] = field(default_factory=lambda: [1.0])  # width and depth of every module
     width_scale: float | None = None  # width alone, instead of the scales
     depth_scale: float | None = None  # depth alone, instead of the scales
@@ -72,11 +74,11 @@ class Clock:
 
 def plain_agent(kind, scale, env, device, args):
     """dense or mst, as it comes."""
-    agent_class = ALGORITHMS[args.algo]
+    agent_class = AGENTS[args.algo]
     width, depth = (scale if own is None else own for own in (args.width_scale, args.depth_scale))
     modules = {name: dataclasses.replace(module, width_scale=width, depth_scale=depth,
                                          regime=module.regime if kind == "mst" else "dense")
-               for name, module in agent_class.presets["mst"].items()}  # so that the regime is all that differs
+               for name, module in agent_class.Config.presets["mst"].items()}  # so that the regime is all that differs
     torch.manual_seed(0)
     return agent_class(env.obs_dim, env.action_dim, modules, device=device)
 
@@ -286,8 +288,7 @@ def show(rows):
 
 def run(args):
     """All rows; whatever is wrong with the flags is told before anything is timed."""
-    device = pick_device(args.device)
-    defaults(args.algo)  # refuses what is none
+    device = fast.pick_device(args.device)
     if args.steps < 1 or not args.scales or not args.variants:
         raise ValueError("--steps must be at least 1, and --scales and --variants must name at least one each")
     if args.csv and os.path.exists(args.csv):

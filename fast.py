@@ -17,6 +17,7 @@ and of stochastic actors stay in float32:
 import functools
 import gc
 import platform
+import re
 from typing import Optional
 
 import torch
@@ -26,6 +27,22 @@ import torch.nn.functional as F
 PRECISIONS = ("fp32", "tf32", "bf16")
 WIDE = 2 ** 14  # weights from which a layer gains from oneDNN: measured, 128 x 128 at batch 256
 WARM_UP = 3  # eager calls before a capture: allocators and autotuners settle; they are real updates, none is undone
+
+
+def pick_device(name):
+    """The device of this name; "auto" is CUDA where there is any. ValueError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"unknown --device {name!r}: choose auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but this PyTorch sees no CUDA device: use --device cpu, or install a CUDA build")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}, but this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, graphs and generators are those of the current device
+    return device
 
 
 def pick_precision(name, device):

@@ -9,7 +9,6 @@ loop is listed at `ModularAgent`.
 
 import contextlib
 import copy
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,34 +18,12 @@ from sparsity import SparseTraining
 STATE = ("sparse", "networks", "targets", "optimizers")  # what an agent has by module name, and saves
 
 
-@dataclass(frozen=True)
-class ModuleConfig:
-    """How one module is built and trained. The agent's other settings never depend on it."""
-    arch_type: int | str = 4  # 1 to 6, networks.ARCH_CONFIGS; "simba" for SAC and DDPG, which know no other
-    regime: str = "dense"  # sparsity.REGIMES
-    width_scale: float = 1.0  # multiplies the hidden width
-    depth_scale: float = 1.0  # multiplies the number of blocks
-    sparsity: float = 0.6  # Section 3, Setup
-    residual: str = "pre"  # Eq. (5); "post" is Eq. (6)
-    sparse_options: dict = field(default_factory=dict)  # further arguments of SparseTraining
-
-    def size(self):
-        """The arguments that MR.Q's classes in networks.py share."""
-        return {"arch_type": self.arch_type, "width_scale": self.width_scale, "depth_scale": self.depth_scale,
-                "residual": self.residual}
-
-    def sparse_training(self, network, optimizer, total_updates, seed):
-        return SparseTraining(network, optimizer, self.regime, self.sparsity, total_steps=total_updates, seed=seed,
-                              **self.sparse_options)
-
-
 class ModularAgent:
     """What every agent here is made of, and the doors it has.
 
-    Of the class: `Config` (its settings), `presets` ("default" and "mst": module name -> ModuleConfig), and the numbers
-    `updates_per_step`, `learning_starts`, `prioritized`. Of the agent: `act`, `observe`, `update`, `probe`,
-    `probe_losses`, `state_dict`, `load_state_dict`, and, by module name, `networks`, `targets`, `optimizers`, `sparse`
-    and `updates`; `info` holds what the last updates saw, as device scalars.
+    Of the class: `Config` (its settings, in settings.py) and `prioritized`. Of the agent: `act`, `observe`, `update`,
+    `updates_per_step`, `probe`, `probe_losses`, `state_dict`, `load_state_dict`, and, by module name, `networks`,
+    `targets`, `optimizers`, `sparse` and `updates`; `info` holds what the last updates saw, as device scalars.
     """
 
     losses = ()  # methods that return (one value a sample, ...): they may be compiled, and run in the chosen precision
@@ -54,7 +31,7 @@ class ModularAgent:
     captures = {}  # method that may be captured as a CUDA graph -> modules that one call of it updates
 
     def __init__(self, networks, modules, learning_rates, weight_decay, targets, total_updates, device, seed):
-        """networks, modules, learning_rates: by module name; targets: names of the modules that have a target copy."""
+        """networks, modules (ModuleConfig), learning_rates: by module name; targets: names of the modules that have a target copy."""
         self.networks, self.device = networks, torch.device(device)
         self.optimizers, self.sparse = {}, {}
         for number, (name, network) in enumerate(networks.items()):
@@ -62,11 +39,18 @@ class ModularAgent:
             # fused: one pass over the weights, and no host synchronisation
             self.optimizers[name] = torch.optim.AdamW(network.parameters(), lr=learning_rates[name],
                                                       weight_decay=weight_decay, fused=True)
-            self.sparse[name] = modules[name].sparse_training(network, self.optimizers[name], total_updates,
-                                                              seed=1000 * seed + number)
+            config = modules[name]
+            self.sparse[name] = SparseTraining(network, self.optimizers[name], config.regime, config.sparsity,
+                                               total_steps=total_updates, seed=1000 * seed + number,
+                                               **config.sparse_options)
         self.targets = {name: copy.deepcopy(networks[name]).requires_grad_(False) for name in targets}  # as sparse
         self.updates = {name: 0 for name in networks}  # of each module
         self.info = {}
+
+    @property
+    def updates_per_step(self):
+        """Calls of `update` that an agent step has."""
+        return self.config.updates_per_step
 
     def observe(self, obs):
         """Told of every observation of training, once. FloatingPointError for one that is not finite."""

@@ -1,63 +1,24 @@
 """MR.Q with module-specific training: encoder, critic and actor, each with its own architecture, size and regime.
 
-What it claims: the losses of Eqs. (7)-(12) and the settings of Tables 1 and 2, updated in the paper's order; no module's
+What it claims: the losses of Eqs. (7)-(12) and the settings of Tables 1 and 2 (in settings.py), updated in the paper's order; no module's
 loss computes a gradient for another module's weights; and one update reads nothing back from the device.
 
 Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it by `python train.py`; or, as a part:
 
-    agent = MRQ(obs_dim=24, action_dim=6, modules=MST, config=MRQConfig(), total_updates=490_000)
+    agent = MRQ(obs_dim=24, action_dim=6, modules=MR_MST, config=MRQConfig(), total_updates=490_000)
     replay = ReplayBuffer(24, 6, horizon=agent.horizon)
     action = agent.act(obs, explore=True)       # numpy in, numpy out
     agent.update(replay)                        # one agent step's worth of learning
     agent.info["critic_loss"]                   # what the last update saw, as device scalars
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
-from modules import ModularAgent, ModuleConfig, frozen
+from modules import ModularAgent, frozen
 from networks import Actor, Critic, Encoder
 from replay import multi_step_return, to_device
-
-
-DEFAULT = {"encoder": ModuleConfig(4), "critic": ModuleConfig(4), "actor": ModuleConfig(3)}  # Table 2
-MST = {"encoder": ModuleConfig(6, "dense"), "critic": ModuleConfig(6, "dst"), "actor": ModuleConfig(5, "sst")}  # Sec. 4
-
-
-@dataclass(frozen=True)
-class MRConfig:
-    """Tables 1 and 2, without the policy: MR.SAC has these settings too. Every comment is the flag's help text."""
-    batch_size: int = 256  # transitions (or subtrajectories) a gradient step
-    discount: float = 0.99  # γ, a step
-    encoder_horizon: int = 5  # H_Enc, steps the dynamics are unrolled
-    q_horizon: int = 3  # H_Q, steps of the multi-step return
-    target_update_freq: int = 250  # updates between two copies of the targets, and encoder updates in a burst
-    dynamics_weight: float = 1.0  # λ_Dynamics
-    reward_weight: float = 0.1  # λ_Reward
-    terminal_weight: float = 0.1  # λ_Terminal
-    encoder_lr: float = 1e-4  # AdamW learning rate of the encoder
-    critic_lr: float = 3e-4  # AdamW learning rate of the critic
-    actor_lr: float = 3e-4  # AdamW learning rate of the actor
-    weight_decay: float = 1e-4  # AdamW weight decay of all three
-    critic_grad_clip: float = 20.0  # largest gradient norm of the critic; the others are not clipped
-    reward_bins: int = 65  # bins of the two-hot reward
-    reward_range: float = 10.0  # bins span ±this in symlog space: ±22,000 in rewards
-
-    @property
-    def horizon(self):
-        """The longest subtrajectory that the replay buffer must keep."""
-        return max(self.encoder_horizon, self.q_horizon)
-
-
-@dataclass(frozen=True)
-class MRQConfig(MRConfig):
-    """... and MR.Q's deterministic policy."""
-    exploration_noise: float = 0.2  # std of the Gaussian added to actions
-    target_noise: float = 0.2  # std of the Gaussian added to target actions
-    target_noise_clip: float = 0.3  # bound of that noise
-    pre_activation_weight: float = 1e-5  # λ_pre-activ, on the actor's output before tanh
+from settings import MR_DEFAULT, MRQConfig
 
 
 class MRQ(ModularAgent):
@@ -67,15 +28,12 @@ class MRQ(ModularAgent):
     """
 
     Config = MRQConfig
-    presets = {"default": DEFAULT, "mst": MST}
-    updates_per_step = 1  # Table 1, replay ratio
-    learning_starts = 10_000  # Table 1, initial random steps: a default, train.py decides
     prioritized = True
     losses, passes = ("encoder_loss", "critic_loss", "actor_loss"), ("encode",)
     captures = {"update_encoder": ["encoder"], "update_critic_and_actor": ["critic", "actor"]}
 
     def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=490_000, device="cpu", seed=0):
-        modules = modules or DEFAULT
+        modules = modules or MR_DEFAULT
         self.config = config = config or self.Config()
         self.horizon = config.horizon
         self.encoder = Encoder(obs_dim, action_dim, num_bins=config.reward_bins, **modules["encoder"].size())

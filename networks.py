@@ -37,6 +37,7 @@ ARCH_CONFIGS = {  # Appendix C
 }
 ACTIVATIONS = {"relu": nn.ReLU, "elu": nn.ELU}  # Eqs. (3) and (4), α = 1
 RESIDUALS = ("pre", "post")
+SIMBA_SIZES = {"critic": (512, 2), "actor": (128, 1)}  # SimBa's hidden width and number of blocks, at scale 1
 WIDTH = 512  # Table 2, hidden dim, and the size of z_s and z_sa, at scale 1
 ACTION_WIDTH = 256  # Table 2, z_a dim
 
@@ -200,6 +201,25 @@ class Actor(nn.Module):
         return torch.tanh(pre_activation), pre_activation
 
 
+class GaussianHeads:
+    """Mean and raw log-std, each from a head of its own: one layer for both would be pruned by ER to another density."""
+
+    def forward(self, x):
+        """(..., input) -> (..., 2·action_dim)"""
+        features = self.features(x)
+        return torch.cat([self.output(features), self.log_std(features)], -1)
+
+
+class GaussianActor(GaussianHeads, BlockMLP):
+    """MR.SAC's policy on z_s: the same MLP as `Actor`, with two heads."""
+
+    def __init__(self, zs_dim, action_dim, arch_type=3, scale=1, width_scale=None, depth_scale=None, residual="pre"):
+        hidden, blocks = scaled_size(scale, width_scale, depth_scale)
+        super().__init__(zs_dim, action_dim, hidden, num_blocks=blocks, residual=residual, **arch_config(arch_type))
+        self.log_std = nn.Linear(hidden, action_dim)
+        self.log_std.apply(init_weights)
+
+
 # ---- SimBa (Lee et al., 2024), for SAC and DDPG: Section 4, Figures 13 and 14 ----
 
 def init_he(layer):
@@ -253,19 +273,13 @@ class SimbaMLP(nn.Module):
         return self.output(self.features(x))
 
 
-class SimbaGaussian(SimbaMLP):
-    """SimBa's actor for SAC: mean and raw log-std, each from a head of its own (one layer for both would be pruned by ER
-    to another density)."""
+class SimbaGaussian(GaussianHeads, SimbaMLP):
+    """SimBa's actor for SAC."""
 
     def __init__(self, input_dim, action_dim, hidden_dim, num_blocks):
         super().__init__(input_dim, action_dim, hidden_dim, num_blocks)
         self.log_std = nn.Linear(hidden_dim, action_dim)
         init_orthogonal(self.log_std)
-
-    def forward(self, x):
-        """(..., input) -> (..., 2·action_dim)"""
-        features = self.features(x)
-        return torch.cat([self.output(features), self.log_std(features)], -1)
 
 
 class SimbaCritic(nn.Module):

@@ -52,7 +52,7 @@ class ReplayBuffer:
         device = torch.device(device)
         padded = -(-capacity // BLOCK) * BLOCK  # rows for the priorities, up to a whole number of blocks
         bytes_needed = capacity * (4 * (obs_dim + action_dim + 1) + 2) + 4 * padded
-        if bytes_needed > (free := _free_memory(device)):
+        if bytes_needed > (free := free_memory(device)):
             raise MemoryError(f"a buffer of {capacity:,} rows takes {bytes_needed / 1e9:.2f} GB, but {device} has "
                               f"{free / 1e9:.2f} GB: ask for a smaller one")
         self.capacity, self.horizon, self.device = capacity, horizon, device
@@ -183,7 +183,8 @@ def _draw_from(weights):
     return torch.minimum(found, torch.searchsorted(sums, total)).squeeze(1)
 
 
-def _free_memory(device):
+def free_memory(device):
+    """Bytes that can still be had on this device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -1,11 +1,10 @@
-"""SAC and DDPG on SimBa networks, and MR.SAC, with module-specific training.
+"""SAC and DDPG on SimBa networks, with module-specific training.
 
-What it claims: the losses of soft actor-critic and of DDPG as the published SimBa runs them, MR.SAC as MR.Q's encoder
-learning under SAC's actor and critic, all five regimes on every module, and soft targets that stay exactly as sparse as
-the network they follow.
+What it claims: the losses of soft actor-critic and of DDPG as the published SimBa runs them, all five regimes on both
+modules, and soft targets that stay exactly as sparse as the network they follow.
 
-Paper: Section 4, Figures 13 and 14; Figure 26 and Appendix E (MR.SAC). SAC is Haarnoja et al., 2018; DDPG Lillicrap et
-al., 2016; SimBa Lee et al., 2024. Run it by `python train.py --algo sac`; or, as a part:
+Paper: Section 4, Figures 13 and 14. SAC is Haarnoja et al., 2018; DDPG Lillicrap et al., 2016; SimBa Lee et al., 2024.
+The settings are in settings.py. Run it by `python train.py --algo sac`; or, as a part:
 
     agent = SAC(obs_dim=24, action_dim=6, modules=SIMBA_MST, total_updates=990_000)
     replay = ReplayBuffer(24, 6, horizon=agent.horizon, prioritized=agent.prioritized)
@@ -15,64 +14,17 @@ al., 2016; SimBa Lee et al., 2024. Run it by `python train.py --algo sac`; or, a
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from modules import ModularAgent, ModuleConfig, frozen
-from mrq import MRQ, MRConfig
-from networks import BlockMLP, RunningNormalizer, SimbaCritic, SimbaGaussian, SimbaMLP, arch_config, scaled_size
+from modules import ModularAgent, frozen
+from networks import SIMBA_SIZES, RunningNormalizer, SimbaCritic, SimbaGaussian, SimbaMLP, scaled_size
 from replay import to_device
+from settings import SIMBA, DDPGConfig, SACConfig
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0  # of the Gaussian before tanh, as in the published SimBa
-REDUCTIONS = ("min", "mean")
-
-# Sparsity 0.8: the published example of sparse SimBa networks; this paper follows its configurations (Section 4).
-SIMBA = {"critic": ModuleConfig("simba", sparsity=0.8), "actor": ModuleConfig("simba", sparsity=0.8)}
-SIMBA_MST = {"critic": ModuleConfig("simba", "dst", sparsity=0.8), "actor": ModuleConfig("simba", "sst", sparsity=0.8)}
-
-
-@dataclass(frozen=True)
-class SimbaConfig:
-    """The published SimBa's settings for DeepMind Control. Every comment is the flag's help text."""
-    batch_size: int = 256  # transitions an update
-    discount: float = 0.99  # γ, a step
-    target_rate: float = 0.005  # τ, how far the target critic moves in an update
-    actor_lr: float = 1e-4  # AdamW learning rate of the actor
-    critic_lr: float = 1e-4  # AdamW learning rate of the critic
-    weight_decay: float = 1e-2  # AdamW weight decay of both
-    twin_critics: bool = False  # two Q networks instead of one
-    target_q: str = "min"  # min | mean: which of two Q enters the TD target
-    actor_q: str = "min"  # min | mean: which of two Q the actor climbs
-
-    horizon = 1  # one-step returns
-
-
-@dataclass(frozen=True)
-class SACConfig(SimbaConfig):
-    """... and SAC's temperature."""
-    initial_temperature: float = 0.01  # α at the start
-    temperature_lr: float = 1e-4  # Adam learning rate of log α
-    target_entropy: float = -0.5  # what entropy is held near, times the number of action dimensions
-
-
-@dataclass(frozen=True)
-class DDPGConfig(SimbaConfig):
-    """... and DDPG's noise."""
-    exploration_noise: float = 0.1  # std of the Gaussian added to actions: acting, in the target, and in the actor's loss
-
-
-@dataclass(frozen=True)
-class MRSACConfig(MRConfig):
-    """MR.Q's settings without its policy, and SAC's temperature, which lives in units of the reward scale."""
-    initial_temperature: float = 0.01  # α at the start
-    temperature_lr: float = 3e-4  # Adam learning rate of log α
-    target_entropy: float = -0.5  # what entropy is held near, times the number of action dimensions
-    target_policy: str = "target"  # target | online: which actor chooses the action of the TD target
-    target_q: str = "min"  # min | mean: which of two Q enters the TD target
-    actor_q: str = "min"  # min | mean: which of two Q the actor climbs
 
 
 # ---- what SAC and MR.SAC share ----
@@ -100,16 +52,6 @@ def tanh_mean(output):
 def reduce_q(q, reduction):
     """(batch, number of Q) -> (batch,)"""
     return q.amin(1) if reduction == "min" else q.mean(1)
-
-
-def check_reductions(config, twin=True):
-    """ValueError for a flag that is unknown, or that would do nothing."""
-    for name in ("target_q", "actor_q"):
-        flag, reduction = "--" + name.replace("_", "-"), getattr(config, name)
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"unknown {flag} {reduction!r}: choose min or mean")
-        if reduction != "min" and not twin:
-            raise ValueError(f"{flag} {reduction} chooses between two Q networks, and there is one: add --twin-critics")
 
 
 class Temperature:
@@ -141,9 +83,6 @@ class SimbaAgent(ModularAgent):
     total_updates: T of the sparsity schedules: two an agent step.
     """
 
-    presets = {"default": SIMBA, "mst": SIMBA_MST}
-    updates_per_step = 2
-    learning_starts = 5_000
     prioritized = False
     losses = ("critic_loss", "actor_loss")
     captures = {"update": ["critic", "actor"]}
@@ -151,10 +90,9 @@ class SimbaAgent(ModularAgent):
     def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=990_000, device="cpu", seed=0):
         modules = modules or SIMBA
         self.config = config = config or self.Config()
-        check_reductions(config, config.twin_critics)
         self.horizon = config.horizon
-        size = {name: scaled_size(1, modules[name].width_scale, modules[name].depth_scale, width, depth)
-                for name, width, depth in (("critic", 512, 2), ("actor", 128, 1))}
+        size = {name: scaled_size(1, modules[name].width_scale, modules[name].depth_scale, *base)
+                for name, base in SIMBA_SIZES.items()}
         self.critic = SimbaCritic(obs_dim, action_dim, *size["critic"], num_qs=2 if config.twin_critics else 1)
         self.actor = self.make_actor(obs_dim, action_dim, *size["actor"])
         self.normalizer = RunningNormalizer(obs_dim)
@@ -296,60 +234,3 @@ class DDPG(SimbaAgent):
 
     def best_action(self, obs):
         return torch.tanh(self.actor(obs))
-
-
-# ---- MR.SAC ----
-
-class MRSAC(MRQ):
-    """MR.Q's encoder, buffer, horizons, reward scales, LAP and targets, unchanged; SAC's policy and temperature.  App. E
-
-    The Q of MR.Q are in units of r̄, so α weighs entropy in those units too.
-    """
-
-    Config = MRSACConfig
-
-    def __init__(self, obs_dim, action_dim, *arguments, **options):
-        super().__init__(obs_dim, action_dim, *arguments, **options)
-        check_reductions(self.config)
-        if self.config.target_policy not in ("target", "online"):
-            raise ValueError(f"unknown --target-policy {self.config.target_policy!r}: choose target or online")
-        self.temperature = Temperature(self.config, action_dim, self.device)
-        self.optimizers["temperature"] = self.temperature.optimizer
-
-    def make_actor(self, zs_dim, action_dim, size):
-        size = dict(size)
-        hidden, blocks = scaled_size(1, size.pop("width_scale"), size.pop("depth_scale"))
-        config = arch_config(size.pop("arch_type"))
-        return BlockMLP(zs_dim, 2 * action_dim, hidden, num_blocks=blocks, **config, **size)  # mean and log-std
-
-    @torch.no_grad()
-    def act(self, obs, explore):
-        """obs: (obs_dim,) or (n, obs_dim), numpy. Returns actions in [-1, 1] of the same leading shape."""
-        output = self.actor(self.encoder.zs(to_device(obs, self.device)))
-        return (tanh_gaussian(output)[0] if explore else tanh_mean(output)).cpu().numpy()
-
-    def target_value(self, zs):
-        """V' = Q'(s, a') - α·log π(a'|s), a' from the target policy on the target features: (batch, 1)"""
-        actor = self.targets["actor"] if self.config.target_policy == "target" else self.actor
-        action, log_prob = tanh_gaussian(actor(zs))
-        q = reduce_q(self.targets["critic"](self.targets["encoder"](zs, action)), self.config.target_q)
-        return (q - self.temperature.value() * log_prob).unsqueeze(1)
-
-    def actor_loss(self, zs):
-        """α·log π(a|s) - Q(s, a), a from the policy."""
-        action, log_prob = tanh_gaussian(self.actor(zs))
-        q = reduce_q(self.critic(self.encoder(zs, action)), self.config.actor_q)  # (batch,)
-        loss = self.temperature.value() * log_prob - q
-        return loss, {"actor_loss": loss.detach().mean(), "action_size": action.detach().abs().mean(),
-                      "entropy": -log_prob.detach().mean()}
-
-    def update_actor(self, zs):
-        super().update_actor(zs)
-        self.temperature.update(self.info["entropy"])
-        self.info["temperature"] = self.temperature.value()
-
-    def heads(self):
-        return super().heads() + [self.actor.output, self.targets["actor"].output]
-
-    def tensors(self):
-        return super().tensors() | {"log_temperature": self.temperature.log}

@@ -31,10 +31,12 @@ import metrics
 import networks
 import train
 from envs import Env, LockstepEvaluation, task_names
-from modules import ModuleConfig
-from mrq import DEFAULT, MRQ, MST, MRQConfig, symexp, two_hot, two_hot_cross_entropy
+from agents import AGENTS
+from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
+from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
-from sac import DDPG, MRSAC, SAC, DDPGConfig, SACConfig, Temperature, reduce_q, tanh_gaussian
+from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
+from settings import MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, module_configs, parse, run_name
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
 
 HERE = Path(__file__).parent
@@ -742,7 +744,7 @@ def test_norms_and_interference_against_naive_forms():
 TINY = MRQConfig(batch_size=16, target_update_freq=4)
 
 
-def tiny(modules=MST, config=TINY, width=1 / 32, seed=0, **options):
+def tiny(modules=MR_MST, config=TINY, width=1 / 32, seed=0, **options):
     torch.manual_seed(seed)
     modules = {name: ModuleConfig(m.arch_type, m.regime, width, 1, sparse_options={"update_interval": 3})
                for name, m in modules.items()}
@@ -943,7 +945,7 @@ def test_growth_is_ranked_by_the_modules_own_loss(monkeypatch):
 
 def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
     from torch.utils.flop_counter import FlopCounterMode
-    agent, buffer = tiny(modules=DEFAULT), filled()
+    agent, buffer = tiny(modules=MR_DEFAULT), filled()
     agent.refresh_targets(buffer)
     agent.update(buffer)
     before = {name: [p.clone() for p in network.parameters()] for name, network in agent.networks.items()}
@@ -998,7 +1000,7 @@ def test_targets_and_reward_scales_follow_every_period():
 
 @pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s")])
 def test_every_regime_on_every_module(regimes):
-    modules = {name: ModuleConfig(preset.arch_type, regime) for (name, preset), regime in zip(MST.items(), regimes)}
+    modules = {name: ModuleConfig(preset.arch_type, regime) for (name, preset), regime in zip(MR_MST.items(), regimes)}
     agent, buffer = tiny(modules), filled()
     for _ in range(40):
         agent.update(buffer)
@@ -1029,7 +1031,7 @@ def test_acting():
     assert np.abs(noisy + np.tile(expected, (700, 1))).max() <= 1 and 0.15 < inside.std() < 0.22
 
 
-@pytest.mark.parametrize("algo", train.ALGORITHMS)
+@pytest.mark.parametrize("algo", AGENTS)
 def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
     agent, buffer = tiny_of(algo)
     for _ in range(5):
@@ -1069,11 +1071,11 @@ def test_another_agents_state_is_refused_before_anything_changes():
 
 def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=40, **settings):
     """Any of the four agents, and a buffer for it."""
-    agent_class = train.ALGORITHMS[algo]
+    agent_class = AGENTS[algo]
     torch.manual_seed(seed)
     modules = {name: dataclasses.replace(m, width_scale=1 / 16 if m.arch_type == "simba" else 1 / 32,
                                          sparse_options={"update_interval": interval})
-               for name, m in (modules or agent_class.presets["mst"]).items()}
+               for name, m in (modules or agent_class.Config.presets["mst"]).items()}
     period = {"target_update_freq": 4} if issubclass(agent_class, MRQ) else {}
     agent = agent_class(4, 2, modules, agent_class.Config(**({"batch_size": 16} | period | settings)), total_updates, device, seed)
     buffer = play(seed, 400, agent.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.prioritized)[0]
@@ -1295,7 +1297,7 @@ def test_the_simba_actors_loss_computes_nothing_for_the_critic(algo):
 
 
 def regimes_dense(algo, *regimes):
-    presets = train.ALGORITHMS[algo].presets["default"]
+    presets = AGENTS[algo].Config.presets["default"]
     return {name: dataclasses.replace(m, regime=regime) for (name, m), regime in
             zip(presets.items(), regimes or ("dense",) * len(presets))}
 
@@ -1317,7 +1319,7 @@ def test_raw_observations_are_stored_and_normalised_when_drawn():
     assert torch.equal(before, agent.normalizer.mean)  # only `observe` teaches it
     agent.observe(obs)
     assert not torch.equal(before, agent.normalizer.mean)
-    for algo in train.ALGORITHMS:
+    for algo in AGENTS:
         with pytest.raises(FloatingPointError, match="nan"):
             tiny_of(algo)[0].observe(np.array([1.0, float("nan"), 0, 0], np.float32))
 
@@ -1446,7 +1448,7 @@ def test_all_five_losses_are_needed_and_learn():
     torch.manual_seed(0)
     rng = np.random.RandomState(0)
     modules = {name: ModuleConfig(m.arch_type, m.regime, 1 / 8, 1, sparse_options={"update_interval": 100})
-               for name, m in MST.items()}
+               for name, m in MR_MST.items()}
     config = MRQConfig(batch_size=64, target_update_freq=50, encoder_lr=1e-3, critic_lr=1e-3, actor_lr=1e-3, discount=0.9)
     agent = MRQ(2, 1, modules, config, total_updates=800)
     replay, env = ReplayBuffer(2, 1, 5000, agent.horizon), Corridor()
@@ -1489,9 +1491,9 @@ def test_all_five_losses_are_needed_and_learn():
 @pytest.mark.parametrize("algo", ["sac", "ddpg"])
 def test_simba_agents_learn_a_small_task(algo):
     torch.manual_seed(0)
-    rng, agent_class = np.random.RandomState(0), train.ALGORITHMS[algo]
+    rng, agent_class = np.random.RandomState(0), AGENTS[algo]
     modules = {name: dataclasses.replace(m, width_scale=1 / 8, sparse_options={"update_interval": 200})
-               for name, m in agent_class.presets["mst"].items()}
+               for name, m in agent_class.Config.presets["mst"].items()}
     agent = agent_class(2, 1, modules, agent_class.Config(batch_size=64, discount=0.9, actor_lr=1e-3, critic_lr=1e-3, target_rate=0.02),
                         total_updates=1600)
     replay, env = ReplayBuffer(2, 1, 5000, agent.horizon, agent.prioritized), Corridor()
@@ -1555,7 +1557,7 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
     assert agent.updates["critic"] == 9 and agent.info["critic_loss"].device.type == "meta"
 
 
-@pytest.mark.parametrize("algo", train.ALGORITHMS)
+@pytest.mark.parametrize("algo", AGENTS)
 def test_recorded_updates_equal_plain_ones(algo):
     """The host's side of graph capture, with a stand-in for the device's. Recording runs the function and then puts the
     device's state back; replaying runs it and puts the host's counts back, and writes where it was recorded."""
@@ -1654,7 +1656,7 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
 
 
 def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
-    agent, plain, buffer = tiny(DEFAULT), tiny(DEFAULT), filled()
+    agent, plain, buffer = tiny(MR_DEFAULT), tiny(MR_DEFAULT), filled()
     fast.speed_up(agent, "bf16")
     batch = buffer.sample(64)
     zs = plain.encode(batch.obs[:, 0])
@@ -1692,7 +1694,7 @@ def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
     assert all(p.dtype == p.grad.dtype == torch.float32 for network in agent.networks.values() for p in network.parameters())
 
 
-@pytest.mark.parametrize("algo", train.ALGORITHMS)
+@pytest.mark.parametrize("algo", AGENTS)
 def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is
     PyTorch's own affair and is left out."""
@@ -1963,19 +1965,19 @@ def test_a_tracker_is_imported_only_if_asked_for(tmp_path, monkeypatch, flags, p
 
 
 def flags_to_args(*flags):
-    return train.parse(list(flags))
+    return parse(list(flags))
 
 
 def test_presets_and_flags_reach_the_modules():
     types = lambda *flags: [(m.arch_type, m.regime, m.width_scale, m.depth_scale, m.sparsity)
-                            for m in train.module_configs(flags_to_args(*flags)).values()]
+                            for m in module_configs(flags_to_args(*flags)).values()]
     assert types() == [(4, "dense", 1, 1, 0.6), (4, "dense", 1, 1, 0.6), (3, "dense", 1, 1, 0.6)]  # Table 2
     assert types("--mst", "--scale", "5") == [(6, "dense", 5, 5, 0.6), (6, "dst", 5, 5, 0.6), (5, "sst", 5, 5, 0.6)]
     assert types("--mst", "--critic-regime", "s2d", "--actor-type", "6", "--sparsity", "0.8", "--critic-sparsity", "0.5",
                  "--scale", "3", "--encoder-scale", "1", "--depth-scale", "2") == [
         (6, "dense", 1, 2, 0.8), (6, "s2d", 3, 2, 0.5), (6, "sst", 3, 2, 0.8)]
     assert types("--critic-regime", "dst", "--scale", "5")[1] == (4, "dst", 5, 5, 0.6)
-    options = train.module_configs(flags_to_args("--mst", "--distribution", "uniform", "--growth", "random",
+    options = module_configs(flags_to_args("--mst", "--distribution", "uniform", "--growth", "random",
                                                  "--update-interval", "7"))["critic"].sparse_options
     assert (options["distribution"], options["grow"], options["update_interval"]) == ("uniform", "random", 7)
 
@@ -1986,7 +1988,7 @@ def test_every_algorithm_has_its_own_defaults():
     assert (mrsac.learning_starts, mrsac.sparse.sparsity, mrsac.agent.temperature_lr) == (10_000, 0.6, 3e-4)
     assert isinstance(flags_to_args("--algo", "ddpg").agent, DDPGConfig) and isinstance(flags_to_args().agent, MRQConfig)
     regimes = lambda *flags: {name: (m.regime, m.sparsity, m.width_scale, m.depth_scale)
-                              for name, m in train.module_configs(flags_to_args(*flags)).items()}
+                              for name, m in module_configs(flags_to_args(*flags)).items()}
     assert regimes("--algo", "sac", "--mst", "--width-scale", "4", "--depth-scale", "3") == {
         "critic": ("dst", 0.8, 4, 3), "actor": ("sst", 0.8, 4, 3)}
     assert regimes("--algo", "ddpg", "--actor-regime", "dst", "--critic-sparsity", "0.5", "--scale", "2") == {
@@ -2003,7 +2005,7 @@ def test_schedules_span_all_updates_of_a_run(algo, updates, tmp_path):
 
 
 def test_run_names_tell_runs_apart():
-    names = {train.run_name(flags_to_args(*flags)) for flags in (
+    names = {run_name(flags_to_args(*flags)) for flags in (
         (), ("--mst",), ("--seed", "1"), ("--scale", "5"), ("--critic-scale", "5"), ("--critic-lr", "1e-3"), ("--env", "walker-run"),
         ("--sparsity", "0.5"), ("--mst", "--sparsity", "0.5"), ("--discount", "0.9"), ("--total-steps", "7"),
         ("--algo", "sac"), ("--algo", "ddpg"), ("--algo", "mrsac"), ("--algo", "sac", "--twin-critics"), ("--algo", "sac", "--sparsity", "0.6"))}
@@ -2013,9 +2015,9 @@ def test_run_names_tell_runs_apart():
 
 def test_large_networks_without_residuals_are_named(tmp_path):
     agent = tiny()
-    modules = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in DEFAULT.items()}
+    modules = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in MR_DEFAULT.items()}
     assert "--mst" in train.describe(agent, modules, flags_to_args(), "cpu", "x")
-    assert "--mst" not in train.describe(agent, MST, flags_to_args(), "cpu", "x")
+    assert "--mst" not in train.describe(agent, MR_MST, flags_to_args(), "cpu", "x")
 
 
 # ----------------------------------------------------------------------------------------------------------- bench.py

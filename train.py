@@ -10,203 +10,30 @@ Steps are agent steps: two frames each. Each run writes runs/<name>/config.json,
 Paper: Sections 3 and 4, Algorithm 1, Tables 1 and 2.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import math
 import os
 import platform
-import re
 import sys
 import time
-from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 import fast
 import metrics
+from agents import build_agent
 from envs import Env, LockstepEvaluation
-from modules import ModuleConfig
-from mrq import MRQ, MRQConfig
 from replay import Batch, ReplayBuffer
 from runlog import RunLog
-from sac import DDPG, MRSAC, SAC, DDPGConfig, MRSACConfig, SACConfig
+from settings import check, module_configs, notes, parse, run_name
 
 REFUSED = (ValueError, MemoryError, OSError, ImportError, RuntimeError)  # what building a run may raise; see `one_line`
-ALGORITHMS = {"mrq": MRQ, "sac": SAC, "ddpg": DDPG, "mrsac": MRSAC}
 METRIC_BATCH = 2048  # samples that SRank and the dormant ratio are read from
 INTERFERENCE_SAMPLES = 32  # per-sample gradients that are compared
-
-
-@dataclass
-class EncoderArgs:
-    encoder_type: int | None = None  # (mrq, mrsac) architecture 1-6; 4, or 6 with --mst
-    encoder_regime: str | None = None  # (mrq, mrsac) dense | sst | dst | s2d | d2s; dense
-    encoder_scale: float | None = None  # (mrq, mrsac) width and depth of this module; --scale
-    encoder_sparsity: float | None = None  # (mrq, mrsac) share of weights pruned; --sparsity
-
-
-@dataclass
-class CriticArgs:
-    critic_type: int | None = None  # (mrq, mrsac) architecture 1-6; 4, or 6 with --mst
-    critic_regime: str | None = None  # dense | sst | dst | s2d | d2s; dense, or dst with --mst
-    critic_scale: float | None = None  # width and depth of this module; --scale
-    critic_sparsity: float | None = None  # share of weights pruned; --sparsity
-
-
-@dataclass
-class ActorArgs:
-    actor_type: int | None = None  # (mrq, mrsac) architecture 1-6; 3, or 5 with --mst
-    actor_regime: str | None = None  # dense | sst | dst | s2d | d2s; dense, or sst with --mst
-    actor_scale: float | None = None  # width and depth of this module; --scale
-    actor_sparsity: float | None = None  # share of weights pruned; --sparsity
-
-
-@dataclass
-class SparsityArgs:
-    sparsity: float = 0.6  # share of weights pruned in every module whose regime is not dense; 0.8 for sac and ddpg
-    distribution: str = "er"  # er | uniform: how sparsity is spread over the layers (Fig. 12)
-    growth: str = "gradient"  # gradient (RigL) | random (SET): which weights grow (Fig. 12)
-    update_interval: int = 1000  # a module's own updates between two changes of its topology
-    drop_initial: float = 0.5  # share of active weights replaced by a topology update at the start, Eq. (1)
-    drop_final: float = 0.0  # ... and at the end
-    schedule_start: float = 0.2  # share of training after which S2D and D2S begin to move, Eq. (2)
-    schedule_end: float = 0.8  # ... and when they arrive
-    schedule_power: float = 2.0  # λ of Eq. (2)
-
-
-@dataclass
-class Args:
-    algo: str = "mrq"  # mrq | sac | ddpg | mrsac
-    env: str = "dog-run"  # a DeepMind Control task, domain-task
-    seed: int = 0  # of environment, exploration, networks and masks
-    total_steps: int = 500_000  # agent steps in all
-    learning_starts: int = 10_000  # random steps before learning; 5,000 for sac and ddpg
-    eval_every: int = 5_000  # agent steps between two evaluations
-    eval_episodes: int = 10  # episodes an evaluation
-    eval_workers: int = 0  # processes that step the evaluation's environments; they change no result
-    device: str = "auto"  # auto | cpu | cuda | cuda:N
-    precision: str = "auto"  # auto | fp32 | tf32 | bf16, of matrix products; auto is tf32 on CUDA, fp32 elsewhere
-    compile: bool = False  # torch.compile the losses (needs a C++ compiler on a CPU)
-    cuda_graphs: bool = False  # capture updates as CUDA graphs
-    mst: bool = False  # the paper's Module-Specific Training: encoder dense, critic DST, actor SST; types 6, 6, 5, if any
-    scale: float = 1.0  # multiplies width and depth of every module
-    width_scale: float | None = None  # width alone, of every module, instead of the scales
-    depth_scale: float | None = None  # depth alone, of every module, instead of the scales
-    residual: str = "pre"  # pre, Eq. (5) | post, Eq. (6): where residual connections start
-    encoder: tyro.conf.OmitArgPrefixes[EncoderArgs] = field(default_factory=EncoderArgs)
-    critic: tyro.conf.OmitArgPrefixes[CriticArgs] = field(default_factory=CriticArgs)
-    actor: tyro.conf.OmitArgPrefixes[ActorArgs] = field(default_factory=ActorArgs)
-    sparse: tyro.conf.OmitArgPrefixes[SparsityArgs] = field(default_factory=SparsityArgs)
-    agent: tyro.conf.OmitArgPrefixes[tyro.conf.AvoidSubcommands[MRQConfig | SACConfig | DDPGConfig | MRSACConfig]] = field(
-        default_factory=MRQConfig)
-    buffer_size: int = 1_000_000  # replay rows; an episode takes its length + 1
-    log_every: int = 500  # agent steps between two rows of train.csv
-    runs: str = "runs"  # folder that runs are written into
-    name: str | None = None  # the run's folder; default: the task and every setting that is not its default
-    tensorboard: bool = False  # also write TensorBoard event files
-    wandb_project: str | None = None  # also log to this Weights & Biases project
-
-
-def defaults(algo):
-    """The flags' defaults for this algorithm."""
-    if algo not in ALGORITHMS:
-        raise ValueError(f"unknown --algo {algo!r}: choose one of {', '.join(ALGORITHMS)}")
-    agent_class = ALGORITHMS[algo]
-    sparsity = agent_class.presets["default"]["critic"].sparsity
-    return Args(algo=algo, learning_starts=agent_class.learning_starts, sparse=SparsityArgs(sparsity=sparsity),
-                agent=agent_class.Config())
-
-
-def parse(arguments=None):
-    """Command line -> Args. The algorithm is read first: it has flags and defaults of its own."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--algo", default="mrq")
-    algo = first.parse_known_args(arguments)[0].algo
-    return tyro.cli(Args, args=arguments, default=defaults(algo), description=__doc__)
-
-
-def module_configs(args):
-    """The agent's modules as the flags describe them: the preset, then what was said of one module."""
-    options = {"distribution": args.sparse.distribution, "grow": args.sparse.growth,
-               "update_interval": args.sparse.update_interval, "drop_initial": args.sparse.drop_initial,
-               "drop_final": args.sparse.drop_final, "schedule_start": args.sparse.schedule_start,
-               "schedule_end": args.sparse.schedule_end, "power": args.sparse.schedule_power}
-    presets = ALGORITHMS[args.algo].presets["mst" if args.mst else "default"]
-    modules = {}
-    for name in ("encoder", "critic", "actor"):
-        own = {part: getattr(getattr(args, name), f"{name}_{part}") for part in ("type", "regime", "scale", "sparsity")}
-        if name not in presets:
-            given = [part for part, value in own.items() if value is not None]
-            if given:
-                raise ValueError(f"--{name}-{given[0]}: {args.algo} has no {name}, only {' and '.join(presets)}")
-            continue
-        preset = presets[name]
-        if preset.arch_type == "simba" and own["type"] is not None:
-            raise ValueError(f"--{name}-type: {args.algo} runs on SimBa networks; the six types are for mrq and mrsac")
-        if preset.arch_type == "simba" and args.residual != "pre":
-            raise ValueError(f"--residual: {args.algo} runs on SimBa networks, whose residual connections are fixed")
-        scale = _first(own["scale"], args.scale)
-        modules[name] = ModuleConfig(
-            arch_type=_first(own["type"], preset.arch_type), regime=_first(own["regime"], preset.regime),
-            width_scale=_first(args.width_scale, scale), depth_scale=_first(args.depth_scale, scale),
-            sparsity=_first(own["sparsity"], args.sparse.sparsity), residual=args.residual, sparse_options=options)
-    return modules
-
-
-def run_name(args):
-    """The task, the algorithm if it is not MR.Q, and every setting that is not its default, so that two different runs
-    never share a name."""
-    def settings(config, default):
-        for spec in dataclasses.fields(config):
-            value, usual = getattr(config, spec.name), getattr(default, spec.name)
-            if dataclasses.is_dataclass(value):
-                yield from settings(value, usual)
-            elif value != usual and spec.name not in ("env", "seed", "device", "runs", "name", "tensorboard",
-                                                      "wandb_project", "eval_workers"):
-                flag = spec.name.replace("_", "-")
-                yield flag if value is True else f"{flag}={value}"
-    algo = [] if args.algo == "mrq" else [args.algo]
-    return "__".join([args.env, *algo, *settings(args, defaults(args.algo)), f"seed={args.seed}"])
-
-
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"unknown --device {name!r}: choose auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but this PyTorch sees no CUDA device: use --device cpu, or install a CUDA build")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}, but this machine has {torch.cuda.device_count()} CUDA devices, counted from 0")
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # streams, graphs and generators are those of the current device
-    return device
-
-
-def check(args):
-    """What would otherwise fail late, or silently do something else."""
-    at_least = {"total_steps": 1, "learning_starts": args.agent.horizon + 1, "eval_every": 1, "eval_episodes": 1,
-                "eval_workers": 0, "log_every": 1, "batch_size": 1, "encoder_horizon": 1, "q_horizon": 1,
-                "target_update_freq": 1, "reward_bins": 2}
-    values = dataclasses.asdict(args) | dataclasses.asdict(args.agent)
-    for name, least in at_least.items():
-        if values.get(name, least) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {values[name]}")
-    for name, value in dataclasses.asdict(args.agent).items():
-        if not isinstance(value, float):
-            continue
-        above_zero = name in ("discount", "target_rate", "initial_temperature", "critic_grad_clip", "reward_range")
-        least = -math.inf if name == "target_entropy" else 0.0
-        most = 1.0 if name in ("discount", "target_rate") else math.inf
-        if not (math.isfinite(value) and least <= value <= most) or (above_zero and value == 0):
-            wanted = "finite" if least < 0 else "above 0" if above_zero else "at least 0"
-            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}{' and at most 1' if most == 1 else ''}, not {value}")
 
 
 def describe(agent, modules, args, device, folder):
@@ -250,19 +77,11 @@ def measure(agent, replay):
 def build(args):
     """Everything a run needs; whatever is wrong with the flags is found here, before the folder is made."""
     check(args)
-    device = pick_device(args.device)
-    precision = fast.pick_precision(args.precision, device)
-    if args.cuda_graphs and device.type != "cuda":
-        raise ValueError(f"--cuda-graphs needs a CUDA device, and this run is on {device}")
+    device = fast.pick_device(args.device)
     modules = module_configs(args)
     torch.manual_seed(args.seed)
     env = Env(args.env, seed=args.seed)
-    agent_class = ALGORITHMS[args.algo]
-    total_updates = max(1, args.total_steps - args.learning_starts) * agent_class.updates_per_step
-    agent = agent_class(env.obs_dim, env.action_dim, modules, args.agent, total_updates, device, args.seed)
-    fast.speed_up(agent, precision, args.compile)
-    if args.cuda_graphs:
-        fast.captured(agent)
+    agent = build_agent(args, env.obs_dim, env.action_dim, device)
     rows = min(args.buffer_size, 2 * args.total_steps + 2 * agent.horizon + 2)  # no more than the run can fill
     replay = ReplayBuffer(env.obs_dim, env.action_dim, rows, agent.horizon, agent.prioritized, device=device)
     evaluation = LockstepEvaluation(args.env, args.eval_episodes, args.seed, workers=args.eval_workers)
@@ -272,7 +91,7 @@ def build(args):
     config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()},
                                          "versions": versions, "device_used": str(device)}
     log = RunLog(folder, config, args.tensorboard, args.wandb_project)
-    print(describe(agent, modules, args, device, folder), flush=True)
+    print("\n".join([describe(agent, modules, args, device, folder), *notes(args)]), flush=True)
     return device, env, agent, replay, evaluation, log
 
 
@@ -341,7 +160,7 @@ def train(args, device, env, agent, replay, evaluation, log):
 
 def main():
     try:
-        args = parse()
+        args = parse(description=__doc__)
         parts = build(args)
     except REFUSED as error:
         sys.exit(f"train.py: {one_line(error)}")
@@ -364,11 +183,6 @@ def one_line(error):
         raise error
     advice = ": choose a smaller --scale, --batch-size or --buffer-size" if memory else ""
     return str(error).splitlines()[0] + advice
-
-
-def _first(*values):
-    """The first that was given."""
-    return next(value for value in values if value is not None)
 
 
 if __name__ == "__main__":
