@@ -18,7 +18,7 @@ import dataclasses
 import hashlib
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
@@ -62,6 +62,16 @@ class ModuleConfig:
 
 # ---- the algorithms' own settings ----
 
+class Choices:
+    """Refuses, at construction, what is none of a field's choices: these settings are also made by hand."""
+
+    def __post_init__(self):
+        for spec in dataclasses.fields(self):
+            choices, value = get_args(spec.type), getattr(self, spec.name)
+            if choices and value not in choices:
+                raise ValueError(f"{spec.name} is {value!r}: choose {' or '.join(choices)}")
+
+
 MR_DEFAULT = {"encoder": ModuleConfig(4), "critic": ModuleConfig(4), "actor": ModuleConfig(3)}  # Table 2
 MR_MST = {"encoder": ModuleConfig(6, "dense"), "critic": ModuleConfig(6, "dst"), "actor": ModuleConfig(5, "sst")}  # Sec. 4
 # Sparsity 0.8: the published example of sparse SimBa networks; this paper follows its configurations (Section 4).
@@ -70,7 +80,7 @@ SIMBA_MST = {"critic": ModuleConfig("simba", "dst", sparsity=0.8), "actor": Modu
 
 
 @dataclass(frozen=True)
-class MRConfig:
+class MRConfig(Choices):
     """Tables 1 and 2, without the policy: MR.SAC has these settings too. Every comment is the flag's help text."""
     batch_size: int = 256  # transitions (or subtrajectories) a gradient step
     discount: float = 0.99  # γ, a step
@@ -119,7 +129,7 @@ class MRSACConfig(MRConfig):
 
 
 @dataclass(frozen=True)
-class SimbaConfig:
+class SimbaConfig(Choices):
     """The published SimBa's settings for DeepMind Control. Every comment is the flag's help text."""
     batch_size: int = 256  # transitions an update
     discount: float = 0.99  # γ, a step
@@ -273,13 +283,18 @@ def run_name(args):
     the other, so that what remains still says all; two different runs never share a name.
     """
     algo = [] if args.algo == "mrq" else [args.algo]
-    said = [f"{flag[2:]}" if value is True else f"{flag[2:]}={value}" for flag, value in telling_flags(args)]
+    said = [flag[2:] if value is True else f"{flag[2:]}={short(value)}" for flag, value in telling_flags(args)]
     name = "__".join([args.env, *algo, *said, f"seed={args.seed}"])
     if len(name.encode()) > LONGEST_NAME:  # too many for a folder's name: what does not fit goes into a checksum
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
         tail = f"__{digest}__seed={args.seed}"
         name = name.encode()[:LONGEST_NAME - len(tail)].decode(errors="ignore") + tail
     return name
+
+
+def short(value):
+    """5.0 -> "5", 0.0001 -> "0.0001"; never so short that two numbers look alike."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def telling_flags(args):

@@ -36,7 +36,7 @@ from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
 from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
 from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
-from settings import MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, module_configs, parse, run_name
+from settings import MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, module_configs, notes, parse, run_name
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
 
 HERE = Path(__file__).parent
@@ -489,7 +489,7 @@ def test_simba_networks_against_their_definition_and_sizes():
 
     for width, depth, millions in ((1, 1, 4.39), (2, 1, 17.44), (1, 4, 17.40), (4, 3, 207.96)):  # humanoid-run, one Q
         with torch.device("meta"):
-            modules = {name: dataclasses.replace(m, width_scale=width, depth_scale=depth) for name, m in SAC.presets["default"].items()}
+            modules = {name: dataclasses.replace(m, width_scale=width, depth_scale=depth) for name, m in SAC.Config.presets["default"].items()}
             agent = SAC(67, 21, modules, device="meta")
         counts = {name: count(network) for name, network in agent.networks.items()}  # log-std and mean: 21 outputs each
         assert counts == {"critic": size(88, 1, 512 * width, 2 * depth), "actor": size(67, 42, 128 * width, depth)}
@@ -1277,7 +1277,7 @@ def test_order_of_a_simba_update_and_its_soft_target():
         target = [0.995 * t + 0.005 * p.detach() for t, p in zip(target, agent.critic.parameters())]
         torch.testing.assert_close(list(agent.targets["critic"].parameters()), target)
     assert events == ["actor_loss", "update", "critic_loss", "update_target"] * 3
-    assert agent.updates == {"critic": 3, "actor": 3} and SAC.updates_per_step == DDPG.updates_per_step == 2
+    assert agent.updates == {"critic": 3, "actor": 3} and agent.updates_per_step == 2
 
 
 @pytest.mark.parametrize("algo", ["sac", "ddpg"])
@@ -1395,7 +1395,6 @@ def test_reductions_and_wrong_choices_are_told():
     q = torch.tensor([[1.0, 3.0], [5.0, 2.0]])
     assert reduce_q(q, "min").tolist() == [1, 2] and reduce_q(q, "mean").tolist() == [2, 3.5]
     for algo, settings, message in (("sac", {"twin_critics": True, "target_q": "max"}, "choose min or mean"),
-                                    ("ddpg", {"actor_q": "mean"}, "add --twin-critics"),
                                     ("mrsac", {"target_policy": "both"}, "choose target or online")):
         with pytest.raises(ValueError, match=message):
             tiny_of(algo, **settings)
@@ -1891,46 +1890,56 @@ def test_every_algorithm_runs_from_the_command_line(tmp_path, algo):
     assert json.load(open(folder / "config.json"))["learning_starts"] == 60
 
 
-@pytest.mark.parametrize("flags, message", [
+BAD_FLAGS = [
     (("--env", "walker-wlk"), "did you mean walker-walk"),
-    (("--algo", "ppo"), "choose one of mrq, sac, ddpg, mrsac"),
     (("--algo", "sac", "--encoder-regime", "dst"), "--encoder-regime: sac has no encoder, only critic and actor"),
     (("--algo=ddpg", "--encoder-scale", "2"), "--encoder-scale: ddpg has no encoder"),
     (("--algo", "sac", "--critic-type", "6"), "--critic-type: sac runs on SimBa networks"),
     (("--algo", "ddpg", "--residual", "post"), "--residual: ddpg runs on SimBa networks"),
     (("--algo", "sac", "--target-q", "mean"), "--target-q mean chooses between two Q networks, and there is one: add --twin-critics"),
-    (("--algo", "sac", "--twin-critics", "--actor-q", "max"), "unknown --actor-q 'max'"),
-    (("--algo", "mrsac", "--target-policy", "old"), "choose target or online"),
-    (("--algo", "mrsac", "--critic-type", "7"), "choose 1 to 6"),
-    (("--algo", "ddpg", "--sparsity", "1"), "lies in [0, 1)"),
-    (("--critic-type", "7"), "choose 1 to 6"),
-    (("--critic-regime", "rigl"), "choose one of dense, sst, dst, s2d, d2s"),
-    (("--growth", "momentum", "--mst"), "unknown grow"),
-    (("--distribution", "erk", "--mst"), "unknown distribution"),
-    (("--actor-regime", "sst", "--actor-sparsity", "1.0"), "lies in [0, 1)"),
-    (("--sparsity", "-0.1", "--mst"), "lies in [0, 1)"),
-    (("--scale", "0"), "scale must be above 0"),
-    (("--depth-scale", "-1"), "scale must be above 0"),
+    (("--algo", "ddpg", "--actor-q", "mean"), "--actor-q mean chooses between two Q networks"),
+    (("--algo", "ddpg", "--sparsity", "1"), "--sparsity must lie in [0, 1), not 1.0"),
+    (("--actor-regime", "sst", "--actor-sparsity", "1.0"), "--actor-sparsity must lie in [0, 1), not 1.0"),
+    (("--sparsity", "-0.1"), "--sparsity must lie in [0, 1)"),  # a dense run refuses it as well
+    (("--scale", "0"), "--scale must lie in (0, 1e4], not 0.0"),
+    (("--depth-scale", "1e9"), "--depth-scale must lie in (0, 1e4]"),
+    (("--encoder-scale", "3", "--width-scale", "1", "--depth-scale", "2"), "--encoder-scale does nothing beside both"),
+    (("--scale", "3", "--width-scale", "1", "--depth-scale", "2"), "--scale does nothing beside both"),
+    (("--residual", "post"), "--residual post does nothing: no module has residual connections"),
+    (("--schedule-power", "-1"), "--schedule-power must lie in (0, inf), not -1.0"),
+    (("--schedule-power", "nan", "--critic-regime", "s2d"), "--schedule-power must lie in (0, inf), not nan"),
+    (("--schedule-start", "0.9"), "--schedule-start 0.9 lies behind --schedule-end 0.8"),
+    (("--drop-initial", "1.5"), "--drop-initial must lie in [0, 1]"),
+    (("--q-horizon", "600"), "--q-horizon must lie in [1, 500], not 600"),
+    (("--encoder-horizon", "501"), "--encoder-horizon must lie in [1, 500], not 501"),
+    (("--seed", "-1"), "--seed must lie in [0, 4294967295], not -1"),
+    (("--total-steps", "1" + 29 * "0"), "--total-steps must lie in [1, 1e12]"),
+    (("--total-steps", "50"), "--total-steps 50 trains nothing: it must be above --learning-starts 50"),
+    (("--name", "../../x"), "--name '../../x' must be the name of one folder"),
+    (("--name", ".."), "--name '..' must be the name of one folder"),
+    (("--name", ""), "--name '' must be the name of one folder"),
     (("--buffer-size", "100000000000", "--total-steps", "100000000000"), "GB"),
     (("--device", "cuda"), "--device cpu"),
     (("--device", "gpu"), "--device"),
     (("--device", "mps"), "choose auto, cpu, cuda or cuda:N"),
     (("--device", "meta"), "choose auto, cpu, cuda or cuda:N"),
     (("--scale", "3000"), "choose a smaller --scale"),
-    (("--discount", "1.1"), "--discount must be above 0 and at most 1, not 1.1"),
-    (("--critic-lr", "-1"), "--critic-lr must be at least 0, not -1.0"),
-    (("--algo", "sac", "--initial-temperature", "0"), "--initial-temperature must be above 0, not 0.0"),
-    (("--algo", "sac", "--target-entropy", "nan"), "--target-entropy must be finite"),
-    (("--algo", "ddpg", "--target-rate", "-3"), "--target-rate must be above 0 and at most 1"),
-    (("--algo", "ddpg", "--exploration-noise", "inf"), "--exploration-noise must be at least 0"),
-    (("--learning-starts", "2"), "--learning-starts must be at least"),
-    (("--residual", "none"), "unknown residual"),
-    (("--target-update-freq", "0"), "--target-update-freq"),
-    (("--precision", "fp16"), "unknown precision"),
+    (("--algo", "sac", "--scale", "3000"), "choose a smaller --scale"),
+    (("--discount", "1.1"), "--discount must lie in (0, 1], not 1.1"),
+    (("--critic-lr", "-1"), "--critic-lr must lie in [0, inf), not -1.0"),
+    (("--algo", "sac", "--initial-temperature", "0"), "--initial-temperature must lie in (0, inf), not 0.0"),
+    (("--algo", "sac", "--target-entropy", "nan"), "--target-entropy must lie in (-inf, inf)"),
+    (("--algo", "ddpg", "--target-rate", "-3"), "--target-rate must lie in (0, 1]"),
+    (("--algo", "ddpg", "--exploration-noise", "inf"), "--exploration-noise must lie in [0, inf)"),
+    (("--learning-starts", "2"), "--learning-starts must be at least 6, not 2"),
+    (("--target-update-freq", "0"), "--target-update-freq must lie in [1, 1e12]"),
     (("--precision", "tf32", "--device", "cpu"), "choose fp32 or bf16"),
     (("--cuda-graphs", "--device", "cpu"), "--cuda-graphs needs a CUDA device"),
-])
-def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, flags, message):
     if flags == ("--device", "cuda") and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     monkeypatch.setattr(sys, "argv", ["train.py", "--env", "cartpole-swingup", "--total-steps", "100", "--learning-starts", "50",
@@ -1941,10 +1950,15 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_bad_setting_of_a_dense_module_is_refused_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--env", "cartpole-swingup", "--sparsity", "3", "--runs", str(tmp_path / "r")])
-    with pytest.raises(SystemExit, match="lies in"):
-        train.main()
+@pytest.mark.parametrize("flag, wrong, choices", [
+    ("--algo", "ppo", "mrq sac ddpg mrsac"), ("--critic-regime", "rigl", "dense sst dst s2d d2s"), ("--critic-type", "7", "1 2 3 4 5 6"),
+    ("--growth", "momentum", "gradient random"), ("--distribution", "erk", "er uniform"), ("--residual", "none", "pre post"),
+    ("--precision", "fp16", "auto fp32 tf32 bf16")])
+def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choices):
+    with pytest.raises(SystemExit) as stopped:
+        flags_to_args(flag, wrong)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and flag in said and all(f"'{choice}'" in said for choice in choices.split())
 
 
 def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
@@ -2007,10 +2021,59 @@ def test_schedules_span_all_updates_of_a_run(algo, updates, tmp_path):
 def test_run_names_tell_runs_apart():
     names = {run_name(flags_to_args(*flags)) for flags in (
         (), ("--mst",), ("--seed", "1"), ("--scale", "5"), ("--critic-scale", "5"), ("--critic-lr", "1e-3"), ("--env", "walker-run"),
-        ("--sparsity", "0.5"), ("--mst", "--sparsity", "0.5"), ("--discount", "0.9"), ("--total-steps", "7"),
-        ("--algo", "sac"), ("--algo", "ddpg"), ("--algo", "mrsac"), ("--algo", "sac", "--twin-critics"), ("--algo", "sac", "--sparsity", "0.6"))}
-    assert len(names) == 16 and {"dog-run__seed=0", "dog-run__sac__seed=0", "dog-run__sac__twin-critics__seed=0",
-                                 "dog-run__sac__sparsity=0.6__seed=0"} <= names
+        ("--mst", "--sparsity", "0.5"), ("--discount", "0.9"), ("--total-steps", "7"), ("--algo", "sac"), ("--algo", "ddpg"),
+        ("--algo", "mrsac"), ("--algo", "sac", "--twin-critics"), ("--algo", "sac", "--mst", "--sparsity", "0.6"))}
+    assert len(names) == 15 and {"dog-run__seed=0", "dog-run__sac__seed=0", "dog-run__sac__twin-critics__seed=0",
+                                 "dog-run__scale=5__seed=0", "dog-run__sac__mst__sparsity=0.6__seed=0"} <= names
+
+
+@pytest.mark.parametrize("flags, name", [
+    (("--encoder-type", "4", "--actor-regime", "dense", "--critic-scale", "1"), "dog-run__seed=0"),  # defaults restated
+    (("--sparsity", "0.9", "--growth", "random", "--schedule-start", "0.1"), "dog-run__seed=0"),  # nothing is sparse
+    (("--critic-sparsity", "0.9",), "dog-run__seed=0"),
+    (("--critic-regime", "sst", "--sparsity", "0.9", "--growth", "random"), "dog-run__critic-regime=sst__sparsity=0.9__seed=0"),
+    (("--critic-regime", "dst", "--schedule-end", "0.9", "--growth", "random"), "dog-run__critic-regime=dst__growth=random__seed=0"),
+    (("--scale", "3", "--encoder-scale", "3", "--width-scale", "3"), "dog-run__scale=3__seed=0"),
+    (("--mst", "--residual", "post", "--critic-regime", "dst"), "dog-run__mst__residual=post__seed=0")])
+def test_what_changes_nothing_is_no_part_of_the_name(flags, name):
+    assert run_name(flags_to_args(*flags)) == name
+
+
+def test_the_name_grows_by_what_is_needed_and_no_more():
+    """Against the definition: two command lines share a name if and only if they build and train the same."""
+    rng = np.random.RandomState(0)
+    choices = {"--mst": None, "--scale": (1, 3), "--critic-scale": (1, 3), "--width-scale": (1, 3), "--critic-type": (4, 6),
+               "--critic-regime": ("dense", "sst", "dst", "d2s"), "--sparsity": (0.6, 0.8), "--critic-sparsity": (0.6, 0.8),
+               "--growth": ("gradient", "random"), "--schedule-power": (2, 3), "--residual": ("pre", "post"), "--discount": (0.99, 0.9)}
+    seen = {}
+    for _ in range(300):
+        flags = [part for flag, values in choices.items() if rng.rand() < 0.5
+                 for part in ([flag] if values is None else [flag, str(values[rng.randint(len(values))])])]
+        args = flags_to_args(*flags)
+        modules = {name: (m.arch_type, m.regime, m.width_scale, m.depth_scale, m.residual if m.arch_type > 4 else 0,
+                          m.sparsity if m.regime != "dense" else 0, m.sparse_options["grow"] if m.regime in ("dst", "d2s") else 0,
+                          m.sparse_options["power"] if m.regime == "d2s" else 0) for name, m in module_configs(args).items()}
+        seen.setdefault(run_name(args), set()).add(str((modules, args.agent.discount)))
+    assert len(seen) > 100 and all(len(meanings) == 1 for meanings in seen.values())
+    assert len(set().union(*seen.values())) >= 0.97 * len(seen)  # scale=3 and width, depth by module may say the same twice
+
+
+def test_flags_that_change_nothing_are_told():
+    told = lambda *flags: " ".join(notes(flags_to_args(*flags)))
+    assert told() == told("--mst", "--sparsity", "0.8") == told("--encoder-type", "4") == ""
+    assert "--sparsity, --growth changes nothing" in told("--sparsity", "0.9", "--growth", "random")
+    assert "--critic-sparsity changes nothing" in told("--critic-sparsity", "0.9")
+    assert "--schedule-end changes nothing" in told("--critic-regime", "dst", "--schedule-end", "0.9")
+    assert "--scale changes nothing" in told("--scale", "3", "--encoder-scale", "1", "--critic-scale", "1", "--actor-scale", "1")
+
+
+def test_a_long_name_is_shortened_and_stays_its_own():
+    numbers = [flag for name in ("critic_lr", "actor_lr", "encoder_lr", "weight_decay", "reward_weight", "terminal_weight",
+                                 "dynamics_weight", "exploration_noise", "target_noise", "target_noise_clip", "reward_range")
+               for flag in ("--" + name.replace("_", "-"), "0.0123456")]
+    names = {run_name(flags_to_args(*numbers, "--discount", discount, "--seed", seed)) for discount in ("0.9", "0.91") for seed in "01"}
+    assert len(names) == 4 and all(len(name) == 200 and name.startswith("dog-run__") for name in names)
+    assert sum(name.endswith("__seed=1") for name in names) == 2
 
 
 def test_large_networks_without_residuals_are_named(tmp_path):
