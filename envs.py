@@ -103,6 +103,8 @@ class Env:
             self._frame += 1
             self.frames += 1
             reward += timestep.reward
+            if not np.isfinite(reward):
+                raise FloatingPointError(f"the reward of {self.name} is {reward} at frame {self.frames}")
             terminated = timestep.last() and timestep.discount == 0.0
             truncated = not terminated and (timestep.last() or self._frame == self._frame_limit)
             if terminated or truncated:  # discount 0: a terminal state; 1: only the time was up

@@ -81,7 +81,10 @@ class MRQ(ModularAgent):
                 target.copy_(source)
         self.target_reward_scale.copy_(self.reward_scale)
         # The paper says "recent experiences in the replay buffer"; all of the buffer is the published MR.Q's reading.
-        self.reward_scale.copy_(replay.mean_absolute_reward().clamp(min=1e-8))
+        # 1 until a reward other than 0 has been stored. The published MR.Q divides by 1e-8 instead: its first targets are
+        # then 1e8 times a Q, and the largest priority, which never falls, is of the same kind.
+        scale = replay.mean_absolute_reward()
+        self.reward_scale.copy_(torch.where(scale > 0, scale, 1.0))
         self.info["reward_scale"] = self.reward_scale
 
     def update_encoder(self, replay):
@@ -94,7 +97,7 @@ class MRQ(ModularAgent):
         batch = replay.sample(self.config.batch_size, self.config.q_horizon)
         zs = self.encode(batch.obs[:, 0])
         losses, td_error, info = self.critic_loss(batch, zs)
-        info["critic_grad_norm"] = self._step("critic", losses.mean(), clip=self.config.critic_grad_clip)
+        self._step("critic", losses.mean(), clip=self.config.critic_grad_clip)
         replay.update_priority(batch.index, td_error)
         self.info.update(info)
         self.update_actor(zs)
@@ -104,6 +107,11 @@ class MRQ(ModularAgent):
             losses, info = self.actor_loss(zs)
         self._step("actor", losses.mean())
         self.info.update(info)
+
+    def learning_step(self, name, update):
+        if name == "encoder":  # a burst belongs to the step that begins a period
+            return (update - 1) // self.config.target_update_freq * self.config.target_update_freq
+        return super().learning_step(name, update)
 
     # ---- losses, one value a sample: (batch,) ----
 

@@ -144,7 +144,8 @@ class ReplayBuffer:
         """p = max(|δ|, 1)^α for the drawn rows; td_error: (batch,), the larger of the two critics'.  Table 1, LAP"""
         if not self.prioritized:
             return
-        priority = td_error.detach().abs().clamp(min=self.min_priority).pow(self.alpha)
+        error = torch.nan_to_num(td_error.detach().abs(), nan=0.0, posinf=0.0)  # never a NaN in here: it would be drawn
+        priority = error.clamp(min=self.min_priority).pow(self.alpha)
         # A row drawn twice gets the larger of its two values: a plain write would leave the last of an unknown order.
         self.priority.scatter_reduce_(0, index, priority, "amax", include_self=False)
         self.max_priority.copy_(torch.maximum(self.max_priority, priority.max()))

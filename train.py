@@ -122,10 +122,9 @@ def train(args, device, env, agent, replay, evaluation, log):
         log.write("train", {"agent_step": step, "frames": env.frames, "episode_return": last_return} | info
                   | {f"{name}_density": sparse.density() for name, sparse in agent.sparse.items()}
                   | {"steps_per_second": speed, "seconds": time.time() - began})
-        bad = [name for name, value in info.items() if not math.isfinite(value)]
-        if bad:
-            raise FloatingPointError(f"{bad[0]} is {info[bad[0]]} at agent step {step}; stopped. All rows up to here are "
-                                     f"in {log.folder}")
+        if fault := agent.fault():
+            raise FloatingPointError(f"{fault[0]} was not finite at agent step {args.learning_starts + fault[1]:,}; stopped. "
+                                     f"All rows up to here are in {log.folder}")
 
     obs = env.reset()
     for step in range(args.total_steps):
