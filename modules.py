@@ -70,8 +70,9 @@ class ModularAgent:
         loss.backward()
         self.sparse[name].update_topology(self.updates[name])  # ranks growth by this loss's dense gradient
         norm = self.mask_and_clip(name, clip)
-        # Once a loss or gradient is not finite, this module takes no step any more: AdamW's fused kernel reads the latch
-        # on the device. x - x is 0, or NaN where x is not finite, and NaN differs from 0.
+        # Once a loss or gradient is not finite, this module takes no step any more (topology may still move, until the run
+        # asks for `fault`): AdamW's fused kernel reads the latch on the device. x - x is 0 where x is finite, else NaN,
+        # which differs from 0.
         x = loss.detach() + norm
         self.broken[name].logical_or_(x - x != 0)
         optimizer.step()

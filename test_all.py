@@ -947,7 +947,7 @@ def test_growth_is_ranked_by_the_modules_own_loss(monkeypatch):
                                         ("ddpg", "actor"), ("mrsac", "actor")])
 def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatch):
     """One NaN loss: that module's weights stay, the others go on, and who broke, and when, is known at the end."""
-    agent, buffer = tiny_of(algo)
+    agent, buffer = tiny_of(algo, interval=100)
     original, calls = getattr(agent, f"{name}_loss"), itertools.count(1)
     bad = 6 if name == "encoder" else 3  # the encoder's sixth update belongs to the burst of step 4
     monkeypatch.setattr(agent, f"{name}_loss", lambda *arguments: (
