@@ -287,10 +287,11 @@ def telling_flags(args):
     them."""
     least, usual, wanted = copy.deepcopy(args), defaults(args.algo), effective(args)
     for group, name in flag_names(args):
-        value = _get(least, group, name)
-        _set(least, group, name, _get(usual, group, name))
-        if effective(least) != wanted:
-            _set(least, group, name, value)
+        value, default = _get(least, group, name), _get(usual, group, name)
+        if value != default:
+            _set(least, group, name, default)
+            if effective(least) != wanted:
+                _set(least, group, name, value)
     return [("--" + name.replace("_", "-"), _get(least, group, name)) for group, name in flag_names(args)
             if _get(least, group, name) != _get(usual, group, name)]
 
