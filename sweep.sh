@@ -50,15 +50,18 @@ read_arguments() {
     ((${#grid[@]})) || fail "which figure? ./sweep.sh list names them"
     [[ $mode == slurm || ${#sbatch_options[@]} == 0 ]] || fail "unknown option ${sbatch_options[0]}: options of sbatch go" \
         "with --slurm, flags of train.py behind a --"
-    ((${#more[@]} == 0)) || grid+=("--more=$(printf '%q ' "${more[@]}")")
+    ((${#more[@]} == 0)) || more=("$(printf '%q ' "${more[@]}")")
+    grid+=("--more=${more[*]}")
 }
 
 # A run is one line: its folder's name, a tab, and the quoted arguments of train.py.
 list_runs() {
-    local names commands
-    names=$("$python" "$here/figures.py" names "${grid[@]}")
-    commands=$("$python" "$here/figures.py" commands "${grid[@]}")
-    paste <(echo "$names") <(echo "$commands")
+    local names commands line
+    names=$("$python" "$here/figures.py" names "${grid[@]}") || exit 2
+    commands=$("$python" "$here/figures.py" commands "${grid[@]}") || exit 2
+    while read -r line; do  # again what follows --: figures.py leaves out what does not belong to a run's name, as --device
+        echo "${more[*]}$line"
+    done <<<"$commands" | paste <(echo "$names") -
 }
 
 finished() { [[ -e $runs/$1/final.pt ]]; }
@@ -146,9 +149,9 @@ end_of() {
 
 stop() {
     stopping=yes next=${#list[@]}
+    ((${#pid[@]} == 0)) || kill -TERM "${pid[@]}" 2>/dev/null || true
     [[ ! -t 1 ]] || echo
     echo "stopping: ${#pid[@]} run(s) save what they have"
-    ((${#pid[@]} == 0)) || kill -TERM "${pid[@]}" 2>/dev/null || true
 }
 
 # One line that changes in place; in a file, a line whenever a run has ended.
