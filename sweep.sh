@@ -24,7 +24,6 @@ set -euo pipefail
 fail() { echo "sweep.sh: $*" >&2; exit 2; }
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "needs bash 4.4 or newer, not $BASH_VERSION"
-shopt -s inherit_errexit  # what fails within $(...) fails
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
 mode=here runs=runs jobs="" grid=() sbatch_options=() more=()
@@ -77,7 +76,7 @@ train() {
 # ---- here: as many at once as asked, each in a slot, until the list is empty ----
 
 pid=() name=() since=()  # by slot
-gpus=() failed=() next=0 saved=0 elsewhere=0 ended=0 spent=0 stopping="" shown="" die_with_me=""
+gpus=() failed=() next=0 elsewhere=0 ended=0 spent=0 stopping="" shown="" die_with_me=""
 
 run_here() {
     local cores slot
@@ -140,9 +139,7 @@ end_of() {
         done=$((done + 1)) ended=$((ended + 1)) spent=$((spent + SECONDS - since[$1]))
     elif ((status == 76)); then
         elsewhere=$((elsewhere + 1))
-    elif ((status == 75)) || [[ $stopping ]]; then
-        saved=$((saved + 1))
-    else
+    elif ((status != 75)) && [[ ! $stopping || $status != 143 ]]; then  # 143: SIGTERM came before there was anything to save
         failed+=("${name[$1]}: status $status, $(tail -c 4000 "$log" | tr '\r' '\n' | grep -v '^ *$' | tail -n 1)")
     fi
 }
@@ -189,6 +186,7 @@ submit() {
     config=$(scontrol show config 2>/dev/null) || fail "--slurm: no SLURM controller answers (scontrol show config)"
     limit=$(sed -n 's/^MaxArraySize *= *//p' <<<"$config")  # of indices from 0
     ((limit > 1)) || fail "--slurm: this cluster allows no job arrays (MaxArraySize = $limit)"
+    mkdir -p "$runs/slurm"
     exec {lock}>"$runs/slurm/lock"
     flock "$lock"  # of two submissions at once the second sees what the first has queued
     declare -A queued=()
@@ -261,7 +259,7 @@ for line in "${list[@]}"; do
 done
 ((done < total)) || { echo "all $total runs are finished, in $runs"; exit; }
 list=("${unfinished[@]}")
-mkdir -p "$runs/logs" "$runs/slurm"
+mkdir -p "$runs/logs"
 if [[ $mode == slurm ]]; then
     runs=$(cd "$runs" && pwd)
     submit
