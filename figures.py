@@ -68,7 +68,11 @@ class Figure:
     seeds: int = 8
     sized: str = "agent"  # whose parameters the figure is about: encoder, critic, actor, or the agent's in all
     choice: str = ""  # what the paper's text leaves open, and what was chosen
-    ms_per_step: float | None = None  # measured: a laptop study's, one thread
+
+    @property
+    def joined(self):
+        """Whether the points lie on an axis of sizes, so that lines between them mean something."""
+        return self.kind == "points" and self.cells[0].x.startswith("×")
 
 
 def grid(module, types, scales=(1,), regimes=REGIMES, by_type=True, **others):
@@ -101,13 +105,14 @@ _FIG14 = {"algo": "sac", "width_scale": 4, "depth_scale": 3}
 
 
 def _mst_ablation(base, dense, levels):
-    """Fig. 12: MST as it is, less one of its parts; the same runs stand in several panels."""
-    yield Cell("distribution", "ER (MST)", base)
-    yield Cell("distribution", "uniform", {**base, "distribution": "uniform"})
-    yield Cell("growth (critic)", "RigL (MST)", base)
-    yield Cell("growth (critic)", "SET", {**base, "growth": "random"})
+    """Fig. 12: MST as it is, in every panel, beside MST with one part changed."""
+    for panel, series, flags in (("distribution", "uniform", {"distribution": "uniform"}),
+                                 ("growth (critic)", "SET", {"growth": "random"})):
+        yield Cell(panel, "MST (ER, RigL, 0.6)", base)
+        yield Cell(panel, series, {**base, **flags})
     for level in levels:
-        yield Cell("sparsity", f"{level:g}", dense if level == 0 else {**base, "sparsity": level})
+        series = {0: "sparsity 0 (dense)", 0.6: "MST (ER, RigL, 0.6)"}.get(level, f"sparsity {level}")
+        yield Cell("sparsity", series, {0: dense, 0.6: base}.get(level, {**base, "sparsity": level}))
 
 
 def _plain_and_mst(name, points, plain, **others):
@@ -159,7 +164,7 @@ FIGURES = {
         choice="The scales are a choice; sparsity 0.8 is the companion paper's public example."),
     "fig14": Figure(
         "SAC at 207 M: static or dynamic, actor and critic in all pairings", "curves",
-        tuple(Cell("", f"critic {critic.upper()}, actor {actor.upper()}" + " (MST)" * ((critic, actor) == ("dst", "sst")),
+        tuple(Cell("", f"critic {critic.upper()}, actor {actor.upper()}" + " (MST)" * (critic == "dst" and actor == "sst"),
                    {**_FIG14, "critic_regime": critic, "actor_regime": actor})
               for critic in ("dst", "sst") for actor in ("sst", "dst")), tasks=("humanoid-run",),
         choice="Width 4 and depth 3 are a choice that has the text's 207 M."),
@@ -261,6 +266,17 @@ def arguments(args):
     for flag, value in telling_flags(args):
         said += [flag] if value is True else [flag, repr(value).removesuffix(".0").strip("'")]
     return [*(["--algo", args.algo] if args.algo != "mrq" else []), "--env", args.env, *said, "--seed", str(args.seed)]
+
+
+def from_config(config):
+    """settings.Args of a run's config.json; KeyError or TypeError if it is none."""
+    args = defaults(config["algo"])
+    for group, name in flag_names(args):
+        part = config if group is None else config.get(group, {})
+        if name in part:  # a flag that is newer than the run had its default
+            _set(args, group, name, part[name])
+    args.env, args.seed = config["env"], config["seed"]
+    return args
 
 
 # ---- sizes and hours ----
