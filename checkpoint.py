@@ -64,22 +64,20 @@ def write(path, content):
 
 def read(path):
     """(content, SHA-256 of it). Damaged, in one line, for anything but a whole file of this format."""
-    try:
-        with open(path, "rb") as file:
+    with open(path, "rb") as file:
+        try:
             whole = torch.load(file, map_location="cpu", weights_only=True)  # tensors and plain values; runs no code
-    except OSError:
-        raise
-    except Exception as error:  # zip, pickle and PyTorch each have errors of their own for a broken file
-        raise Damaged(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from None
+        except Exception as error:  # zip, pickle and PyTorch each have errors of their own for a broken file
+            raise Damaged(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from None
     if not isinstance(whole, dict) or not whole.keys() >= {"format", "sha256", "content"}:
         raise Damaged(f"{path} is no checkpoint of this code")
-    if whole["format"] != FORMAT:
+    if not isinstance(whole["format"], int) or whole["format"] != FORMAT:
         raise Damaged(f"{path} is a checkpoint of format {whole['format']!r}, and this code reads format {FORMAT}")
     try:
         check = digest(whole["content"])
     except Exception:  # a type that is never written, or a tensor that is no plain one
         check = None
-    if check is None or check != whole["sha256"]:
+    if check is None or not isinstance(whole["sha256"], str) or check != whole["sha256"]:
         raise Damaged(f"{path} is damaged: its content is not what was written")
     return whole["content"], check
 
@@ -196,7 +194,7 @@ class Checkpoints:
         """The state of the newest checkpoint that reads whole, or None if there is no file at all. Damaged, naming the
         newest, if there are files and none reads whole. `skipped` then says what was wrong with newer ones."""
         self.skipped = []
-        for name in sorted(_ours(self.folder, "checkpoint-"), reverse=True):
+        for name in sorted(_ours(self.folder, "checkpoint-", ".pt"), reverse=True):
             try:
                 content, _ = read(os.path.join(self.folder, name))
                 for part in content["parts"]:
@@ -235,10 +233,10 @@ class Checkpoints:
         self._remove_all_but(set())
 
     def _remove_all_but(self, needed):
-        for name in _ours(self.folder, ("checkpoint-", "rows-")):
+        for name in _ours(self.folder, ("checkpoint-", "rows-"), (".pt", ".pt.part")):
             if name not in needed:
                 os.remove(os.path.join(self.folder, name))
 
 
-def _ours(folder, start):
-    return [name for name in os.listdir(folder) if name.startswith(start) and name.endswith((".pt", ".pt.part"))]
+def _ours(folder, start, end):
+    return [name for name in os.listdir(folder) if name.startswith(start) and name.endswith(end)]

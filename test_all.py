@@ -6,14 +6,21 @@ import copy
 import csv
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
+import threading
+import traceback
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -25,19 +32,23 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
+import checkpoint
 import envs
 import fast
 import metrics
 import networks
+import sparsity
 import train
 from envs import Env, LockstepEvaluation, task_names
 from agents import AGENTS
 from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
 from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
+from runlog import Busy, Finished, RunLog
 from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
 from settings import MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, module_configs, notes, parse, run_name
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
+from survive import SavedRun
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # tiny networks: threads would only wait for one another
@@ -1877,6 +1888,193 @@ def test_a_worker_for_every_four_cores(monkeypatch):
     assert len(LockstepEvaluation("cartpole-swingup", 4, workers=None).groups) == 1
 
 
+# ----------------------------------------------------------------------------------------------------- checkpoint.py
+
+def some_state():
+    generator = torch.Generator().manual_seed(0)
+    return {"weights": {"a": torch.randn(20, 10, generator=generator), "b": torch.ones(3, dtype=torch.bool)},
+            "step": 7, "nan": math.nan, "name": "x", "nothing": None, "scalar": torch.tensor(2.5), "pairs": [(0.9, 0.999)]}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def damaged(path, whole, random):
+    """Writes a damaged copy of the file, in one of five ways."""
+    kind = random.choice(["cut", "flip", "zeros", "pickle", "type"])
+    data = bytearray(whole)
+    if kind == "cut":
+        data = data[:random.randrange(len(data))]
+    elif kind == "flip":
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    elif kind == "zeros":
+        start = random.randrange(len(data))
+        data[start:start + random.randrange(1, 5000)] = bytes(len(data[start:start + random.randrange(1, 5000)]))
+    if kind not in ("pickle", "type"):
+        return path.write_bytes(data)
+    content = torch.load(io.BytesIO(whole), weights_only=True)
+    key = random.choice(list(content))
+    wrong = [Evil(), {key: Evil()}] if kind == "pickle" else [3, None, "x", [], torch.zeros(2), {}, math.inf, {1: 2}]
+    torch.save(content | {key: random.choice(wrong)} if random.random() < 0.8 else random.choice(wrong), path)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_in_it_runs(count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, content, random = tmp_path / "a.pt", some_state(), Random(0)
+    check = checkpoint.write(str(path), content)
+    whole, refused = path.read_bytes(), 0
+    assert checkpoint.read(str(path))[1] == check == checkpoint.digest(content)
+    for _ in range(count):
+        damaged(path, whole, random)
+        try:
+            # What is accepted is what was written: a byte of zip's padding may be anything.
+            assert checkpoint.read(str(path))[1] == check
+        except checkpoint.Damaged as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+    assert refused > 0.8 * count and os.listdir(tmp_path) == ["a.pt"]  # no code has run, nothing was written
+    path.write_bytes(whole.replace(b"format", b"farmat"))
+    with pytest.raises(checkpoint.Damaged, match="no checkpoint"):
+        checkpoint.read(str(path))
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    path.write_bytes(whole)
+    with pytest.raises(checkpoint.Damaged, match="format 1, and this code reads format 2"):
+        checkpoint.read(str(path))
+    with pytest.raises(TypeError, match="not a Generator"):
+        checkpoint.digest({"a": torch.Generator()})
+
+
+def fill(buffer, count, rng):
+    for _ in range(count):
+        end = rng.random()
+        start = rng.normal(size=2) if buffer.episode_length == 0 else fill.last
+        fill.last = rng.normal(size=2)
+        buffer.add(start, rng.normal(size=1), rng.normal(), fill.last, end < 0.05, 0.05 < end < 0.1)
+        if buffer.sampleable and rng.random() < 0.2:
+            batch = buffer.sample(4)
+            buffer.update_priority(batch.index, torch.as_tensor(rng.normal(size=4) * 9, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("capacity", [40, 1000])
+def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
+    rng = np.random.default_rng(0)
+    buffer, checkpoints = ReplayBuffer(2, 1, capacity, horizon=3), checkpoint.Checkpoints(str(tmp_path))
+    for step in range(1, 25):
+        fill(buffer, int(rng.integers(0, 25)), rng)
+        first, rows = buffer.rows_since(max(0, checkpoints.next_row - 1))
+        assert len(rows["obs"]) <= min(capacity, 1 + buffer.position + 1 - checkpoints.next_row + 1)  # only what is new
+        checkpoints.save(step, {"replay": buffer.state_dict()}, first, rows, buffer.position + 1 - capacity, wait=True)
+        found, other = checkpoint.Checkpoints(str(tmp_path)), ReplayBuffer(2, 1, capacity, horizon=3)
+        state = found.load()
+        for start, part in found.rows():
+            other.load_rows(start, part)
+        other.load_state_dict(state["replay"])
+        for name in (*buffer.ROWS, "priority", "max_priority", "termination_seen"):
+            assert torch.equal(getattr(buffer, name), getattr(other, name)), (step, name)
+        for name in ("row", "episode_length", "sampleable", "_offered"):
+            assert getattr(buffer, name) == getattr(other, name), (step, name)
+        assert found.step == step
+    names = os.listdir(tmp_path)
+    assert sum(name.startswith("checkpoint") for name in names) == 2
+    assert sum(name.startswith("rows") for name in names) <= (8 if capacity == 40 else 24)  # what has been overwritten is gone
+
+
+def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
+    """At each of the calls by which it touches the disk: full, or killed. Then the newest that reads whole is used."""
+    rows = {"x": torch.arange(100.0)}
+
+    def begin(folder):
+        checkpoints = checkpoint.Checkpoints(str(folder))
+        folder.mkdir()
+        checkpoints.save(1, {"a": torch.ones(3)}, 0, rows, wait=True)
+        return checkpoints
+
+    def load(folder):
+        found = checkpoint.Checkpoints(str(folder))
+        state = found.load()
+        return found.step, state["a"].sum().item(), sum(len(part["x"]) for _, part in found.rows())
+
+    old, new = (1, 3.0, 100), (2, 6.0, 150)
+    for name, calls in (("torch.save", 2), ("os.fsync", 4), ("os.replace", 2)):
+        for broken in range(calls):
+            for error, killed in ((OSError(28, "No space left on device"), False), (SystemError("killed"), True)):
+                folder, count = tmp_path / f"{name}{broken}{killed}", itertools.count()
+                checkpoints = begin(folder)
+                module, function = name.split(".")
+                plain = getattr({"os": os, "torch": torch}[module], function)
+
+                def breaks(*arguments):
+                    if next(count) == broken:
+                        raise error
+                    return plain(*arguments)
+                with monkeypatch.context() as patch:
+                    patch.setattr(f"{name}", breaks)
+                    patch.setattr("threading.excepthook", lambda _: None)
+                    checkpoints.save(2, {"a": 2 * torch.ones(3)}, 100, {"x": torch.arange(50.0)}, wait=True)
+                landed = (name, broken) == ("os.fsync", 3)  # everything is in place, and only the folder not synchronised
+                assert load(folder) == (new if landed else old), (name, broken, killed)
+                if not killed:
+                    assert "No space left" in checkpoints.failure and "step 2" in checkpoints.failure
+                    assert not any(part.endswith(".part") for part in os.listdir(folder))
+                    checkpoints.save(2, {"a": 2 * torch.ones(3)}, checkpoints.next_row, {"x": torch.arange(50.0)}, wait=True)
+                    assert load(folder) == new and checkpoints.failure is None  # when there is room again
+    newest = next(tmp_path.glob("os.fsync3*/checkpoint-*2.pt"))
+    newest.write_bytes(newest.read_bytes()[:-9])
+    found = checkpoint.Checkpoints(str(newest.parent))
+    assert load(newest.parent) == old and found.load() and "is damaged" in found.skipped[0]
+    for path in newest.parent.glob("rows-*"):
+        path.unlink()
+    with pytest.raises(checkpoint.Damaged, match="no other checkpoint of this run is left whole"):
+        found.load()
+
+
+# --------------------------------------------------------------------------------------------------------- runlog.py
+
+def test_a_full_disk_leaves_whole_rows_and_loses_none(tmp_path):
+    log = RunLog(str(tmp_path / "run"), {})
+    log.start()
+    row = lambda step: {"agent_step": step, "value": step / 3}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log.write("train", row(1))
+    size = os.path.getsize(tmp_path / "run" / "train.csv")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limit[1]))  # the next row is cut after five bytes
+        log.write("train", row(2))
+        log.write("train", row(3))
+        assert os.path.getsize(tmp_path / "run" / "train.csv") == size and "takes no more rows" in log.failure
+        where = log.positions()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    log.write("train", row(4))
+    log.close()
+    steps = lambda: [int(line["agent_step"]) for line in table(tmp_path / "run", "train.csv")]
+    assert steps() == [1, 2, 3, 4] and log.failure is None
+    log._lock.close()
+    log = RunLog(str(tmp_path / "run"), {}, resume=True)
+    log.start(where)  # back to where two rows were waiting
+    log.write("train", row(5))
+    assert steps() == [1, 2, 3, 5]
+    with pytest.raises(ValueError, match="must have the columns agent_step, value"):
+        log.write("train", {"agent_step": 1})
+    with pytest.raises(ValueError, match="rows are missing"):
+        log.start({"eval": {"end": 10, "waiting": ""}})
+
+
+def test_two_processes_never_train_one_run(tmp_path):
+    log = RunLog(str(tmp_path / "run"), {})
+    with pytest.raises(Busy, match="another process"):
+        RunLog(str(tmp_path / "run"), {}, resume=True)
+    with pytest.raises(FileExistsError, match="continue it by --resume"):
+        RunLog(str(tmp_path / "run"), {})
+    log._lock.close()
+    (tmp_path / "run" / "final.pt").touch()
+    with pytest.raises(Finished):
+        RunLog(str(tmp_path / "run"), {}, resume=True)
+
+
 # ---------------------------------------------------------------------------------------------------------- train.py
 
 def run_train(folder, *flags, timeout=300):
@@ -2071,9 +2269,8 @@ def test_every_algorithm_has_its_own_defaults():
 
 @pytest.mark.parametrize("algo, updates", [("mrq", 60), ("sac", 120)])
 def test_schedules_span_all_updates_of_a_run(algo, updates, tmp_path):
-    _, _, agent, *_, log = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
-                                                     "--learning-starts", "40", "--runs", str(tmp_path)))
-    log.close()
+    _, _, agent, *_ = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
+                                                "--learning-starts", "40", "--runs", str(tmp_path)))
     assert {sparse.total_steps for sparse in agent.sparse.values()} == {updates}
 
 
@@ -2142,6 +2339,179 @@ def test_large_networks_without_residuals_are_named(tmp_path):
     assert "--mst" not in train.describe(agent, MR_MST, flags_to_args(), "cpu", "x")
 
 
+# -------------------------------------------------------------------------------------------------------- survive.py
+
+# Where a process is killed: at an entry of one of these, or a moment later.
+MOMENTS = {"a save": (checkpoint, "write"), "an evaluation": (LockstepEvaluation, "__call__"), "a step": (Env, "step"),
+           "an encoder burst": (MRQ, "update_encoder"), "a topology update": (sparsity, "_drop_and_grow"),
+           "a log row": (RunLog, "write"), "the way back": (ReplayBuffer, "load_rows")}
+
+
+def in_process(arguments, output, kill=None, record=None):
+    """`train.py` in a process of its own, forked because importing PyTorch anew takes seconds. kill: (moment, which entry of
+    it, delay, signal). record: [the step where it was killed, the step it was resumed at]. Returns the exit status."""
+    def body():
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), ["train.py", *arguments]
+        show, restore = train.Bar.show, SavedRun.restore
+
+        def note_step(bar, step, *rest, **more):
+            record[0] = step
+            show(bar, step, *rest, **more)
+
+        def note_start(saved):
+            obs = restore(saved)
+            record[1] = saved.progress.step
+            return obs
+        if record is not None:
+            train.Bar.show, SavedRun.restore = note_step, note_start
+        if kill:
+            (owner, name), which, delay, number = MOMENTS[kill[0]], *kill[1:]
+            plain, entries = getattr(owner, name), itertools.count()
+
+            def dies(*arguments, **options):
+                if next(entries) == which:
+                    if delay:
+                        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+                    else:
+                        os.kill(os.getpid(), number)
+                return plain(*arguments, **options)
+            setattr(owner, name, dies)
+        status = 0
+        try:
+            train.main()
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+            print(stop.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+            status = 99
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode
+
+
+def tiny_run(algo, regimes=()):
+    modules = ("encoder", "critic", "actor") if algo.startswith("mr") else ("critic", "actor")
+    own = ("--target-update-freq", "20") if algo.startswith("mr") else ()
+    said = [word for module, regime in zip(modules, regimes) for word in (f"--{module}-regime", regime)]
+    return ["--algo", algo, "--env", "cartpole-swingup", "--width-scale", "0.05", "--total-steps", "130", "--learning-starts",
+            "45", "--eval-every", "60", "--eval-episodes", "1", "--log-every", "15", "--batch-size", "16", "--save-every", "20",
+            "--update-interval", "15", "--buffer-size", "100", "--device", "cpu", "--threads", "1", "--name", "run",
+            *own, *(said or ["--mst"])]
+
+
+def timeless(folder):
+    """Both tables without their clocks."""
+    return {name: [{k: v for k, v in row.items() if "second" not in k} for row in table(folder, name)]
+            for name in ("eval.csv", "train.csv")}
+
+
+def killed_again_and_again(algo, regimes, kills, folder, random, moments=MOMENTS):
+    """Trains undisturbed, then with kills, each resumed. Returns [(moment, steps lost)], after comparing the tables."""
+    flags, log = tiny_run(algo, regimes), str(folder / "output")
+    assert in_process([*flags, "--runs", str(folder / "whole")], log) == 0, open(log).read()
+    record = multiprocessing.get_context("fork").Array("i", 2, lock=False)
+    entries = {"a save": 9, "an evaluation": 2, "a step": 900, "an encoder burst": 60, "a topology update": 20, "a log row": 6,
+               "the way back": 2}
+    lost, reached = [], 0
+    for number in range(kills + 1):
+        moment = random.choice([name for name in moments if algo.startswith("mr") or name != "an encoder burst"])
+        kill = (moment, random.randrange(entries[moment]), random.choice([0, 0, random.random() * 0.05]), signal.SIGKILL)
+        more, kill = ([], kill) if number < kills else (["--eval-workers", "1"], None)  # which changes no result
+        record[0], record[1] = 0, -1
+        status = in_process([*flags, "--runs", str(folder / "killed"), "--resume", *more], log, kill, record)
+        assert status == 0 or (kill and status == -signal.SIGKILL), open(log).read()
+        if record[1] >= 0 and lost:  # the way back was found: what the kills before have cost is known
+            lost[-1] = lost[-1][0], lost[-1][1] + max(0, reached - record[1])
+            reached = 0
+        if status == 0:
+            break
+        lost.append((moment, 0))
+        reached = max(reached, record[0])
+    whole, killed = folder / "whole" / "run", folder / "killed" / "run"
+    assert timeless(whole) == timeless(killed)
+    assert len(timeless(whole)["eval.csv"]) == 4 and len(timeless(whole)["train.csv"]) == 6
+    weights = [checkpoint.read(str(run / "final.pt"))[0]["networks"] for run in (whole, killed)]
+    assert checkpoint.digest(weights[0]) == checkpoint.digest(weights[1])
+    assert sorted(os.listdir(killed)) == ["config.json", "eval.csv", "final.pt", "lock", "train.csv"]
+    return lost
+
+
+@pytest.mark.parametrize("algo, regimes", [("mrq", ("d2s", "dst", "s2d")), ("sac", ())])
+def test_a_killed_run_ends_as_one_that_never_was(algo, regimes, tmp_path):
+    assert len(killed_again_and_again(algo, regimes, 3, tmp_path, Random(3))) >= 2
+
+
+@pytest.mark.soak
+def test_a_hundred_kills_over_all_algorithms_and_regimes(tmp_path, capsys):
+    random, all_lost = Random(0), []
+    for algo in AGENTS:
+        for turn in range(5):
+            regimes = [REGIMES[(turn + shift) % 5] for shift in range(3)]
+            lost = killed_again_and_again(algo, regimes, 8, tmp_path / f"{algo}{turn}", random)
+            all_lost += lost
+            with capsys.disabled():
+                print(f"\n{algo:6} {' '.join(regimes):16} {len(lost)} kills, steps lost: {[steps for _, steps in lost]}", end="")
+    with capsys.disabled():
+        counts = {name: sum(moment == name for moment, _ in all_lost) for name in MOMENTS}
+        print(f"\n{len(all_lost)} kills {counts}, {sum(steps for _, steps in all_lost)} steps lost, 0 differences")
+    assert len(all_lost) >= 100
+
+
+@pytest.mark.parametrize("moment, which, number", [
+    ("an encoder burst", 33, signal.SIGTERM), ("an evaluation", 1, signal.SIGINT), ("a step", 1070, signal.SIGUSR1)])
+def test_a_signal_saves_at_the_next_safe_point_and_stops(moment, which, number, tmp_path):
+    flags, log = tiny_run("mrq", ("dense", "dst", "sst")), str(tmp_path / "output")
+    assert in_process([*flags, "--runs", str(tmp_path / "whole")], log) == 0
+    stopped = [*flags, "--runs", str(tmp_path / "stopped"), "--save-every", "1000"]
+    assert in_process(stopped, log, (moment, which, 0, number)) == 75, open(log).read()
+    line = open(log).read().strip().splitlines()[-1]
+    assert f"stopped by {signal.Signals(number).name}" in line and "--resume goes on" in line and "Traceback" not in open(log).read()
+    files = os.listdir(tmp_path / "stopped" / "run")
+    state = checkpoint.Checkpoints(str(tmp_path / "stopped" / "run")).load()
+    if moment == "an encoder burst":  # within it, with the action chosen that the burst delays
+        assert state["agent"]["updates"]["encoder"] == 34 and state["agent"]["updates"]["critic"] == 20
+        assert len(state["progress"]["action"]) == 1
+    assert "final.pt" not in files
+    differing = [flag if flag != "d2s" else "dst" for flag in stopped]
+    for change, message in ((("--critic-lr", "0.1"), "begun with --critic-lr 0.0003, not 0.1"), (("--seed", "1"), "--seed 0, not 1"),
+                            (("--env", "walker-walk"), "--env cartpole-swingup, not walker-walk"), (("--algo", "mrsac"), "--algo mrq, not mrsac")):
+        before = len(open(log).read())
+        assert in_process([*differing, *change, "--resume"], log) == 1
+        assert message in open(log).read()[before:] and "Traceback" not in open(log).read()[before:]
+    assert os.listdir(tmp_path / "stopped" / "run") == files
+    assert in_process([*stopped, "--resume", "--eval-workers", "1"], log) == 0, open(log).read()  # another number of workers
+    assert timeless(tmp_path / "whole" / "run") == timeless(tmp_path / "stopped" / "run")
+    assert in_process([*stopped, "--resume"], log) == 0 and open(log).read().strip().splitlines()[-1].startswith("finished already")
+
+
+# ---------------------------------------------------------------------------------------------------------- watch.py
+
+def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
+    log = str(tmp_path / "output")
+    assert in_process([*tiny_run("sac"), "--runs", str(tmp_path)], log) == 0, open(log).read()
+    run = tmp_path / "run"
+    flags = ["--eval-only", "--checkpoint", str(run), "--eval-episodes", "1", "--device", "cpu", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    train.main()
+    assert f"step 130: return {float(table(run, 'eval.csv')[-1]['return']):.1f}" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "imageio", None)
+    for more, message in ((["--video", str(tmp_path / "a.mp4")], "pip install imageio"), (["--resume"], "leave one away"),
+                          (["--video", "a.gif"], "must be an .mp4 file"), (["--checkpoint", str(tmp_path)], "config.json")):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more])
+        with pytest.raises(SystemExit, match=message):
+            train.main()
+    (run / "final.pt").write_bytes((run / "final.pt").read_bytes()[:-100])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit, match="final.pt is damaged"):
+        train.main()
+
+
 # ----------------------------------------------------------------------------------------------------------- bench.py
 
 @pytest.mark.parametrize("algo", ["mrq", "ddpg"])
@@ -2175,7 +2545,7 @@ def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------- copies
 
-@pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics"])
+@pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics", "checkpoint"])
 def test_a_file_runs_alone(name, tmp_path):
     """Its docstring's example, in an empty folder, with everything but torch and numpy out of reach."""
     source = (HERE / f"{name}.py").read_text()
