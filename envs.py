@@ -18,8 +18,11 @@ numpy; copy it into your project.
     print(evaluate(lambda obs: -obs[:, :1].clip(-1, 1), step=0))          # (2,) returns
 """
 
+import contextlib
 import difflib
 import multiprocessing
+import os
+import signal
 import sys
 import warnings
 
@@ -103,6 +106,8 @@ class Env:
             self._frame += 1
             self.frames += 1
             reward += timestep.reward
+            if not np.isfinite(reward):
+                raise FloatingPointError(f"the reward of {self.name} is {reward} at frame {self.frames}")
             terminated = timestep.last() and timestep.discount == 0.0
             truncated = not terminated and (timestep.last() or self._frame == self._frame_limit)
             if terminated or truncated:  # discount 0: a terminal state; 1: only the time was up
@@ -120,24 +125,40 @@ class Env:
         """Uniform in [-1, 1], (action_dim,) float32."""
         return self._random.uniform(-1.0, 1.0, self.action_dim).astype(np.float32)
 
+    @property
+    def step_seconds(self):
+        """How long an agent step lasts in the simulated world."""
+        return self._env.control_timestep() * self.action_repeat
+
+    def render(self, height=480, width=640):
+        """What the task's first camera sees: (height, width, 3) uint8. Needs OpenGL."""
+        return self._env.physics.render(height, width, camera_id=0)
+
     def state(self):
         """What `restore` needs to come back to this very moment.
 
         The physics state alone does not do it: some tasks move the model itself at each reset, and solvers keep warm
         starts. Replaying the episode from the random state before its reset is exact on every task.
+        Plain values: numbers, lists and strings.
         """
-        return {"start": self._start, "actions": np.array(self._actions), "frames": self.frames,
-                "random": self._random.get_state()}
+        plain = lambda state: [part.tolist() if isinstance(part, np.ndarray) else part for part in state]
+        return {"start": plain(self._start), "actions": [action.tolist() for action in self._actions],
+                "frames": self.frames, "random": plain(self._random.get_state())}
 
     def restore(self, state):
         """Back to where `state` was taken, in an Env of the same name and seed; returns the observation there."""
-        self._env.task.random.set_state(state["start"])
+        self._env.task.random.set_state(tuple(state["start"]))
         obs = self.reset()
         for action in state["actions"]:
             obs = self.step(action)[0]
         self.frames = state["frames"]
-        self._random.set_state(state["random"])
+        self._random.set_state(tuple(state["random"]))
         return obs
+
+
+def episode_seed(seed, step, episode):
+    """What an evaluation's episode depends on, as one number."""
+    return int(np.random.SeedSequence([seed, step, episode]).generate_state(1)[0])
 
 
 class LockstepEvaluation:
@@ -145,10 +166,13 @@ class LockstepEvaluation:
 
     episode e of the evaluation at agent step t is seeded by (seed, t, e) and by nothing else. Observations of episodes
     that have ended stay in the batch, so that its shape, and with it the others' rounding, never changes.
-    workers: processes that step MuJoCo, and do nothing else; 0 steps it here. Their number changes no result.
+    workers: processes that step MuJoCo, and do nothing else; 0 steps it here; None: one for every four cores of this
+        process. Their number changes no result.
     """
 
     def __init__(self, name, episodes=10, seed=0, action_repeat=2, workers=0):
+        if workers is None:
+            workers = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 4
         self.seed, self.episodes = seed, episodes
         parts = np.array_split(np.arange(episodes), min(max(workers, 1), episodes))
         make = _RemoteGroup if workers else _Group
@@ -156,8 +180,7 @@ class LockstepEvaluation:
 
     def __call__(self, act, step):
         """act: (episodes, obs_dim) -> (episodes, action_dim). Returns the episodes' returns, (episodes,)."""
-        seeds = [int(np.random.SeedSequence([self.seed, step, episode]).generate_state(1)[0])
-                 for episode in range(self.episodes)]
+        seeds = [episode_seed(self.seed, step, episode) for episode in range(self.episodes)]
         for part, group in self.groups:
             group.send("reset", [seeds[episode] for episode in part])
         obs, _, running = self._receive()
@@ -210,16 +233,28 @@ class _RemoteGroup:
         self._process.start()
 
     def send(self, method, argument):
-        self._pipe.send((method, argument))
+        with self._told_in_a_line():
+            self._pipe.send((method, argument))
 
     def receive(self):
-        result = self._pipe.recv()
+        with self._told_in_a_line():
+            result = self._pipe.recv()
         if isinstance(result, Exception):
             raise result
         return result
 
+    @contextlib.contextmanager
+    def _told_in_a_line(self):
+        try:
+            yield
+        except (EOFError, BrokenPipeError, ConnectionResetError):  # out of memory, or killed by somebody
+            self._process.join(timeout=1)
+            raise ChildProcessError(f"an evaluation worker (process {self._process.pid}) died with exit status "
+                                    f"{self._process.exitcode}; --eval-workers 0 does without") from None
+
 
 def _serve(pipe, arguments):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: it is the run's to answer
     group = _Group(*arguments)
     while True:
         try:

@@ -45,6 +45,10 @@ class ModularAgent:
                                                **config.sparse_options)
         self.targets = {name: copy.deepcopy(networks[name]).requires_grad_(False) for name in targets}  # as sparse
         self.updates = {name: 0 for name in networks}  # of each module
+        # 1.0 from the first loss or gradient on that is not finite: a device scalar, for nobody to wait for.
+        self.broken = {name: torch.zeros((), device=self.device) for name in networks}
+        for name, optimizer in self.optimizers.items():
+            optimizer.found_inf = self.broken[name]
         self.info = {}
 
     @property
@@ -66,13 +70,39 @@ class ModularAgent:
         loss.backward()
         self.sparse[name].update_topology(self.updates[name])  # ranks growth by this loss's dense gradient
         norm = self.mask_and_clip(name, clip)
+        # Once a loss or gradient is not finite, this module takes no step any more (topology may still move, until the run
+        # asks for `fault`): AdamW's fused kernel reads the latch on the device. x - x is 0 where x is finite, else NaN,
+        # which differs from 0.
+        x = loss.detach() + norm
+        self.broken[name].logical_or_(x - x != 0)
         optimizer.step()
-        return norm
+        self.info[f"{name}_grad_norm"] = norm
 
     def mask_and_clip(self, name, clip):
-        """What is pruned does not count towards the norm. Returns the norm before clipping, or None without a clip."""
+        """Masks the gradients, then clips them: what is pruned does not count. Returns their norm before clipping."""
         self.sparse[name].mask_gradients()
-        return torch.nn.utils.clip_grad_norm_(list(self.networks[name].parameters()), clip) if clip else None
+        parameters = [parameter for parameter in self.networks[name].parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        return norm
+
+    def fault(self):
+        """(what broke first, its learning step), or None if all is well. Reads from the device: ask when logging or saving."""
+        found = []
+        for name, broken in self.broken.items():
+            if broken.item():
+                state = next(iter(self.optimizers[name].state.values()), {})
+                update = int(state.get("step", 0)) + 1  # the optimiser counts the steps that it took
+                found.append((self.learning_step(name, update), f"the {name}'s loss or gradient (its update {update:,})"))
+        if not found:
+            return None
+        first = min(step for step, _ in found)
+        return " and ".join(text for step, text in found if step == first), first
+
+    def learning_step(self, name, update):
+        """The agent step, counted from the first that learns, in which a module makes this update of its own."""
+        return (update - 1) // self.updates_per_step
 
     def heads(self):
         """Last layers whose output stays in float32, whatever the precision: a Q of 100 in bfloat16 is known to ±0.25."""

@@ -31,6 +31,7 @@ class MRQ(ModularAgent):
     prioritized = True
     losses, passes = ("encoder_loss", "critic_loss", "actor_loss"), ("encode",)
     captures = {"update_encoder": ["encoder"], "update_critic_and_actor": ["critic", "actor"]}
+    between_updates = staticmethod(lambda doing: None)  # called in a burst: a safe point, where the training loop may stop
 
     def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=490_000, device="cpu", seed=0):
         modules = modules or MR_DEFAULT
@@ -66,11 +67,17 @@ class MRQ(ModularAgent):
     # ---- learning ----
 
     def update(self, replay):
-        """One agent step of learning. Every 250 of them: new targets, new scales, and a burst of encoder updates."""
+        """One agent step of learning. Every 250 of them: new targets, new scales, and a burst of encoder updates.
+
+        The counts of updates say how far a burst has come: an agent saved in the midst of one goes on from there.
+        """
         if self.updates["critic"] % self.config.target_update_freq == 0:
-            self.refresh_targets(replay)
-            for _ in range(self.config.target_update_freq):
+            if self.updates["encoder"] == self.updates["critic"]:
+                self.refresh_targets(replay)
+            while self.updates["encoder"] < self.updates["critic"] + self.config.target_update_freq:
                 self.update_encoder(replay)
+                done = self.updates["encoder"] - self.updates["critic"]
+                self.between_updates(f"encoder update {done} of {self.config.target_update_freq}")
         self.update_critic_and_actor(replay)
 
     @torch.no_grad()
@@ -81,7 +88,10 @@ class MRQ(ModularAgent):
                 target.copy_(source)
         self.target_reward_scale.copy_(self.reward_scale)
         # The paper says "recent experiences in the replay buffer"; all of the buffer is the published MR.Q's reading.
-        self.reward_scale.copy_(replay.mean_absolute_reward().clamp(min=1e-8))
+        # 1 until a reward other than 0 has been stored. The published MR.Q divides by 1e-8 instead: its first targets are
+        # then 1e8 times a Q, and the largest priority, which never falls, is of the same kind.
+        scale = replay.mean_absolute_reward()
+        self.reward_scale.copy_(torch.where(scale > 0, scale, 1.0))
         self.info["reward_scale"] = self.reward_scale
 
     def update_encoder(self, replay):
@@ -94,7 +104,7 @@ class MRQ(ModularAgent):
         batch = replay.sample(self.config.batch_size, self.config.q_horizon)
         zs = self.encode(batch.obs[:, 0])
         losses, td_error, info = self.critic_loss(batch, zs)
-        info["critic_grad_norm"] = self._step("critic", losses.mean(), clip=self.config.critic_grad_clip)
+        self._step("critic", losses.mean(), clip=self.config.critic_grad_clip)
         replay.update_priority(batch.index, td_error)
         self.info.update(info)
         self.update_actor(zs)
@@ -104,6 +114,11 @@ class MRQ(ModularAgent):
             losses, info = self.actor_loss(zs)
         self._step("actor", losses.mean())
         self.info.update(info)
+
+    def learning_step(self, name, update):
+        if name == "encoder":  # a burst belongs to the step that begins a period
+            return (update - 1) // self.config.target_update_freq * self.config.target_update_freq
+        return super().learning_step(name, update)
 
     # ---- losses, one value a sample: (batch,) ----
 

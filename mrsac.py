@@ -26,6 +26,7 @@ class MRSAC(MRQ):
         super().__init__(obs_dim, action_dim, *arguments, **options)
         self.temperature = Temperature(self.config, action_dim, self.device)
         self.optimizers["temperature"] = self.temperature.optimizer
+        self.temperature.optimizer.found_inf = self.broken["actor"]  # whose entropy it follows
 
     def make_actor(self, zs_dim, action_dim, size):
         return GaussianActor(zs_dim, action_dim, **size)

@@ -200,6 +200,7 @@ class SAC(SimbaAgent):
         super().__init__(obs_dim, action_dim, *arguments, **options)
         self.temperature = Temperature(self.config, action_dim, self.device)
         self.optimizers["temperature"] = self.temperature.optimizer
+        self.temperature.optimizer.found_inf = self.broken["actor"]  # whose entropy it follows
 
     def policy(self, obs):
         """A random action, α·log π of it, and what to log."""

@@ -8,11 +8,14 @@ import csv
 import dataclasses
 import functools
 import getpass
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -20,8 +23,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -33,19 +39,23 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
+import checkpoint
 import envs
 import fast
 import metrics
 import networks
+import sparsity
 import train
 from envs import Env, LockstepEvaluation, task_names
 from agents import AGENTS
 from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
 from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
+from runlog import Busy, Finished, RunLog
 from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
-from settings import MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, module_configs, parse, run_name
+from settings import MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, module_configs, notes, parse, run_name
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
+from survive import SavedRun
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # tiny networks: threads would only wait for one another
@@ -497,7 +507,7 @@ def test_simba_networks_against_their_definition_and_sizes():
 
     for width, depth, millions in ((1, 1, 4.39), (2, 1, 17.44), (1, 4, 17.40), (4, 3, 207.96)):  # humanoid-run, one Q
         with torch.device("meta"):
-            modules = {name: dataclasses.replace(m, width_scale=width, depth_scale=depth) for name, m in SAC.presets["default"].items()}
+            modules = {name: dataclasses.replace(m, width_scale=width, depth_scale=depth) for name, m in SAC.Config.presets["default"].items()}
             agent = SAC(67, 21, modules, device="meta")
         counts = {name: count(network) for name, network in agent.networks.items()}  # log-std and mean: 21 outputs each
         assert counts == {"critic": size(88, 1, 512 * width, 2 * depth), "actor": size(67, 42, 128 * width, depth)}
@@ -951,6 +961,47 @@ def test_growth_is_ranked_by_the_modules_own_loss(monkeypatch):
     torch.testing.assert_close(seen["actor"], list(torch.autograd.grad(loss, list(frozen.actor.parameters()))))
 
 
+@pytest.mark.parametrize("algo, name", [("mrq", "encoder"), ("mrq", "critic"), ("mrq", "actor"), ("sac", "critic"), ("sac", "actor"),
+                                        ("ddpg", "actor"), ("mrsac", "actor")])
+def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatch):
+    """One NaN loss: that module's weights stay, the others go on, and who broke, and when, is known at the end."""
+    agent, buffer = tiny_of(algo, interval=100)
+    original, calls = getattr(agent, f"{name}_loss"), itertools.count(1)
+    bad = 6 if name == "encoder" else 3  # the encoder's sixth update belongs to the burst of step 4
+    monkeypatch.setattr(agent, f"{name}_loss", lambda *arguments: (
+        (lambda losses, *rest: (losses * (math.nan if next(calls) == bad else 1.0), *rest))(*original(*arguments))))
+    weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n, network in agent.networks.items()}
+    while agent.fault() is None:
+        agent.update(buffer)
+    then = weights()
+    for _ in range(5):  # another burst among them
+        agent.update(buffer)
+    assert {n: torch.equal(w, then[n]) for n, w in weights().items()} == {n: n == name for n in then}
+    assert all(w.isfinite().all() for w in weights().values())
+    assert agent.fault() == (f"the {name}'s loss or gradient (its update {bad})", 4 if name == "encoder" else (bad - 1) // agent.updates_per_step)
+    assert [n for n, broken in agent.broken.items() if broken] == [name]
+    if algo in ("sac", "mrsac"):
+        assert agent.temperature.log.isfinite() and (agent.temperature.optimizer.state[agent.temperature.log]["step"] == 2) == (name == "actor")
+
+
+def test_no_nan_enters_the_priorities():
+    buffer = play(0, 400, 5, 300)[0]
+    index = buffer.priority.nonzero().flatten()[:3]
+    buffer.update_priority(index, torch.tensor([math.nan, math.inf, 32.0]))
+    assert buffer.priority[index].tolist() == pytest.approx([1, 1, 4]) and buffer.max_priority == 4
+
+
+def test_the_reward_scale_waits_for_a_reward():
+    agent, buffer = tiny(), ReplayBuffer(4, 2, 400, 5)
+    for step in range(60):
+        buffer.add(np.ones(4), np.zeros(2), 0.0, np.ones(4), False, False)
+    agent.refresh_targets(buffer)
+    assert agent.reward_scale == agent.target_reward_scale == 1
+    buffer.add(np.ones(4), np.zeros(2), -6.1, np.ones(4), False, False)
+    agent.refresh_targets(buffer)
+    assert agent.reward_scale.item() == pytest.approx(0.1) and agent.target_reward_scale == 1
+
+
 def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
     from torch.utils.flop_counter import FlopCounterMode
     agent, buffer = tiny(modules=MR_DEFAULT), filled()
@@ -1285,7 +1336,7 @@ def test_order_of_a_simba_update_and_its_soft_target():
         target = [0.995 * t + 0.005 * p.detach() for t, p in zip(target, agent.critic.parameters())]
         torch.testing.assert_close(list(agent.targets["critic"].parameters()), target)
     assert events == ["actor_loss", "update", "critic_loss", "update_target"] * 3
-    assert agent.updates == {"critic": 3, "actor": 3} and SAC.updates_per_step == DDPG.updates_per_step == 2
+    assert agent.updates == {"critic": 3, "actor": 3} and agent.updates_per_step == 2
 
 
 @pytest.mark.parametrize("algo", ["sac", "ddpg"])
@@ -1403,7 +1454,6 @@ def test_reductions_and_wrong_choices_are_told():
     q = torch.tensor([[1.0, 3.0], [5.0, 2.0]])
     assert reduce_q(q, "min").tolist() == [1, 2] and reduce_q(q, "mean").tolist() == [2, 3.5]
     for algo, settings, message in (("sac", {"twin_critics": True, "target_q": "max"}, "choose min or mean"),
-                                    ("ddpg", {"actor_q": "mean"}, "add --twin-critics"),
                                     ("mrsac", {"target_policy": "both"}, "choose target or online")):
         with pytest.raises(ValueError, match=message):
             tiny_of(algo, **settings)
@@ -1827,6 +1877,211 @@ def test_evaluation_episodes_depend_on_their_seed_alone():
     assert returns[4] == pytest.approx(total)
 
 
+def test_a_worker_that_dies_is_told_in_one_line():
+    evaluation = LockstepEvaluation("cartpole-swingup", 2, workers=1)
+
+    def act(obs):
+        evaluation.groups[0][1]._process.kill()
+        return np.zeros((2, 1))
+    with pytest.raises(ChildProcessError, match=r"an evaluation worker \(process \d+\) died with exit status -9; --eval-workers 0"):
+        evaluation(act, step=0)
+
+
+def test_a_worker_for_every_four_cores(monkeypatch):
+    monkeypatch.setattr(envs, "_RemoteGroup", envs._Group)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    assert [len(part) for part, _ in LockstepEvaluation("cartpole-swingup", 4, workers=None).groups] == [2, 1, 1]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)))
+    assert len(LockstepEvaluation("cartpole-swingup", 4, workers=None).groups) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoint.py
+
+def some_state():
+    generator = torch.Generator().manual_seed(0)
+    return {"weights": {"a": torch.randn(20, 10, generator=generator), "b": torch.ones(3, dtype=torch.bool)},
+            "step": 7, "nan": math.nan, "name": "x", "nothing": None, "scalar": torch.tensor(2.5), "pairs": [(0.9, 0.999)]}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def damaged(path, whole, random):
+    """Writes a damaged copy of the file, in one of five ways."""
+    kind = random.choice(["cut", "flip", "zeros", "pickle", "type"])
+    data = bytearray(whole)
+    if kind == "cut":
+        data = data[:random.randrange(len(data))]
+    elif kind == "flip":
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    elif kind == "zeros":
+        start = random.randrange(len(data))
+        data[start:start + random.randrange(1, 5000)] = bytes(len(data[start:start + random.randrange(1, 5000)]))
+    if kind not in ("pickle", "type"):
+        return path.write_bytes(data)
+    content = torch.load(io.BytesIO(whole), weights_only=True)
+    key = random.choice(list(content))
+    wrong = [Evil(), {key: Evil()}] if kind == "pickle" else [3, None, "x", [], torch.zeros(2), {}, math.inf, {1: 2}]
+    torch.save(content | {key: random.choice(wrong)} if random.random() < 0.8 else random.choice(wrong), path)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_in_it_runs(count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, content, random = tmp_path / "a.pt", some_state(), Random(0)
+    check = checkpoint.write(str(path), content)
+    whole, refused = path.read_bytes(), 0
+    assert checkpoint.read(str(path))[1] == check == checkpoint.digest(content)
+    for _ in range(count):
+        damaged(path, whole, random)
+        try:
+            # What is accepted is what was written: a byte of zip's padding may be anything.
+            assert checkpoint.read(str(path))[1] == check
+        except checkpoint.Damaged as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+    assert refused > 0.8 * count and os.listdir(tmp_path) == ["a.pt"]  # no code has run, nothing was written
+    path.write_bytes(whole.replace(b"format", b"farmat"))
+    with pytest.raises(checkpoint.Damaged, match="no checkpoint"):
+        checkpoint.read(str(path))
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    path.write_bytes(whole)
+    with pytest.raises(checkpoint.Damaged, match="format 1, and this code reads format 2"):
+        checkpoint.read(str(path))
+    with pytest.raises(TypeError, match="not a Generator"):
+        checkpoint.digest({"a": torch.Generator()})
+
+
+def fill(buffer, count, rng):
+    for _ in range(count):
+        end = rng.random()
+        start = rng.normal(size=2) if buffer.episode_length == 0 else fill.last
+        fill.last = rng.normal(size=2)
+        buffer.add(start, rng.normal(size=1), rng.normal(), fill.last, end < 0.05, 0.05 < end < 0.1)
+        if buffer.sampleable and rng.random() < 0.2:
+            batch = buffer.sample(4)
+            buffer.update_priority(batch.index, torch.as_tensor(rng.normal(size=4) * 9, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("capacity", [40, 1000])
+def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
+    rng = np.random.default_rng(0)
+    buffer, checkpoints = ReplayBuffer(2, 1, capacity, horizon=3), checkpoint.Checkpoints(str(tmp_path))
+    for step in range(1, 25):
+        fill(buffer, int(rng.integers(0, 25)), rng)
+        first, rows = buffer.rows_since(max(0, checkpoints.next_row - 1))
+        assert len(rows["obs"]) <= min(capacity, 1 + buffer.position + 1 - checkpoints.next_row + 1)  # only what is new
+        checkpoints.save(step, {"replay": buffer.state_dict()}, first, rows, buffer.position + 1 - capacity, wait=True)
+        found, other = checkpoint.Checkpoints(str(tmp_path)), ReplayBuffer(2, 1, capacity, horizon=3)
+        state = found.load()
+        for start, part in found.rows():
+            other.load_rows(start, part)
+        other.load_state_dict(state["replay"])
+        for name in (*buffer.ROWS, "priority", "max_priority", "termination_seen"):
+            assert torch.equal(getattr(buffer, name), getattr(other, name)), (step, name)
+        for name in ("row", "episode_length", "sampleable", "_offered"):
+            assert getattr(buffer, name) == getattr(other, name), (step, name)
+        assert found.step == step
+    names = os.listdir(tmp_path)
+    assert sum(name.startswith("checkpoint") for name in names) == 2
+    assert sum(name.startswith("rows") for name in names) <= (8 if capacity == 40 else 24)  # what has been overwritten is gone
+
+
+def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
+    """At each of the calls by which it touches the disk: full, or killed. Then the newest that reads whole is used."""
+    rows = {"x": torch.arange(100.0)}
+
+    def begin(folder):
+        checkpoints = checkpoint.Checkpoints(str(folder))
+        folder.mkdir()
+        checkpoints.save(1, {"a": torch.ones(3)}, 0, rows, wait=True)
+        return checkpoints
+
+    def load(folder):
+        found = checkpoint.Checkpoints(str(folder))
+        state = found.load()
+        return found.step, state["a"].sum().item(), sum(len(part["x"]) for _, part in found.rows())
+
+    old, new = (1, 3.0, 100), (2, 6.0, 150)
+    for name, calls in (("torch.save", 2), ("os.fsync", 4), ("os.replace", 2)):
+        for broken in range(calls):
+            for error, killed in ((OSError(28, "No space left on device"), False), (SystemError("killed"), True)):
+                folder, count = tmp_path / f"{name}{broken}{killed}", itertools.count()
+                checkpoints = begin(folder)
+                module, function = name.split(".")
+                plain = getattr({"os": os, "torch": torch}[module], function)
+
+                def breaks(*arguments):
+                    if next(count) == broken:
+                        raise error
+                    return plain(*arguments)
+                with monkeypatch.context() as patch:
+                    patch.setattr(f"{name}", breaks)
+                    patch.setattr("threading.excepthook", lambda _: None)
+                    checkpoints.save(2, {"a": 2 * torch.ones(3)}, 100, {"x": torch.arange(50.0)}, wait=True)
+                landed = (name, broken) == ("os.fsync", 3)  # everything is in place, and only the folder not synchronised
+                assert load(folder) == (new if landed else old), (name, broken, killed)
+                if not killed:
+                    assert "No space left" in checkpoints.failure and "step 2" in checkpoints.failure
+                    assert not any(part.endswith(".part") for part in os.listdir(folder))
+                    checkpoints.save(2, {"a": 2 * torch.ones(3)}, checkpoints.next_row, {"x": torch.arange(50.0)}, wait=True)
+                    assert load(folder) == new and checkpoints.failure is None  # when there is room again
+    newest = next(tmp_path.glob("os.fsync3*/checkpoint-*2.pt"))
+    newest.write_bytes(newest.read_bytes()[:-9])
+    found = checkpoint.Checkpoints(str(newest.parent))
+    assert load(newest.parent) == old and found.load() and "is damaged" in found.skipped[0]
+    for path in newest.parent.glob("rows-*"):
+        path.unlink()
+    with pytest.raises(checkpoint.Damaged, match="no other checkpoint of this run is left whole"):
+        found.load()
+
+
+# --------------------------------------------------------------------------------------------------------- runlog.py
+
+def test_a_full_disk_leaves_whole_rows_and_loses_none(tmp_path):
+    log = RunLog(str(tmp_path / "run"), {})
+    log.start()
+    row = lambda step: {"agent_step": step, "value": step / 3}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log.write("train", row(1))
+    size = os.path.getsize(tmp_path / "run" / "train.csv")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limit[1]))  # the next row is cut after five bytes
+        log.write("train", row(2))
+        log.write("train", row(3))
+        assert os.path.getsize(tmp_path / "run" / "train.csv") == size and "takes no more rows" in log.failure
+        where = log.positions()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    log.write("train", row(4))
+    log.close()
+    steps = lambda: [int(line["agent_step"]) for line in table(tmp_path / "run", "train.csv")]
+    assert steps() == [1, 2, 3, 4] and log.failure is None
+    log._lock.close()
+    log = RunLog(str(tmp_path / "run"), {}, resume=True)
+    log.start(where)  # back to where two rows were waiting
+    log.write("train", row(5))
+    assert steps() == [1, 2, 3, 5]
+    with pytest.raises(ValueError, match="must have the columns agent_step, value"):
+        log.write("train", {"agent_step": 1})
+    with pytest.raises(ValueError, match="rows are missing"):
+        log.start({"eval": {"end": 10, "waiting": ""}})
+
+
+def test_two_processes_never_train_one_run(tmp_path):
+    log = RunLog(str(tmp_path / "run"), {})
+    with pytest.raises(Busy, match="another process"):
+        RunLog(str(tmp_path / "run"), {}, resume=True)
+    with pytest.raises(FileExistsError, match="continue it by --resume"):
+        RunLog(str(tmp_path / "run"), {})
+    log._lock.close()
+    (tmp_path / "run" / "final.pt").touch()
+    with pytest.raises(Finished):
+        RunLog(str(tmp_path / "run"), {}, resume=True)
+
+
 # ---------------------------------------------------------------------------------------------------------- train.py
 
 def run_train(folder, *flags, timeout=300):
@@ -1899,46 +2154,56 @@ def test_every_algorithm_runs_from_the_command_line(tmp_path, algo):
     assert json.load(open(folder / "config.json"))["learning_starts"] == 60
 
 
-@pytest.mark.parametrize("flags, message", [
+BAD_FLAGS = [
     (("--env", "walker-wlk"), "did you mean walker-walk"),
-    (("--algo", "ppo"), "choose one of mrq, sac, ddpg, mrsac"),
     (("--algo", "sac", "--encoder-regime", "dst"), "--encoder-regime: sac has no encoder, only critic and actor"),
     (("--algo=ddpg", "--encoder-scale", "2"), "--encoder-scale: ddpg has no encoder"),
     (("--algo", "sac", "--critic-type", "6"), "--critic-type: sac runs on SimBa networks"),
     (("--algo", "ddpg", "--residual", "post"), "--residual: ddpg runs on SimBa networks"),
     (("--algo", "sac", "--target-q", "mean"), "--target-q mean chooses between two Q networks, and there is one: add --twin-critics"),
-    (("--algo", "sac", "--twin-critics", "--actor-q", "max"), "unknown --actor-q 'max'"),
-    (("--algo", "mrsac", "--target-policy", "old"), "choose target or online"),
-    (("--algo", "mrsac", "--critic-type", "7"), "choose 1 to 6"),
-    (("--algo", "ddpg", "--sparsity", "1"), "lies in [0, 1)"),
-    (("--critic-type", "7"), "choose 1 to 6"),
-    (("--critic-regime", "rigl"), "choose one of dense, sst, dst, s2d, d2s"),
-    (("--growth", "momentum", "--mst"), "unknown grow"),
-    (("--distribution", "erk", "--mst"), "unknown distribution"),
-    (("--actor-regime", "sst", "--actor-sparsity", "1.0"), "lies in [0, 1)"),
-    (("--sparsity", "-0.1", "--mst"), "lies in [0, 1)"),
-    (("--scale", "0"), "scale must be above 0"),
-    (("--depth-scale", "-1"), "scale must be above 0"),
+    (("--algo", "ddpg", "--actor-q", "mean"), "--actor-q mean chooses between two Q networks"),
+    (("--algo", "ddpg", "--sparsity", "1"), "--sparsity must lie in [0, 1), not 1.0"),
+    (("--actor-regime", "sst", "--actor-sparsity", "1.0"), "--actor-sparsity must lie in [0, 1), not 1.0"),
+    (("--sparsity", "-0.1"), "--sparsity must lie in [0, 1)"),  # a dense run refuses it as well
+    (("--scale", "0"), "--scale must lie in (0, 1e4], not 0.0"),
+    (("--depth-scale", "1e9"), "--depth-scale must lie in (0, 1e4]"),
+    (("--encoder-scale", "3", "--width-scale", "1", "--depth-scale", "2"), "--encoder-scale does nothing beside both"),
+    (("--scale", "3", "--width-scale", "1", "--depth-scale", "2"), "--scale does nothing beside both"),
+    (("--residual", "post"), "--residual post does nothing: no module has residual connections"),
+    (("--schedule-power", "-1"), "--schedule-power must lie in (0, inf), not -1.0"),
+    (("--schedule-power", "nan", "--critic-regime", "s2d"), "--schedule-power must lie in (0, inf), not nan"),
+    (("--schedule-start", "0.9"), "--schedule-start 0.9 lies behind --schedule-end 0.8"),
+    (("--drop-initial", "1.5"), "--drop-initial must lie in [0, 1]"),
+    (("--q-horizon", "600"), "--q-horizon must lie in [1, 500], not 600"),
+    (("--encoder-horizon", "501"), "--encoder-horizon must lie in [1, 500], not 501"),
+    (("--seed", "-1"), "--seed must lie in [0, 4294967295], not -1"),
+    (("--total-steps", "1" + 29 * "0"), "--total-steps must lie in [1, 1e12]"),
+    (("--total-steps", "50"), "--total-steps 50 trains nothing: it must be above --learning-starts 50"),
+    (("--name", "../../x"), "--name '../../x' must be the name of one folder"),
+    (("--name", ".."), "--name '..' must be the name of one folder"),
+    (("--name", ""), "--name '' must be the name of one folder"),
     (("--buffer-size", "100000000000", "--total-steps", "100000000000"), "GB"),
     (("--device", "cuda"), "--device cpu"),
     (("--device", "gpu"), "--device"),
     (("--device", "mps"), "choose auto, cpu, cuda or cuda:N"),
     (("--device", "meta"), "choose auto, cpu, cuda or cuda:N"),
     (("--scale", "3000"), "choose a smaller --scale"),
-    (("--discount", "1.1"), "--discount must be above 0 and at most 1, not 1.1"),
-    (("--critic-lr", "-1"), "--critic-lr must be at least 0, not -1.0"),
-    (("--algo", "sac", "--initial-temperature", "0"), "--initial-temperature must be above 0, not 0.0"),
-    (("--algo", "sac", "--target-entropy", "nan"), "--target-entropy must be finite"),
-    (("--algo", "ddpg", "--target-rate", "-3"), "--target-rate must be above 0 and at most 1"),
-    (("--algo", "ddpg", "--exploration-noise", "inf"), "--exploration-noise must be at least 0"),
-    (("--learning-starts", "2"), "--learning-starts must be at least"),
-    (("--residual", "none"), "unknown residual"),
-    (("--target-update-freq", "0"), "--target-update-freq"),
-    (("--precision", "fp16"), "unknown precision"),
+    (("--algo", "sac", "--scale", "3000"), "choose a smaller --scale"),
+    (("--discount", "1.1"), "--discount must lie in (0, 1], not 1.1"),
+    (("--critic-lr", "-1"), "--critic-lr must lie in [0, inf), not -1.0"),
+    (("--algo", "sac", "--initial-temperature", "0"), "--initial-temperature must lie in (0, inf), not 0.0"),
+    (("--algo", "sac", "--target-entropy", "nan"), "--target-entropy must lie in (-inf, inf)"),
+    (("--algo", "ddpg", "--target-rate", "-3"), "--target-rate must lie in (0, 1]"),
+    (("--algo", "ddpg", "--exploration-noise", "inf"), "--exploration-noise must lie in [0, inf)"),
+    (("--learning-starts", "2"), "--learning-starts must be at least 6, not 2"),
+    (("--target-update-freq", "0"), "--target-update-freq must lie in [1, 1e12]"),
     (("--precision", "tf32", "--device", "cpu"), "choose fp32 or bf16"),
     (("--cuda-graphs", "--device", "cpu"), "--cuda-graphs needs a CUDA device"),
-])
-def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, flags, message):
     if flags == ("--device", "cuda") and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     monkeypatch.setattr(sys, "argv", ["train.py", "--env", "cartpole-swingup", "--total-steps", "100", "--learning-starts", "50",
@@ -1949,15 +2214,20 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, capsys, flags, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_bad_setting_of_a_dense_module_is_refused_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--env", "cartpole-swingup", "--sparsity", "3", "--runs", str(tmp_path / "r")])
-    with pytest.raises(SystemExit, match="lies in"):
-        train.main()
+@pytest.mark.parametrize("flag, wrong, choices", [
+    ("--algo", "ppo", "mrq sac ddpg mrsac"), ("--critic-regime", "rigl", "dense sst dst s2d d2s"), ("--critic-type", "7", "1 2 3 4 5 6"),
+    ("--growth", "momentum", "gradient random"), ("--distribution", "erk", "er uniform"), ("--residual", "none", "pre post"),
+    ("--precision", "fp16", "auto fp32 tf32 bf16")])
+def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choices):
+    with pytest.raises(SystemExit) as stopped:
+        flags_to_args(flag, wrong)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and flag in said and all(f"'{choice}'" in said for choice in choices.split())
 
 
 def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
     result = run_train(tmp_path, *SHORT, "--critic-lr", "1e30")
-    assert result.returncode != 0 and re.search(r"train.py: .* is \[?-?(nan|inf)\]? at agent step 6\d", result.stderr)
+    assert result.returncode != 0 and re.search(r"(critic|actor)'s loss or gradient \(its update [12]\).* was not finite at agent step 6[01]; stopped", result.stderr)
     assert "Traceback" not in result.stderr
     (folder,) = tmp_path.iterdir()
     assert len(table(folder, "eval.csv")) == 2 and len(table(folder, "train.csv")) == 1  # nothing is lost
@@ -2006,19 +2276,67 @@ def test_every_algorithm_has_its_own_defaults():
 
 @pytest.mark.parametrize("algo, updates", [("mrq", 60), ("sac", 120)])
 def test_schedules_span_all_updates_of_a_run(algo, updates, tmp_path):
-    _, _, agent, *_, log = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
-                                                     "--learning-starts", "40", "--runs", str(tmp_path)))
-    log.close()
+    _, _, agent, *_ = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
+                                                "--learning-starts", "40", "--runs", str(tmp_path)))
     assert {sparse.total_steps for sparse in agent.sparse.values()} == {updates}
 
 
 def test_run_names_tell_runs_apart():
     names = {run_name(flags_to_args(*flags)) for flags in (
         (), ("--mst",), ("--seed", "1"), ("--scale", "5"), ("--critic-scale", "5"), ("--critic-lr", "1e-3"), ("--env", "walker-run"),
-        ("--sparsity", "0.5"), ("--mst", "--sparsity", "0.5"), ("--discount", "0.9"), ("--total-steps", "7"),
-        ("--algo", "sac"), ("--algo", "ddpg"), ("--algo", "mrsac"), ("--algo", "sac", "--twin-critics"), ("--algo", "sac", "--sparsity", "0.6"))}
-    assert len(names) == 16 and {"dog-run__seed=0", "dog-run__sac__seed=0", "dog-run__sac__twin-critics__seed=0",
-                                 "dog-run__sac__sparsity=0.6__seed=0"} <= names
+        ("--mst", "--sparsity", "0.5"), ("--discount", "0.9"), ("--total-steps", "7"), ("--algo", "sac"), ("--algo", "ddpg"),
+        ("--algo", "mrsac"), ("--algo", "sac", "--twin-critics"), ("--algo", "sac", "--mst", "--sparsity", "0.6"))}
+    assert len(names) == 15 and {"dog-run__seed=0", "dog-run__sac__seed=0", "dog-run__sac__twin-critics__seed=0",
+                                 "dog-run__scale=5__seed=0", "dog-run__sac__mst__sparsity=0.6__seed=0"} <= names
+
+
+@pytest.mark.parametrize("flags, name", [
+    (("--encoder-type", "4", "--actor-regime", "dense", "--critic-scale", "1"), "dog-run__seed=0"),  # defaults restated
+    (("--sparsity", "0.9", "--growth", "random", "--schedule-start", "0.1"), "dog-run__seed=0"),  # nothing is sparse
+    (("--critic-sparsity", "0.9",), "dog-run__seed=0"),
+    (("--critic-regime", "sst", "--sparsity", "0.9", "--growth", "random"), "dog-run__critic-regime=sst__sparsity=0.9__seed=0"),
+    (("--critic-regime", "dst", "--schedule-end", "0.9", "--growth", "random"), "dog-run__critic-regime=dst__growth=random__seed=0"),
+    (("--scale", "3", "--encoder-scale", "3", "--width-scale", "3"), "dog-run__scale=3__seed=0"),
+    (("--mst", "--residual", "post", "--critic-regime", "dst"), "dog-run__mst__residual=post__seed=0")])
+def test_what_changes_nothing_is_no_part_of_the_name(flags, name):
+    assert run_name(flags_to_args(*flags)) == name
+
+
+def test_the_name_grows_by_what_is_needed_and_no_more():
+    """Against the definition: two command lines share a name if and only if they build and train the same."""
+    rng = np.random.RandomState(0)
+    choices = {"--mst": None, "--scale": (1, 3), "--critic-scale": (1, 3), "--width-scale": (1, 3), "--critic-type": (4, 6),
+               "--critic-regime": ("dense", "sst", "dst", "d2s"), "--sparsity": (0.6, 0.8), "--critic-sparsity": (0.6, 0.8),
+               "--growth": ("gradient", "random"), "--schedule-power": (2, 3), "--residual": ("pre", "post"), "--discount": (0.99, 0.9)}
+    seen = {}
+    for _ in range(300):
+        flags = [part for flag, values in choices.items() if rng.rand() < 0.5
+                 for part in ([flag] if values is None else [flag, str(values[rng.randint(len(values))])])]
+        args = flags_to_args(*flags)
+        modules = {name: (m.arch_type, m.regime, m.width_scale, m.depth_scale, m.residual if m.arch_type > 4 else 0,
+                          m.sparsity if m.regime != "dense" else 0, m.sparse_options["grow"] if m.regime in ("dst", "d2s") else 0,
+                          m.sparse_options["power"] if m.regime == "d2s" else 0) for name, m in module_configs(args).items()}
+        seen.setdefault(run_name(args), set()).add(str((modules, args.agent.discount)))
+    assert len(seen) > 100 and all(len(meanings) == 1 for meanings in seen.values())
+    assert len(set().union(*seen.values())) >= 0.97 * len(seen)  # scale=3 and width, depth by module may say the same twice
+
+
+def test_flags_that_change_nothing_are_told():
+    told = lambda *flags: " ".join(notes(flags_to_args(*flags)))
+    assert told() == told("--mst", "--sparsity", "0.8") == told("--encoder-type", "4") == ""
+    assert "--sparsity, --growth changes nothing" in told("--sparsity", "0.9", "--growth", "random")
+    assert "--critic-sparsity changes nothing" in told("--critic-sparsity", "0.9")
+    assert "--schedule-end changes nothing" in told("--critic-regime", "dst", "--schedule-end", "0.9")
+    assert "--scale changes nothing" in told("--scale", "3", "--encoder-scale", "1", "--critic-scale", "1", "--actor-scale", "1")
+
+
+def test_a_long_name_is_shortened_and_stays_its_own():
+    numbers = [flag for name in ("critic_lr", "actor_lr", "encoder_lr", "weight_decay", "reward_weight", "terminal_weight",
+                                 "dynamics_weight", "exploration_noise", "target_noise", "target_noise_clip", "reward_range")
+               for flag in ("--" + name.replace("_", "-"), "0.0123456")]
+    names = {run_name(flags_to_args(*numbers, "--discount", discount, "--seed", seed)) for discount in ("0.9", "0.91") for seed in "01"}
+    assert len(names) == 4 and all(len(name) == 200 and name.startswith("dog-run__") for name in names)
+    assert sum(name.endswith("__seed=1") for name in names) == 2
 
 
 def test_large_networks_without_residuals_are_named(tmp_path):
@@ -2026,6 +2344,179 @@ def test_large_networks_without_residuals_are_named(tmp_path):
     modules = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in MR_DEFAULT.items()}
     assert "--mst" in train.describe(agent, modules, flags_to_args(), "cpu", "x")
     assert "--mst" not in train.describe(agent, MR_MST, flags_to_args(), "cpu", "x")
+
+
+# -------------------------------------------------------------------------------------------------------- survive.py
+
+# Where a process is killed: at an entry of one of these, or a moment later.
+MOMENTS = {"a save": (checkpoint, "write"), "an evaluation": (LockstepEvaluation, "__call__"), "a step": (Env, "step"),
+           "an encoder burst": (MRQ, "update_encoder"), "a topology update": (sparsity, "_drop_and_grow"),
+           "a log row": (RunLog, "write"), "the way back": (ReplayBuffer, "load_rows")}
+
+
+def in_process(arguments, output, kill=None, record=None):
+    """`train.py` in a process of its own, forked because importing PyTorch anew takes seconds. kill: (moment, which entry of
+    it, delay, signal). record: [the step where it was killed, the step it was resumed at]. Returns the exit status."""
+    def body():
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), ["train.py", *arguments]
+        show, restore = train.Bar.show, SavedRun.restore
+
+        def note_step(bar, step, *rest, **more):
+            record[0] = step
+            show(bar, step, *rest, **more)
+
+        def note_start(saved):
+            obs = restore(saved)
+            record[1] = saved.progress.step
+            return obs
+        if record is not None:
+            train.Bar.show, SavedRun.restore = note_step, note_start
+        if kill:
+            (owner, name), which, delay, number = MOMENTS[kill[0]], *kill[1:]
+            plain, entries = getattr(owner, name), itertools.count()
+
+            def dies(*arguments, **options):
+                if next(entries) == which:
+                    if delay:
+                        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+                    else:
+                        os.kill(os.getpid(), number)
+                return plain(*arguments, **options)
+            setattr(owner, name, dies)
+        status = 0
+        try:
+            train.main()
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+            print(stop.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+            status = 99
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode
+
+
+def tiny_run(algo, regimes=()):
+    modules = ("encoder", "critic", "actor") if algo.startswith("mr") else ("critic", "actor")
+    own = ("--target-update-freq", "20") if algo.startswith("mr") else ()
+    said = [word for module, regime in zip(modules, regimes) for word in (f"--{module}-regime", regime)]
+    return ["--algo", algo, "--env", "cartpole-swingup", "--width-scale", "0.05", "--total-steps", "130", "--learning-starts",
+            "45", "--eval-every", "60", "--eval-episodes", "1", "--log-every", "15", "--batch-size", "16", "--save-every", "20",
+            "--update-interval", "15", "--buffer-size", "100", "--device", "cpu", "--threads", "1", "--name", "run",
+            *own, *(said or ["--mst"])]
+
+
+def timeless(folder):
+    """Both tables without their clocks."""
+    return {name: [{k: v for k, v in row.items() if "second" not in k} for row in table(folder, name)]
+            for name in ("eval.csv", "train.csv")}
+
+
+def killed_again_and_again(algo, regimes, kills, folder, random, moments=MOMENTS):
+    """Trains undisturbed, then with kills, each resumed. Returns [(moment, steps lost)], after comparing the tables."""
+    flags, log = tiny_run(algo, regimes), str(folder / "output")
+    assert in_process([*flags, "--runs", str(folder / "whole")], log) == 0, open(log).read()
+    record = multiprocessing.get_context("fork").Array("i", 2, lock=False)
+    entries = {"a save": 9, "an evaluation": 2, "a step": 900, "an encoder burst": 60, "a topology update": 20, "a log row": 6,
+               "the way back": 2}
+    lost, reached = [], 0
+    for number in range(kills + 1):
+        moment = random.choice([name for name in moments if algo.startswith("mr") or name != "an encoder burst"])
+        kill = (moment, random.randrange(entries[moment]), random.choice([0, 0, random.random() * 0.05]), signal.SIGKILL)
+        more, kill = ([], kill) if number < kills else (["--eval-workers", "1"], None)  # which changes no result
+        record[0], record[1] = 0, -1
+        status = in_process([*flags, "--runs", str(folder / "killed"), "--resume", *more], log, kill, record)
+        assert status == 0 or (kill and status == -signal.SIGKILL), open(log).read()
+        if record[1] >= 0 and lost:  # the way back was found: what the kills before have cost is known
+            lost[-1] = lost[-1][0], lost[-1][1] + max(0, reached - record[1])
+            reached = 0
+        if status == 0:
+            break
+        lost.append((moment, 0))
+        reached = max(reached, record[0])
+    whole, killed = folder / "whole" / "run", folder / "killed" / "run"
+    assert timeless(whole) == timeless(killed)
+    assert len(timeless(whole)["eval.csv"]) == 4 and len(timeless(whole)["train.csv"]) == 6
+    weights = [checkpoint.read(str(run / "final.pt"))[0]["networks"] for run in (whole, killed)]
+    assert checkpoint.digest(weights[0]) == checkpoint.digest(weights[1])
+    assert sorted(os.listdir(killed)) == ["config.json", "eval.csv", "final.pt", "lock", "train.csv"]
+    return lost
+
+
+@pytest.mark.parametrize("algo, regimes", [("mrq", ("d2s", "dst", "s2d")), ("sac", ())])
+def test_a_killed_run_ends_as_one_that_never_was(algo, regimes, tmp_path):
+    assert len(killed_again_and_again(algo, regimes, 3, tmp_path, Random(3))) >= 2
+
+
+@pytest.mark.soak
+def test_a_hundred_kills_over_all_algorithms_and_regimes(tmp_path, capsys):
+    random, all_lost = Random(0), []
+    for algo in AGENTS:
+        for turn in range(5):
+            regimes = [REGIMES[(turn + shift) % 5] for shift in range(3)]
+            lost = killed_again_and_again(algo, regimes, 8, tmp_path / f"{algo}{turn}", random)
+            all_lost += lost
+            with capsys.disabled():
+                print(f"\n{algo:6} {' '.join(regimes):16} {len(lost)} kills, steps lost: {[steps for _, steps in lost]}", end="")
+    with capsys.disabled():
+        counts = {name: sum(moment == name for moment, _ in all_lost) for name in MOMENTS}
+        print(f"\n{len(all_lost)} kills {counts}, {sum(steps for _, steps in all_lost)} steps lost, 0 differences")
+    assert len(all_lost) >= 100
+
+
+@pytest.mark.parametrize("moment, which, number", [
+    ("an encoder burst", 33, signal.SIGTERM), ("an evaluation", 1, signal.SIGINT), ("a step", 1070, signal.SIGUSR1)])
+def test_a_signal_saves_at_the_next_safe_point_and_stops(moment, which, number, tmp_path):
+    flags, log = tiny_run("mrq", ("dense", "dst", "sst")), str(tmp_path / "output")
+    assert in_process([*flags, "--runs", str(tmp_path / "whole")], log) == 0
+    stopped = [*flags, "--runs", str(tmp_path / "stopped"), "--save-every", "1000"]
+    assert in_process(stopped, log, (moment, which, 0, number)) == 75, open(log).read()
+    line = open(log).read().strip().splitlines()[-1]
+    assert f"stopped by {signal.Signals(number).name}" in line and "--resume goes on" in line and "Traceback" not in open(log).read()
+    files = os.listdir(tmp_path / "stopped" / "run")
+    state = checkpoint.Checkpoints(str(tmp_path / "stopped" / "run")).load()
+    if moment == "an encoder burst":  # within it, with the action chosen that the burst delays
+        assert state["agent"]["updates"]["encoder"] == 34 and state["agent"]["updates"]["critic"] == 20
+        assert len(state["progress"]["action"]) == 1
+    assert "final.pt" not in files
+    differing = [flag if flag != "d2s" else "dst" for flag in stopped]
+    for change, message in ((("--critic-lr", "0.1"), "begun with --critic-lr 0.0003, not 0.1"), (("--seed", "1"), "--seed 0, not 1"),
+                            (("--env", "walker-walk"), "--env cartpole-swingup, not walker-walk"), (("--algo", "mrsac"), "--algo mrq, not mrsac")):
+        before = len(open(log).read())
+        assert in_process([*differing, *change, "--resume"], log) == 1
+        assert message in open(log).read()[before:] and "Traceback" not in open(log).read()[before:]
+    assert os.listdir(tmp_path / "stopped" / "run") == files
+    assert in_process([*stopped, "--resume", "--eval-workers", "1"], log) == 0, open(log).read()  # another number of workers
+    assert timeless(tmp_path / "whole" / "run") == timeless(tmp_path / "stopped" / "run")
+    assert in_process([*stopped, "--resume"], log) == 0 and open(log).read().strip().splitlines()[-1].startswith("finished already")
+
+
+# ---------------------------------------------------------------------------------------------------------- watch.py
+
+def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
+    log = str(tmp_path / "output")
+    assert in_process([*tiny_run("sac"), "--runs", str(tmp_path)], log) == 0, open(log).read()
+    run = tmp_path / "run"
+    flags = ["--eval-only", "--checkpoint", str(run), "--eval-episodes", "1", "--device", "cpu", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    train.main()
+    assert f"step 130: return {float(table(run, 'eval.csv')[-1]['return']):.1f}" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "imageio", None)
+    for more, message in ((["--video", str(tmp_path / "a.mp4")], "pip install imageio"), (["--resume"], "leave one away"),
+                          (["--video", "a.gif"], "must be an .mp4 file"), (["--checkpoint", str(tmp_path)], "config.json")):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more])
+        with pytest.raises(SystemExit, match=message):
+            train.main()
+    (run / "final.pt").write_bytes((run / "final.pt").read_bytes()[:-100])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit, match="final.pt is damaged"):
+        train.main()
 
 
 # ----------------------------------------------------------------------------------------------------------- bench.py
@@ -2050,7 +2541,7 @@ def test_the_benchmark_counts_what_it_says(algo, capsys):
 @pytest.mark.parametrize("flags, message", [
     (("--variants", "sparse"), "unknown variant 'sparse'"), (("--variants", "dense+bf16+tf32"), "at most one of +fp32"),
     (("--variants", "mst+graphs", "--device", "cpu"), "needs a CUDA device"), (("--device", "foo"), "unknown --device"),
-    (("--steps", "0"), "--steps must be at least 1"), (("--csv", __file__), "exists"), (("--algo", "ppo"), "choose one of"),
+    (("--steps", "0"), "--steps must be at least 1"), (("--csv", __file__), "exists"),
     (("--env", "dog_run"), "did you mean dog-run")])
 def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--scales", "0.05", *flags])
@@ -2323,7 +2814,7 @@ def test_a_sweep_as_slurm_arrays(slurm, sweep):
 
 # ------------------------------------------------------------------------------------------------------------- copies
 
-@pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics"])
+@pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics", "checkpoint"])
 def test_a_file_runs_alone(name, tmp_path):
     """Its docstring's example, in an empty folder, with everything but torch and numpy out of reach."""
     source = (HERE / f"{name}.py").read_text()
