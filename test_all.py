@@ -2788,7 +2788,7 @@ def test_a_sweep_as_slurm_arrays(slurm, sweep):
     env, ask = slurm
     sweep.env |= env
     long, *_, bad = sweep.names
-    flags = (*GRID, "--slurm", "--jobs", "2", "--time", "1", "--signal=B:USR1@50", "--mem=1")  # a minute; SLURM looks every 30 s
+    flags = (*GRID, "--slurm", "--jobs", "2", "--time", "1", "--mem=1")  # a minute, which is to be warned of at once: within 30 s
     status, output = sweep(*flags, LONG=long, FAIL=bad)
     assert status == 0 and "6 are submitted now" in output and [int(n) for n in re.findall(r": (\d) runs of", output)] == [4, 2]
     assert "0 are submitted now" in sweep(*flags)[1]  # nothing is queued twice
