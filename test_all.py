@@ -2776,7 +2776,14 @@ def slurm():
                                                                                for what in ("key", "pid", "log", "seed")))
         daemon("slurmctld", "-D")
         daemon("slurmd", "-D", "-N", "localhost")
-        stack.callback(ask, "scancel", "--user", getpass.getuser())
+        def cancel():
+            ask("scancel", "--user", getpass.getuser())
+            for _ in range(100):  # slurmd leaves a job's processes behind when it goes first
+                if not ask("squeue", "--noheader"):
+                    break
+                time.sleep(0.2)
+
+        stack.callback(cancel)
         end = time.time() + 30
         while "idle" not in ask("sinfo", "--noheader", "--format", "%T"):
             assert time.time() < end, (folder / "log").read_text()
