@@ -2,18 +2,32 @@
 values computed by other implementations, and each has been seen to fail when the line it guards is broken.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
 import functools
+import getpass
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+import traceback
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -25,19 +39,23 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
+import checkpoint
 import envs
 import fast
 import metrics
 import networks
+import sparsity
 import train
 from envs import Env, LockstepEvaluation, task_names
 from agents import AGENTS
 from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
 from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
+from runlog import Busy, Finished, RunLog
 from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
 from settings import MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, module_configs, notes, parse, run_name
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
+from survive import SavedRun
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # tiny networks: threads would only wait for one another
@@ -1877,6 +1895,193 @@ def test_a_worker_for_every_four_cores(monkeypatch):
     assert len(LockstepEvaluation("cartpole-swingup", 4, workers=None).groups) == 1
 
 
+# ----------------------------------------------------------------------------------------------------- checkpoint.py
+
+def some_state():
+    generator = torch.Generator().manual_seed(0)
+    return {"weights": {"a": torch.randn(20, 10, generator=generator), "b": torch.ones(3, dtype=torch.bool)},
+            "step": 7, "nan": math.nan, "name": "x", "nothing": None, "scalar": torch.tensor(2.5), "pairs": [(0.9, 0.999)]}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def damaged(path, whole, random):
+    """Writes a damaged copy of the file, in one of five ways."""
+    kind = random.choice(["cut", "flip", "zeros", "pickle", "type"])
+    data = bytearray(whole)
+    if kind == "cut":
+        data = data[:random.randrange(len(data))]
+    elif kind == "flip":
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    elif kind == "zeros":
+        start = random.randrange(len(data))
+        data[start:start + random.randrange(1, 5000)] = bytes(len(data[start:start + random.randrange(1, 5000)]))
+    if kind not in ("pickle", "type"):
+        return path.write_bytes(data)
+    content = torch.load(io.BytesIO(whole), weights_only=True)
+    key = random.choice(list(content))
+    wrong = [Evil(), {key: Evil()}] if kind == "pickle" else [3, None, "x", [], torch.zeros(2), {}, math.inf, {1: 2}]
+    torch.save(content | {key: random.choice(wrong)} if random.random() < 0.8 else random.choice(wrong), path)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_in_it_runs(count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, content, random = tmp_path / "a.pt", some_state(), Random(0)
+    check = checkpoint.write(str(path), content)
+    whole, refused = path.read_bytes(), 0
+    assert checkpoint.read(str(path))[1] == check == checkpoint.digest(content)
+    for _ in range(count):
+        damaged(path, whole, random)
+        try:
+            # What is accepted is what was written: a byte of zip's padding may be anything.
+            assert checkpoint.read(str(path))[1] == check
+        except checkpoint.Damaged as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+    assert refused > 0.8 * count and os.listdir(tmp_path) == ["a.pt"]  # no code has run, nothing was written
+    path.write_bytes(whole.replace(b"format", b"farmat"))
+    with pytest.raises(checkpoint.Damaged, match="no checkpoint"):
+        checkpoint.read(str(path))
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    path.write_bytes(whole)
+    with pytest.raises(checkpoint.Damaged, match="format 1, and this code reads format 2"):
+        checkpoint.read(str(path))
+    with pytest.raises(TypeError, match="not a Generator"):
+        checkpoint.digest({"a": torch.Generator()})
+
+
+def fill(buffer, count, rng):
+    for _ in range(count):
+        end = rng.random()
+        start = rng.normal(size=2) if buffer.episode_length == 0 else fill.last
+        fill.last = rng.normal(size=2)
+        buffer.add(start, rng.normal(size=1), rng.normal(), fill.last, end < 0.05, 0.05 < end < 0.1)
+        if buffer.sampleable and rng.random() < 0.2:
+            batch = buffer.sample(4)
+            buffer.update_priority(batch.index, torch.as_tensor(rng.normal(size=4) * 9, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("capacity", [40, 1000])
+def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
+    rng = np.random.default_rng(0)
+    buffer, checkpoints = ReplayBuffer(2, 1, capacity, horizon=3), checkpoint.Checkpoints(str(tmp_path))
+    for step in range(1, 25):
+        fill(buffer, int(rng.integers(0, 25)), rng)
+        first, rows = buffer.rows_since(max(0, checkpoints.next_row - 1))
+        assert len(rows["obs"]) <= min(capacity, 1 + buffer.position + 1 - checkpoints.next_row + 1)  # only what is new
+        checkpoints.save(step, {"replay": buffer.state_dict()}, first, rows, buffer.position + 1 - capacity, wait=True)
+        found, other = checkpoint.Checkpoints(str(tmp_path)), ReplayBuffer(2, 1, capacity, horizon=3)
+        state = found.load()
+        for start, part in found.rows():
+            other.load_rows(start, part)
+        other.load_state_dict(state["replay"])
+        for name in (*buffer.ROWS, "priority", "max_priority", "termination_seen"):
+            assert torch.equal(getattr(buffer, name), getattr(other, name)), (step, name)
+        for name in ("row", "episode_length", "sampleable", "_offered"):
+            assert getattr(buffer, name) == getattr(other, name), (step, name)
+        assert found.step == step
+    names = os.listdir(tmp_path)
+    assert sum(name.startswith("checkpoint") for name in names) == 2
+    assert sum(name.startswith("rows") for name in names) <= (8 if capacity == 40 else 24)  # what has been overwritten is gone
+
+
+def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
+    """At each of the calls by which it touches the disk: full, or killed. Then the newest that reads whole is used."""
+    rows = {"x": torch.arange(100.0)}
+
+    def begin(folder):
+        checkpoints = checkpoint.Checkpoints(str(folder))
+        folder.mkdir()
+        checkpoints.save(1, {"a": torch.ones(3)}, 0, rows, wait=True)
+        return checkpoints
+
+    def load(folder):
+        found = checkpoint.Checkpoints(str(folder))
+        state = found.load()
+        return found.step, state["a"].sum().item(), sum(len(part["x"]) for _, part in found.rows())
+
+    old, new = (1, 3.0, 100), (2, 6.0, 150)
+    for name, calls in (("torch.save", 2), ("os.fsync", 4), ("os.replace", 2)):
+        for broken in range(calls):
+            for error, killed in ((OSError(28, "No space left on device"), False), (SystemError("killed"), True)):
+                folder, count = tmp_path / f"{name}{broken}{killed}", itertools.count()
+                checkpoints = begin(folder)
+                module, function = name.split(".")
+                plain = getattr({"os": os, "torch": torch}[module], function)
+
+                def breaks(*arguments):
+                    if next(count) == broken:
+                        raise error
+                    return plain(*arguments)
+                with monkeypatch.context() as patch:
+                    patch.setattr(f"{name}", breaks)
+                    patch.setattr("threading.excepthook", lambda _: None)
+                    checkpoints.save(2, {"a": 2 * torch.ones(3)}, 100, {"x": torch.arange(50.0)}, wait=True)
+                landed = (name, broken) == ("os.fsync", 3)  # everything is in place, and only the folder not synchronised
+                assert load(folder) == (new if landed else old), (name, broken, killed)
+                if not killed:
+                    assert "No space left" in checkpoints.failure and "step 2" in checkpoints.failure
+                    assert not any(part.endswith(".part") for part in os.listdir(folder))
+                    checkpoints.save(2, {"a": 2 * torch.ones(3)}, checkpoints.next_row, {"x": torch.arange(50.0)}, wait=True)
+                    assert load(folder) == new and checkpoints.failure is None  # when there is room again
+    newest = next(tmp_path.glob("os.fsync3*/checkpoint-*2.pt"))
+    newest.write_bytes(newest.read_bytes()[:-9])
+    found = checkpoint.Checkpoints(str(newest.parent))
+    assert load(newest.parent) == old and found.load() and "is damaged" in found.skipped[0]
+    for path in newest.parent.glob("rows-*"):
+        path.unlink()
+    with pytest.raises(checkpoint.Damaged, match="no other checkpoint of this run is left whole"):
+        found.load()
+
+
+# --------------------------------------------------------------------------------------------------------- runlog.py
+
+def test_a_full_disk_leaves_whole_rows_and_loses_none(tmp_path):
+    log = RunLog(str(tmp_path / "run"), {})
+    log.start()
+    row = lambda step: {"agent_step": step, "value": step / 3}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log.write("train", row(1))
+    size = os.path.getsize(tmp_path / "run" / "train.csv")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limit[1]))  # the next row is cut after five bytes
+        log.write("train", row(2))
+        log.write("train", row(3))
+        assert os.path.getsize(tmp_path / "run" / "train.csv") == size and "takes no more rows" in log.failure
+        where = log.positions()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    log.write("train", row(4))
+    log.close()
+    steps = lambda: [int(line["agent_step"]) for line in table(tmp_path / "run", "train.csv")]
+    assert steps() == [1, 2, 3, 4] and log.failure is None
+    log._lock.close()
+    log = RunLog(str(tmp_path / "run"), {}, resume=True)
+    log.start(where)  # back to where two rows were waiting
+    log.write("train", row(5))
+    assert steps() == [1, 2, 3, 5]
+    with pytest.raises(ValueError, match="must have the columns agent_step, value"):
+        log.write("train", {"agent_step": 1})
+    with pytest.raises(ValueError, match="rows are missing"):
+        log.start({"eval": {"end": 10, "waiting": ""}})
+
+
+def test_two_processes_never_train_one_run(tmp_path):
+    log = RunLog(str(tmp_path / "run"), {})
+    with pytest.raises(Busy, match="another process"):
+        RunLog(str(tmp_path / "run"), {}, resume=True)
+    with pytest.raises(FileExistsError, match="continue it by --resume"):
+        RunLog(str(tmp_path / "run"), {})
+    log._lock.close()
+    (tmp_path / "run" / "final.pt").touch()
+    with pytest.raises(Finished):
+        RunLog(str(tmp_path / "run"), {}, resume=True)
+
+
 # ---------------------------------------------------------------------------------------------------------- train.py
 
 def run_train(folder, *flags, timeout=300):
@@ -2071,9 +2276,8 @@ def test_every_algorithm_has_its_own_defaults():
 
 @pytest.mark.parametrize("algo, updates", [("mrq", 60), ("sac", 120)])
 def test_schedules_span_all_updates_of_a_run(algo, updates, tmp_path):
-    _, _, agent, *_, log = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
-                                                     "--learning-starts", "40", "--runs", str(tmp_path)))
-    log.close()
+    _, _, agent, *_ = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
+                                                "--learning-starts", "40", "--runs", str(tmp_path)))
     assert {sparse.total_steps for sparse in agent.sparse.values()} == {updates}
 
 
@@ -2142,6 +2346,179 @@ def test_large_networks_without_residuals_are_named(tmp_path):
     assert "--mst" not in train.describe(agent, MR_MST, flags_to_args(), "cpu", "x")
 
 
+# -------------------------------------------------------------------------------------------------------- survive.py
+
+# Where a process is killed: at an entry of one of these, or a moment later.
+MOMENTS = {"a save": (checkpoint, "write"), "an evaluation": (LockstepEvaluation, "__call__"), "a step": (Env, "step"),
+           "an encoder burst": (MRQ, "update_encoder"), "a topology update": (sparsity, "_drop_and_grow"),
+           "a log row": (RunLog, "write"), "the way back": (ReplayBuffer, "load_rows")}
+
+
+def in_process(arguments, output, kill=None, record=None):
+    """`train.py` in a process of its own, forked because importing PyTorch anew takes seconds. kill: (moment, which entry of
+    it, delay, signal). record: [the step where it was killed, the step it was resumed at]. Returns the exit status."""
+    def body():
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), ["train.py", *arguments]
+        show, restore = train.Bar.show, SavedRun.restore
+
+        def note_step(bar, step, *rest, **more):
+            record[0] = step
+            show(bar, step, *rest, **more)
+
+        def note_start(saved):
+            obs = restore(saved)
+            record[1] = saved.progress.step
+            return obs
+        if record is not None:
+            train.Bar.show, SavedRun.restore = note_step, note_start
+        if kill:
+            (owner, name), which, delay, number = MOMENTS[kill[0]], *kill[1:]
+            plain, entries = getattr(owner, name), itertools.count()
+
+            def dies(*arguments, **options):
+                if next(entries) == which:
+                    if delay:
+                        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+                    else:
+                        os.kill(os.getpid(), number)
+                return plain(*arguments, **options)
+            setattr(owner, name, dies)
+        status = 0
+        try:
+            train.main()
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+            print(stop.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+            status = 99
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode
+
+
+def tiny_run(algo, regimes=()):
+    modules = ("encoder", "critic", "actor") if algo.startswith("mr") else ("critic", "actor")
+    own = ("--target-update-freq", "20") if algo.startswith("mr") else ()
+    said = [word for module, regime in zip(modules, regimes) for word in (f"--{module}-regime", regime)]
+    return ["--algo", algo, "--env", "cartpole-swingup", "--width-scale", "0.05", "--total-steps", "130", "--learning-starts",
+            "45", "--eval-every", "60", "--eval-episodes", "1", "--log-every", "15", "--batch-size", "16", "--save-every", "20",
+            "--update-interval", "15", "--buffer-size", "100", "--device", "cpu", "--threads", "1", "--name", "run",
+            *own, *(said or ["--mst"])]
+
+
+def timeless(folder):
+    """Both tables without their clocks."""
+    return {name: [{k: v for k, v in row.items() if "second" not in k} for row in table(folder, name)]
+            for name in ("eval.csv", "train.csv")}
+
+
+def killed_again_and_again(algo, regimes, kills, folder, random, moments=MOMENTS):
+    """Trains undisturbed, then with kills, each resumed. Returns [(moment, steps lost)], after comparing the tables."""
+    flags, log = tiny_run(algo, regimes), str(folder / "output")
+    assert in_process([*flags, "--runs", str(folder / "whole")], log) == 0, open(log).read()
+    record = multiprocessing.get_context("fork").Array("i", 2, lock=False)
+    entries = {"a save": 9, "an evaluation": 2, "a step": 900, "an encoder burst": 60, "a topology update": 20, "a log row": 6,
+               "the way back": 2}
+    lost, reached = [], 0
+    for number in range(kills + 1):
+        moment = random.choice([name for name in moments if algo.startswith("mr") or name != "an encoder burst"])
+        kill = (moment, random.randrange(entries[moment]), random.choice([0, 0, random.random() * 0.05]), signal.SIGKILL)
+        more, kill = ([], kill) if number < kills else (["--eval-workers", "1"], None)  # which changes no result
+        record[0], record[1] = 0, -1
+        status = in_process([*flags, "--runs", str(folder / "killed"), "--resume", *more], log, kill, record)
+        assert status == 0 or (kill and status == -signal.SIGKILL), open(log).read()
+        if record[1] >= 0 and lost:  # the way back was found: what the kills before have cost is known
+            lost[-1] = lost[-1][0], lost[-1][1] + max(0, reached - record[1])
+            reached = 0
+        if status == 0:
+            break
+        lost.append((moment, 0))
+        reached = max(reached, record[0])
+    whole, killed = folder / "whole" / "run", folder / "killed" / "run"
+    assert timeless(whole) == timeless(killed)
+    assert len(timeless(whole)["eval.csv"]) == 4 and len(timeless(whole)["train.csv"]) == 6
+    weights = [checkpoint.read(str(run / "final.pt"))[0]["networks"] for run in (whole, killed)]
+    assert checkpoint.digest(weights[0]) == checkpoint.digest(weights[1])
+    assert sorted(os.listdir(killed)) == ["config.json", "eval.csv", "final.pt", "lock", "train.csv"]
+    return lost
+
+
+@pytest.mark.parametrize("algo, regimes", [("mrq", ("d2s", "dst", "s2d")), ("sac", ())])
+def test_a_killed_run_ends_as_one_that_never_was(algo, regimes, tmp_path):
+    assert len(killed_again_and_again(algo, regimes, 3, tmp_path, Random(3))) >= 2
+
+
+@pytest.mark.soak
+def test_a_hundred_kills_over_all_algorithms_and_regimes(tmp_path, capsys):
+    random, all_lost = Random(0), []
+    for algo in AGENTS:
+        for turn in range(5):
+            regimes = [REGIMES[(turn + shift) % 5] for shift in range(3)]
+            lost = killed_again_and_again(algo, regimes, 8, tmp_path / f"{algo}{turn}", random)
+            all_lost += lost
+            with capsys.disabled():
+                print(f"\n{algo:6} {' '.join(regimes):16} {len(lost)} kills, steps lost: {[steps for _, steps in lost]}", end="")
+    with capsys.disabled():
+        counts = {name: sum(moment == name for moment, _ in all_lost) for name in MOMENTS}
+        print(f"\n{len(all_lost)} kills {counts}, {sum(steps for _, steps in all_lost)} steps lost, 0 differences")
+    assert len(all_lost) >= 100
+
+
+@pytest.mark.parametrize("moment, which, number", [
+    ("an encoder burst", 33, signal.SIGTERM), ("an evaluation", 1, signal.SIGINT), ("a step", 1070, signal.SIGUSR1)])
+def test_a_signal_saves_at_the_next_safe_point_and_stops(moment, which, number, tmp_path):
+    flags, log = tiny_run("mrq", ("dense", "dst", "sst")), str(tmp_path / "output")
+    assert in_process([*flags, "--runs", str(tmp_path / "whole")], log) == 0
+    stopped = [*flags, "--runs", str(tmp_path / "stopped"), "--save-every", "1000"]
+    assert in_process(stopped, log, (moment, which, 0, number)) == 75, open(log).read()
+    line = open(log).read().strip().splitlines()[-1]
+    assert f"stopped by {signal.Signals(number).name}" in line and "--resume goes on" in line and "Traceback" not in open(log).read()
+    files = os.listdir(tmp_path / "stopped" / "run")
+    state = checkpoint.Checkpoints(str(tmp_path / "stopped" / "run")).load()
+    if moment == "an encoder burst":  # within it, with the action chosen that the burst delays
+        assert state["agent"]["updates"]["encoder"] == 34 and state["agent"]["updates"]["critic"] == 20
+        assert len(state["progress"]["action"]) == 1
+    assert "final.pt" not in files
+    differing = [flag if flag != "d2s" else "dst" for flag in stopped]
+    for change, message in ((("--critic-lr", "0.1"), "begun with --critic-lr 0.0003, not 0.1"), (("--seed", "1"), "--seed 0, not 1"),
+                            (("--env", "walker-walk"), "--env cartpole-swingup, not walker-walk"), (("--algo", "mrsac"), "--algo mrq, not mrsac")):
+        before = len(open(log).read())
+        assert in_process([*differing, *change, "--resume"], log) == 1
+        assert message in open(log).read()[before:] and "Traceback" not in open(log).read()[before:]
+    assert os.listdir(tmp_path / "stopped" / "run") == files
+    assert in_process([*stopped, "--resume", "--eval-workers", "1"], log) == 0, open(log).read()  # another number of workers
+    assert timeless(tmp_path / "whole" / "run") == timeless(tmp_path / "stopped" / "run")
+    assert in_process([*stopped, "--resume"], log) == 0 and open(log).read().strip().splitlines()[-1].startswith("finished already")
+
+
+# ---------------------------------------------------------------------------------------------------------- watch.py
+
+def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
+    log = str(tmp_path / "output")
+    assert in_process([*tiny_run("sac"), "--runs", str(tmp_path)], log) == 0, open(log).read()
+    run = tmp_path / "run"
+    flags = ["--eval-only", "--checkpoint", str(run), "--eval-episodes", "1", "--device", "cpu", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    train.main()
+    assert f"step 130: return {float(table(run, 'eval.csv')[-1]['return']):.1f}" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "imageio", None)
+    for more, message in ((["--video", str(tmp_path / "a.mp4")], "pip install imageio"), (["--resume"], "leave one away"),
+                          (["--video", "a.gif"], "must be an .mp4 file"), (["--checkpoint", str(tmp_path)], "config.json")):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more])
+        with pytest.raises(SystemExit, match=message):
+            train.main()
+    (run / "final.pt").write_bytes((run / "final.pt").read_bytes()[:-100])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit, match="final.pt is damaged"):
+        train.main()
+
+
 # ----------------------------------------------------------------------------------------------------------- bench.py
 
 @pytest.mark.parametrize("algo", ["mrq", "ddpg"])
@@ -2173,9 +2550,278 @@ def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
     assert message in stopped.value.code and "\n" not in stopped.value.code
 
 
+# ---------------------------------------------------------------------------------------------------------- sweep.sh
+
+FAKE_TRAIN = '''
+import fcntl, os, pathlib, signal, sys, time
+flag = lambda name: sys.argv[sys.argv.index(name) + 1]
+runs, name = pathlib.Path(flag("--runs")), flag("--name")
+folder = runs / name
+folder.mkdir(exist_ok=True)
+lock, stop, saved = open(folder / "lock", "w"), [], folder / "saved"
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(76)
+if (folder / "final.pt").exists():
+    sys.exit(0)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda number, _: stop.append(number))
+def note(*words):
+    with open(runs / "record", "a") as file:
+        print(name, *words, sep="|", file=file)
+step = int(saved.read_text()) if saved.exists() else 0
+note("from", step, *[os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")], *sys.argv[1:])
+if os.environ.get("FAIL") == name:
+    sys.exit("\\rstep 1\\rtrain.py: the actor has diverged\\n")
+end = 10_000 if os.environ.get("LONG") == name and step == 0 else step + 10
+while step < end and not stop:
+    time.sleep(0.01)
+    step += 1
+if stop:
+    saved.write_text(str(step))
+    note("saved", step, *stop)
+    sys.exit(75)
+(folder / "final.pt").touch()
+note("finished", step)
+'''
+GRID = ("fig11", "--smoke", "--seeds", "2")
+
+
+class Sweeps:
+    """A folder with sweep.sh, the real grids, and a train.py that only takes note of what it is told."""
+
+    def __init__(self, folder):
+        self.folder, self.runs, self.processes = folder, folder / "runs", []
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "CUDA_", "SLURM_"))}
+        self.env |= {"PYTHON": sys.executable}
+        for name in ("sweep.sh", "figures.py", "settings.py"):
+            shutil.copy(HERE / name, folder)
+        (folder / "train.py").write_text(FAKE_TRAIN)
+        self.names, self.commands = (subprocess.run([sys.executable, "figures.py", what, *GRID], cwd=folder, text=True,
+                                                    capture_output=True).stdout.splitlines() for what in ("names", "commands"))
+        assert len(self.names) == len(self.commands) == 6
+
+    def start(self, *flags, **env):
+        self.processes.append(subprocess.Popen(
+            ["./sweep.sh", *flags], cwd=self.folder, env=self.env | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)))
+        return self.processes[-1]
+
+    def __call__(self, *flags, **env):
+        """Exit status and output of one sweep, run to its end."""
+        process = self.start(*flags, **env)
+        output = process.communicate(timeout=120)[0]
+        return process.returncode, output
+
+    def record(self, word):
+        """What the runs noted: (name, what follows the word) in order."""
+        lines = (self.runs / "record").read_text().splitlines() if (self.runs / "record").exists() else []
+        return [(line.split("|")[0], line.split("|")[2:]) for line in lines if line.split("|")[1] == word]
+
+    def wait_for(self, condition, seconds=60):
+        end = time.time() + seconds
+        while not condition():
+            assert time.time() < end, (self.runs / "record").read_text()
+            time.sleep(0.05)
+
+    def check_continuous(self):
+        """All runs are finished, each once, and each start went on where the last one of that run had saved."""
+        assert sorted(name for name, _ in self.record("finished")) == sorted(self.names)
+        for run in self.names:
+            assert ([rest[0] for name, rest in self.record("from") if name == run]
+                    == ["0"] + [rest[0] for name, rest in self.record("saved") if name == run])
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("sweep.sh is tested on Linux alone")
+    sweeps = Sweeps(tmp_path)
+    yield sweeps
+    for process in sweeps.processes:
+        if process.poll() is None:
+            process.kill()
+
+
+def test_a_sweep_runs_each_run_once_and_a_failure_neither_stops_nor_hides_the_rest(sweep, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho 'GPU 1: H100 (UUID: GPU-b)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    sweep.env["PATH"] = f"{tmp_path}:{sweep.env['PATH']}"
+    bad = sweep.names[1]
+    status, output = sweep(*GRID, FAIL=bad)
+    assert status == 1 and f"failed: {bad}: status 1, train.py: the actor has diverged" in output and "5 of 6" in output
+    assert "2 at a time on 2 GPU(s)" in output  # the default: one run a GPU
+    starts = sweep.record("from")
+    assert sorted(name for name, _ in starts) == sorted(sweep.names)
+    cores = len(os.sched_getaffinity(0))
+    assert {tuple(rest[1:4]) for _, rest in starts} == {(str(max(1, cores // 2)), "passive", gpu) for gpu in ("GPU-a", "GPU-b")}
+    given = {name: rest[4:] for name, rest in starts}
+    for name, command in zip(sweep.names, sweep.commands):
+        assert given[name] == shlex.split(command) + ["--runs", "runs", "--name", name, "--resume"]
+
+    status, output = sweep(*GRID, "--jobs", "9", "--", "--wandb-project", "two words")  # the failed one again, and only that
+    assert status == 0 and "6 of 6" in output and [name for name, _ in sweep.record("from")[6:]] == [bad]
+    rest = sweep.record("from")[-1][1]
+    assert rest[1] == "1" and rest[rest.index("--wandb-project") + 1] == "two words"
+    assert sweep(*GRID) == (0, "all 6 runs are finished, in runs\n")
+    assert sorted(name for name, _ in sweep.record("finished")) == sorted(sweep.names)
+
+
+def test_killed_sweeps_are_continued(sweep):
+    first = sweep.start(*GRID, "--jobs", "2", LONG=sweep.names[0])
+    sweep.wait_for(lambda: sweep.record("finished"))
+    os.killpg(first.pid, signal.SIGINT)  # Ctrl-C
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 75 and "save" in output and "failed:" not in output
+    saved = sweep.record("saved")
+    assert sweep.names[0] in dict(saved) and all(rest[1:] == [str(int(signal.SIGTERM))] for _, rest in saved)  # told once
+
+    second = sweep.start(*GRID, "--jobs", "2", LONG=sweep.names[-1])
+    sweep.wait_for(lambda: sweep.names[-1] in dict(sweep.record("from")))
+    status, output = sweep(*GRID)  # a second sweep beside it
+    assert status == 76 and "5 of 6 runs are finished, 0 failed, 1 run elsewhere" in output
+    os.killpg(second.pid, signal.SIGKILL)
+    second.wait()
+    sweep.wait_for(lambda: sweep.names[-1] in dict(sweep.record("saved")))  # Linux told it
+    assert sweep(*GRID)[0] == 0
+    sweep.check_continuous()
+
+
+def test_two_sweeps_started_together_run_nothing_twice(sweep):
+    together = [sweep.start(*GRID, "--jobs", "2") for _ in range(2)]
+    assert {process.wait(60) for process in together} <= {0, 76}
+    sweep.check_continuous()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("fig99",), "fig99"), (("fig11", "--foo"), "unknown option --foo"), (("fig11", "--jobs", "0"), "--jobs must be"),
+    (("--jobs",), "--jobs wants a value"), (("--print",), "which figure?"), (("fig11", "--seeds", "x"), "--seeds x"),
+    (("fig11", "--slurm"), "no sbatch here"), (("fig11", "--", "--sparsity", "7"), "--sparsity must lie in")])
+def test_sweeps_refuse_in_one_line(flags, message, sweep, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "env", "paste", "mkdir", "sed", "nproc"):  # and no sbatch
+        (tools / name).symlink_to(shutil.which(name))
+    status, output = sweep(*flags, PATH=str(tools))
+    assert status == 2 and message in output and len(output.splitlines()) == 1, output
+
+
+def test_a_sweep_prints_plain_commands(sweep):
+    assert sweep(*GRID, "--print")[1].splitlines() == [f"python train.py {command}" for command in sweep.commands]
+    assert not sweep.runs.exists()
+
+
+# SLURM itself: authentication, a controller and one node of two cores on the loopback address, in a folder of their own.
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=1,bf_interval=1
+MpiDefault=none
+MaxArraySize=4
+KillWait=5
+MailProg=/bin/true
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=all Nodes=localhost Default=YES State=UP
+"""
+
+
+@pytest.fixture
+def slurm():
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    missing = [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(tool, path=path)]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here; on Debian: apt-get install slurm-wlm munge")
+    with tempfile.TemporaryDirectory(prefix="slurm") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        folder.chmod(0o755)  # munged wants its socket within everybody's reach
+        (folder / "state").mkdir()
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o600)
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for port in sockets:
+            port.bind(("127.0.0.1", 0))
+        ports = [port.getsockname()[1] for port in sockets]
+        for port in sockets:
+            port.close()
+        (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder, user=getpass.getuser(), controller_port=ports[0],
+                                                             node_port=ports[1]))
+        env = {"PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}
+
+        def ask(*command):
+            return subprocess.run(command, env=os.environ | env, capture_output=True, text=True).stdout
+
+        def daemon(*command):
+            with open(folder / "log", "a") as log:
+                process = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            stack.callback(process.wait, 30)
+            stack.callback(process.terminate)
+
+        daemon("munged", "--foreground", f"--socket={folder}/munge.socket", *(f"--{what}-file={folder}/munge.{what}"
+                                                                               for what in ("key", "pid", "log", "seed")))
+        daemon("slurmctld", "-D")
+        daemon("slurmd", "-D", "-N", "localhost")
+        def cancel():
+            ask("scancel", "--user", getpass.getuser())
+            for _ in range(100):  # slurmd leaves a job's processes behind when it goes first
+                if not ask("squeue", "--noheader"):
+                    break
+                time.sleep(0.2)
+
+        stack.callback(cancel)
+        end = time.time() + 30
+        while "idle" not in ask("sinfo", "--noheader", "--format", "%T"):
+            assert time.time() < end, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield env, ask
+
+
+def test_a_sweep_as_slurm_arrays(slurm, sweep):
+    env, ask = slurm
+    sweep.env |= env
+    long, *_, bad = sweep.names
+    flags = (*GRID, "--slurm", "--jobs", "2", "--time", "1", "--mem=1")  # a minute, which is to be warned of at once: within 30 s
+    status, output = sweep(*flags, LONG=long, FAIL=bad)
+    assert status == 0 and "6 are submitted now" in output and [int(n) for n in re.findall(r": (\d) runs of", output)] == [4, 2]
+    assert "0 are submitted now" in sweep(*flags)[1]  # nothing is queued twice
+    first, second = re.findall(r"job (\d+)", output)
+    assert f"afterany:{first}_*" in ask("scontrol", "show", "job", second)  # the throttle holds over both arrays
+
+    sweep.wait_for(lambda: len(sweep.record("finished")) == 3)  # the rest of the first array passes the long one
+    status, output = sweep(*GRID, "--seeds", "1")
+    assert status == 76 and "1 run elsewhere" in output  # a sweep here, beside the cluster's
+    sweep.wait_for(lambda: sweep.record("saved"))
+    assert sweep.record("saved")[0][0] == long and sweep.record("saved")[0][1][1:] == [str(int(signal.SIGUSR1))]
+    sweep.wait_for(lambda: "BeginTime" in ask("squeue", "--noheader", "--format", "%r"))
+    ask("scontrol", "update", f"JobId={first}_0", "StartTime=now")  # or SLURM waits two minutes before it starts it again
+    sweep.wait_for(lambda: not ask("squeue", "--noheader"))
+    assert len(sweep.record("finished")) == 5 and max(len([1 for n, _ in sweep.record("from") if n == name]) for name in sweep.names[1:]) == 1
+    assert "status 1" in "".join(file.read_text() for file in (sweep.runs / "slurm").glob("*.log"))
+
+    status, output = sweep(*flags)
+    assert "5 of 6 runs are finished, 0 are queued or running, 1 are submitted now" in output
+    sweep.wait_for(lambda: (sweep.runs / bad / "final.pt").exists())
+    assert sweep(*flags) == (0, "all 6 runs are finished, in runs\n")
+
+
 # ------------------------------------------------------------------------------------------------------------- copies
 
-@pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics"])
+@pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics", "checkpoint"])
 def test_a_file_runs_alone(name, tmp_path):
     """Its docstring's example, in an empty folder, with everything but torch and numpy out of reach."""
     source = (HERE / f"{name}.py").read_text()
