@@ -46,7 +46,8 @@ from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
 from runlog import Busy, Finished, RunLog
 from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
-from settings import MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, module_configs, notes, parse, run_name
+from settings import (CONFIGS, MR_DEFAULT, MR_MST, NOT_IN_NAME, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, check, defaults, differences,
+                      flag_names, from_config, module_configs, notes, parse, run_name)
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
 from survive import SavedRun
 
@@ -2239,6 +2240,41 @@ def flags_to_args(*flags):
     return parse(list(flags))
 
 
+VALUES = ["0", "1", "-1", "0.5", "5", "1e9", "1e-3", "nan", "inf", "-inf", "9" * 30, "", " ", "x", "None", "True", "../..", "a/b",
+          "é", "\0", "dog-run", "walker-wlk", "cpu", "cuda", "mst", "dst", "dense", "er", "6", "7", "1e400", "0x10", "min", "a.mp4"]
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_any_flags_are_accepted_or_refused_in_a_line(count, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random, outcomes = Random(0), {"accepted": 0, "refused by tyro": 0, "refused in one line": 0}
+    flags = {algo: sorted({"--" + name.replace("_", "-") for _, name in flag_names(defaults(algo))}
+                          | {"--" + name.replace("_", "-") for name in NOT_IN_NAME}) for algo in CONFIGS}
+    for _ in range(count):
+        algo = random.choice(list(CONFIGS))
+        line = ["--algo", algo] if random.random() < 0.9 else []
+        for flag in random.sample(flags[algo], random.randrange(1, 5)):
+            usual = {"--mst", "--resume", "--compile", "--cuda-graphs", "--eval-only", "--tensorboard", "--twin-critics"}
+            line += [flag] if flag in usual or random.random() < 0.05 else [flag, random.choice(VALUES)]
+        try:
+            args = parse(line)
+            check(args)
+        except SystemExit as stop:
+            assert stop.code in (0, 2), line
+            outcomes["refused by tyro"] += 1
+        except ValueError as error:
+            assert "\n" not in str(error) and "--" in str(error), (line, error)
+            outcomes["refused in one line"] += 1
+        else:
+            outcomes["accepted"] += 1
+            name = run_name(args)
+            assert len(name.encode()) <= 200 and "/" not in name and "\0" not in name, line
+            again = from_config(json.loads(json.dumps(dataclasses.asdict(args))))  # as config.json keeps it
+            assert again == args and differences(again, args) == "", line
+        assert "Traceback" not in capsys.readouterr().err, line
+    assert min(outcomes.values()) > count / 50 and not os.listdir(tmp_path), outcomes
+
+
 def test_presets_and_flags_reach_the_modules():
     types = lambda *flags: [(m.arch_type, m.regime, m.width_scale, m.depth_scale, m.sparsity)
                             for m in module_configs(flags_to_args(*flags)).values()]
@@ -2451,13 +2487,13 @@ def test_a_killed_run_ends_as_one_that_never_was(algo, regimes, tmp_path):
 @pytest.mark.soak
 def test_a_hundred_kills_over_all_algorithms_and_regimes(tmp_path, capsys):
     random, all_lost = Random(0), []
-    for algo in AGENTS:
-        for turn in range(5):
-            regimes = [REGIMES[(turn + shift) % 5] for shift in range(3)]
-            lost = killed_again_and_again(algo, regimes, 8, tmp_path / f"{algo}{turn}", random)
-            all_lost += lost
-            with capsys.disabled():
-                print(f"\n{algo:6} {' '.join(regimes):16} {len(lost)} kills, steps lost: {[steps for _, steps in lost]}", end="")
+    for algo, turn in itertools.product(AGENTS, range(5)):
+        regimes, lost = [REGIMES[(turn + shift) % 5] for shift in range(3)], []
+        while len(lost) < 6:  # a run may end before its kill
+            lost += killed_again_and_again(algo, regimes, 8, tmp_path / f"{algo}{turn}-{len(lost)}-{random.random()}", random)
+        all_lost += lost
+        with capsys.disabled():
+            print(f"\n{algo:6} {' '.join(regimes):16} {len(lost)} kills, steps lost: {[steps for _, steps in lost]}", end="")
     with capsys.disabled():
         counts = {name: sum(moment == name for moment, _ in all_lost) for name in MOMENTS}
         print(f"\n{len(all_lost)} kills {counts}, {sum(steps for _, steps in all_lost)} steps lost, 0 differences")
