@@ -14,20 +14,19 @@ Paper: Sections 3 and 4, Appendices B.2.2, D and E. Figures 18-25 are the rows o
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import shlex
 import sys
 from dataclasses import dataclass
 
-from settings import _set, check, defaults, flag_names, module_configs, parse, run_name, telling_flags
+from estimate import millions, sizes, step_ms
+from settings import _set, check, defaults, flag_names, parse, run_name, telling_flags
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
 TYPES = (1, 2, 3, 4, 5, 6)
 TYPE_LABELS = {1: "Type 1\nReLU", 2: "Type 2\nELU", 3: "Type 3\nLN, ReLU", 4: "Type 4\nLN, ELU", 5: "Type 5\nLN, ReLU,\nresidual",
                6: "Type 6\nLN, ELU,\nresidual"}
 TASKS = ("dog-run", "humanoid-run")  # Section 3, Setup
-SHAPES = {"dog-run": (223, 38), "humanoid-run": (67, 21), "walker-walk": (24, 6), "cartpole-balance": (5, 1)}  # obs, action
 SMOKE_TASK, LAPTOP_TASK = "cartpole-balance", "walker-walk"
 
 
@@ -194,6 +193,7 @@ def smoke(figure):
     return dataclasses.replace(figure, cells=tuple(cells), tasks=(SMOKE_TASK,), seeds=1)
 
 
+LAPTOP_NOTE = "Laptop study, not the paper's size: walker-walk, width ×0.25, 12,000 agent steps."
 _SHORT = {"learning_starts": 2000, "total_steps": 12000, "eval_every": 1000}
 _NARROW = {"width_scale": 0.25, **_SHORT}
 _LAPTOP_STRONG = {"encoder_type": 6, "encoder_scale": 3, **_NARROW}
@@ -250,20 +250,32 @@ def to_args(flags, task, seed, more=()):
     return parse([*arguments(args), *more]) if more else args
 
 
+@dataclass(frozen=True)
+class Run:
+    cell: Cell
+    task: str
+    seed: int
+    args: object  # settings.Args
+    name: str
+    command: list  # the shortest arguments of train.py
+
+
 def runs(figure, tasks=None, seeds=None, more=()):
-    """(cell, task, seed, Args) of every run of a figure; a run that stands in two panels comes twice."""
+    """Every run of a figure; one that stands in two panels comes twice, by one name. ValueError for what cannot run."""
     tasks, seeds = tasks or figure.tasks, range(figure.seeds) if seeds is None else seeds
     for cell in figure.cells:
         args = to_args(cell.flags, tasks[0], 0, more)
         check(args)
+        telling = telling_flags(args)
         for task, seed in itertools.product(tasks, seeds):
-            yield cell, task, seed, dataclasses.replace(args, env=task, seed=seed)
+            args = dataclasses.replace(args, env=task, seed=seed)
+            yield Run(cell, task, seed, args, run_name(args, telling), arguments(args, telling))
 
 
-def arguments(args):
+def arguments(args, telling=None):
     """The shortest command line of a run."""
     said = []
-    for flag, value in telling_flags(args):
+    for flag, value in telling or telling_flags(args):
         said += [flag] if value is True else [flag, repr(value).removesuffix(".0").strip("'")]
     return [*(["--algo", args.algo] if args.algo != "mrq" else []), "--env", args.env, *said, "--seed", str(args.seed)]
 
@@ -279,36 +291,7 @@ def from_config(config):
     return args
 
 
-# ---- sizes and hours ----
-
-def sizes(args):
-    """Trainable parameters, dense, module by module: counted as networks.py builds them, without building them."""
-    obs, action = SHAPES.get(args.env, SHAPES["humanoid-run"])
-    return _sizes(args.algo, obs, action, getattr(args.agent, "twin_critics", False),
-                  *((name, m.width_scale, m.depth_scale) for name, m in module_configs(args).items()))
-
-
-@functools.cache
-def _sizes(algo, obs, action, twin, *modules):
-    def mlp(inputs, outputs, hidden, blocks):  # networks.BlockMLP
-        return hidden * (inputs + 1) + blocks * 2 * hidden * (hidden + 1) + outputs * (hidden + 1)
-
-    def simba(inputs, outputs, hidden, blocks):  # networks.SimbaMLP: its LayerNorms have parameters
-        return hidden * (inputs + 1) + blocks * (8 * hidden ** 2 + 7 * hidden) + 2 * hidden + outputs * (hidden + 1)
-
-    width = {name: max(1, round((128 if algo in ("sac", "ddpg") and name == "actor" else 512) * w)) for name, w, _ in modules}
-    base = {"critic": 2, "actor": 1} if algo in ("sac", "ddpg") else {"encoder": 1, "critic": 1, "actor": 1}
-    blocks = {name: max(1, round(base[name] * depth)) for name, _, depth in modules}
-    heads = 2 if algo in ("sac", "mrsac") else 1  # mean and log-std
-    if algo in ("sac", "ddpg"):
-        return {"critic": (1 + twin) * simba(obs + action, 1, width["critic"], blocks["critic"]),
-                "actor": simba(obs, heads * action, width["actor"], blocks["actor"])}
-    z = width["encoder"]
-    za = max(1, z // 2)
-    return {"encoder": mlp(obs, z, z, blocks["encoder"]) + za * (action + 1) + mlp(z + za, z, z, blocks["encoder"]),
-            "critic": 2 * mlp(z, 1, width["critic"], blocks["critic"]),
-            "actor": mlp(z, heads * action, width["actor"], blocks["actor"])}
-
+# ---- the command line ----
 
 def size(figure, cell):
     """Millions of parameters that the figure is about, on its last task (the paper prints humanoid-run's)."""
@@ -316,7 +299,48 @@ def size(figure, cell):
     return (sum(counts.values()) if figure.sized == "agent" else counts[figure.sized]) / 1e6
 
 
-# ---- the command line ----
+# Milliseconds of an agent step of the laptop studies, on one thread of the machine of estimate.py; two fit two cores.
+LAPTOP_MS = {}
+SMOKE_SECONDS = 15  # a run, start included
+
+
+
+def hours(name, found, options):
+    """Of two CPU cores, for all these runs."""
+    if options.smoke:
+        return len(found) * SMOKE_SECONDS / 2 / 3600
+    steps = [run.args.total_steps - run.args.learning_starts for run in found]
+    if options.laptop:
+        return sum(steps) * LAPTOP_MS[name] / 2 / 3.6e6
+    return sum(count * step_ms(run.args) for count, run in zip(steps, found)) / 3.6e6
+
+
+def table(options, names):
+    """A row a figure: what it shows, its runs, sizes, hours, and the columns of eval.csv that it is drawn from."""
+    for name in names:
+        figure, found = selected(name, options)
+        found = list({run.name: run for run in found}.values())
+        counts = [millions(count) for count in sorted({round(size(figure, cell), 3) for cell in figure.cells})]
+        span = dict.fromkeys(counts if len(set(counts)) <= 3 else [counts[0], "...", counts[-1]])
+        yield {"figure": name, "shows": figure.shows, "runs": f"{len(found):,}", "parameters": f"{figure.sized} {' / '.join(span)}",
+               "hours": f"{float(f'{hours(name, found, options):.2g}'):,g}",
+               "columns": ", ".join(column for measure in figure.measures for column in measure.columns)}
+
+
+def show_table(options, names):
+    rows = list(table(options, names))
+    if options.markdown:
+        print("| figure | shows | runs | parameters | hours | columns of eval.csv |\n|---|---|---|---|---|---|")
+        for row in rows:
+            print("| " + " | ".join(f"`{cell}`" if key == "figure" else cell for key, cell in row.items()) + " |")
+        return
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    for row in ({key: key for key in widths}, *rows):
+        print("  ".join(f"{row[key]:{width}}" for key, width in widths.items()).rstrip())
+    distinct = {run.name for name in names for run in selected(name, options)[1]}
+    print(f"\n{len(distinct):,} distinct runs: what figures share is run once. Hours are of two CPU cores, estimated from "
+          "measured times of a step; not measured on a GPU.")
+
 
 def options(parser):
     """What narrows a figure's runs: the same for sweep.sh and plot.py."""
@@ -346,7 +370,7 @@ def find(name, options):
 
 
 def selected(name, options):
-    """The figure, and its runs as the options narrow them: [(cell, task, seed, Args)]. ValueError in one line."""
+    """The figure, and its runs as the options narrow them. ValueError in one line."""
     figure = find(name, options)
     if options.steps is not None:
         figure = dataclasses.replace(figure, cells=tuple(
@@ -368,20 +392,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("list", "commands", "names"))
     parser.add_argument("figures", nargs="*", metavar="FIG", help="fig2 ... fig26, or all")
+    parser.add_argument("--markdown", action="store_true", help="list: as the README has it")
     parsed = options(parser).parse_args()
     try:
         names = parsed.figures if parsed.figures not in ([], ["all"]) else list(chosen(parsed))
         if parsed.what == "list":
-            return
+            return show_table(parsed, names)
         if not parsed.figures:
             raise ValueError("name a figure, or all")
-        printed = set()
-        for name in names:
-            for *_, args in selected(name, parsed)[1]:
-                folder = run_name(args)
-                if folder not in printed:
-                    printed.add(folder)
-                    print(folder if parsed.what == "names" else shlex.join(arguments(args)))
+        for run in {run.name: run for name in names for run in selected(name, parsed)[1]}.values():
+            print(run.name if parsed.what == "names" else shlex.join(run.command))
     except ValueError as error:
         sys.exit(f"figures.py: {error}")
 

@@ -26,7 +26,7 @@ from matplotlib.ticker import EngFormatter
 
 import figures
 from aggregate import STATISTICS, Run, curve, difference, final, gather, plainly, read_run, save
-from settings import run_name
+from estimate import millions
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no display)
@@ -47,16 +47,14 @@ OTHERS = [("#0072B2", "s", "--"), ("#E69F00", "<", ":"), ("#7f7f7f", "o", "-"), 
 # ---- drawing ----
 
 def style(series, number):
-    return STYLES.get(series, OTHERS[number % len(OTHERS)])
+    """(colour, marker, line)"""
+    again, number = divmod(number, len(OTHERS))  # the second time round, a colour comes with another marker and line
+    other = OTHERS[(number + again) % len(OTHERS)]
+    return STYLES.get(series, (OTHERS[number][0], *other[1:]))
 
 
 def shown(series):
     return {"dense": "Dense", "sst": "SST", "dst": "DST", "s2d": "S2D", "d2s": "D2S"}.get(series, series)
-
-
-def millions(count):
-    """12.3 M or 45 k, from millions."""
-    return f"{count:.0f} M" if count >= 9.95 else f"{count:.1f} M" if count >= 0.095 else f"{1e3 * count:.0f} k"
 
 
 def draw_curves(axes, lines, published):
@@ -72,6 +70,8 @@ def draw_curves(axes, lines, published):
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(x, centre, color=colour, linestyle=line, linewidth=1.6, marker=marker, markersize=4.5,
                   markevery=(number % every, every))  # not on one another
+    if lines:
+        axes.set_xlim(-0.04 * furthest, 1.04 * furthest)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.locator_params(axis="x", nbins=5)
 
@@ -104,7 +104,7 @@ def sheet(rows, columns, width, height, caption, legend, title_lines, tick_lines
     page, grid = plt.subplots(rows, columns, figsize=(total, rows * height + above + below), squeeze=False)
     tall = page.get_figheight()
     page.subplots_adjust(left=0.75 / total, right=1 - 0.15 / total, top=1 - above / tall, bottom=below / tall, hspace=0.16,
-                         wspace=0.27)
+                         wspace=0.3)
     page.legend([handle for _, handle in legend], [label for label, _ in legend], loc="upper center", ncols=per_row,
                 bbox_to_anchor=(0.5, 1 - 0.02 / tall), frameon=False, fontsize=9, handlelength=3)
     page.text(0.12 / total, 0.1 / tall, "\n".join(lines), fontsize=7, va="bottom", linespacing=1.35)
@@ -163,26 +163,27 @@ def draw_figure(name, options):
     figure, found = figures.selected(name, options)
     statistic, _ = STATISTICS[options.statistic]
     columns = sorted({column for measure in figure.measures for column in measure.columns}) + ["returns"] * options.episodes
-    found = [(cell, task, seed, args, run_name(args)) for cell, task, seed, args in found]
-    runs, wrong, told = gather({run: args for *_, args, run in found}, options.paths, columns)
+    runs, wrong, told = gather({run.name: run.args for run in found}, options.paths, columns)
     if not runs:
         raise ValueError(f"{' '.join(options.paths)}: none of the {len(wrong)} runs of {name} is there; their commands: "
                          f"python figures.py commands {name}")
     if options.save:
         save(options.save, runs.values(), columns)
 
-    tasks = list(dict.fromkeys(task for _, task, *_ in found))
+    tasks = list(dict.fromkeys(run.task for run in found))
     rows = [BOTH, *tasks] if len(tasks) > 1 else tasks
     series = list(dict.fromkeys(cell.series for cell in figure.cells))
     panels = [(panel, measure) for panel in dict.fromkeys(cell.panel for cell in figure.cells) for measure in figure.measures]
     cells, ticks = {}, {}  # (panel, series, x) -> task -> runs; panel -> x -> label
-    for cell, task, _, args, run in found:
-        ticks.setdefault(cell.panel, {}).setdefault(cell.x, tick(figure, cell))
-        if run in runs:
-            cells.setdefault((cell.panel, cell.series, cell.x), {}).setdefault(task, []).append(runs[run])
+    for run in found:
+        cell = run.cell
+        if cell.x not in ticks.setdefault(cell.panel, {}):
+            ticks[cell.panel][cell.x] = tick(figure, cell)
+        if run.name in runs:
+            cells.setdefault((cell.panel, cell.series, cell.x), {}).setdefault(run.task, []).append(runs[run.name])
     of_return = figure.kind == "curves" and figures.RETURN in figure.measures
     published = references(options.reference, statistic) if of_return else {}
-    total_steps = max(args.total_steps for *_, args, _ in found)
+    total_steps = found[0].args.total_steps
 
     def draw(axes, column, row):
         panel, measure = panels[column]
@@ -226,21 +227,21 @@ def x_label(figure):
 def listed(found, wrong):
     """What is missing, unfinished or refused: a line a cell and task, with its seeds."""
     groups = {}
-    for cell, task, seed, _, run in found:
-        if run in wrong:
-            said = ", ".join(part.replace("\n", " ") for part in (cell.panel, shown(cell.series), cell.x) if part)
-            groups.setdefault((wrong[run], said, task), []).append(seed)
+    for run in found:
+        if run.name in wrong:
+            parts = (run.cell.panel, shown(run.cell.series), run.cell.x)
+            said = ", ".join(part.replace("\n", " ") for part in parts if part)
+            groups.setdefault((wrong[run.name], said, run.task), []).append(run.seed)
     return [f"{what}: {said}, {task}, seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
             for (what, said, task), seeds in groups.items()]
 
 
 def caption(name, figure, options, found, wrong):
-    total = len({run for *_, run in found})
-    seeds = len({seed for _, _, seed, *_ in found})
-    size = {"smoke": "A smoke test, which shows nothing but that all runs. ", "laptop": "Laptop study, not the paper's size. "}
+    total, seeds, tasks = (len({getattr(run, part) for run in found}) for part in ("name", "seed", "task"))
+    size = {"smoke": "A smoke test, which shows nothing but that all runs. ", "laptop": figures.LAPTOP_NOTE + " "}
     lines = [f"{name.replace('fig', 'Figure ')}: {figure.shows}. " + "".join(size[s] for s in size if getattr(options, s))
              + f"{STATISTICS[options.statistic][1]}, {seeds} seed{'s' * (seeds > 1)} a task"
-             + (", all their runs together in the panels of all tasks." if len({task for _, task, *_ in found}) > 1 else ".")
+             + (", all their runs together in the panels of all tasks." if tasks > 1 else ".")
              + (" One seed has no interval." if seeds == 1 else "")]
     if figure.kind == "points":
         lines[0] += " Last evaluation of the run."
@@ -297,7 +298,7 @@ def draw_runs(options):
             continue
         told += run.notes
         if differs:
-            told.append(f"{folder}: {differs.replace('the figure asks', 'another run of its name')}; left out")
+            told.append(f"{folder}: {differs.replace('the figure asks for', 'another run of its name says')}; left out")
         else:
             groups.setdefault(task, {}).setdefault(label.removeprefix(task).removeprefix("__"), []).append(run)
     if not groups:
@@ -326,7 +327,7 @@ def draw_runs(options):
     return page, told
 
 
-def main():
+def command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", help="fig2 ... fig26, all, or curves")
     parser.add_argument("paths", nargs="*", default=["runs"], help="folders of runs, or files that --save wrote; after curves: "
@@ -337,7 +338,11 @@ def main():
     parser.add_argument("--reference", metavar="FILE.csv", help="published curves to lay under ours")
     parser.add_argument("--save", metavar="FILE.csv", help="also write the values that were drawn")
     parser.add_argument("--out", default=".", help="folder of the pictures")
-    options = figures.options(parser).parse_args()
+    return figures.options(parser)
+
+
+def main():
+    options = command_line().parse_args()
     names = list(figures.chosen(options)) if options.what == "all" else [options.what]
     failed = False
     os.makedirs(options.out, exist_ok=True)

@@ -283,14 +283,15 @@ def own_settings(args, name):
     return {part: getattr(getattr(args, name), f"{name}_{part}") for part in ("type", "regime", "scale", "sparsity")}
 
 
-def run_name(args):
+def run_name(args, telling=None):
     """The task, the algorithm if it is not MR.Q, and the settings that make this run another than the default one.
+    telling: `telling_flags(args)`, where that is known already: it is the same for all tasks and seeds.
 
     A setting that changes nothing (a default restated, `--sparsity` where every module is dense) is left out, one after
     the other, so that what remains still says all; two different runs never share a name.
     """
     algo = [] if args.algo == "mrq" else [args.algo]
-    said = [flag[2:] if value is True else f"{flag[2:]}={short(value)}" for flag, value in telling_flags(args)]
+    said = [flag[2:] if value is True else f"{flag[2:]}={short(value)}" for flag, value in telling or telling_flags(args)]
     name = "__".join([args.env, *algo, *said, f"seed={args.seed}"])
     if len(name.encode()) > LONGEST_NAME:  # too many for a folder's name: what does not fit goes into a checksum
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]

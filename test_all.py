@@ -2,6 +2,7 @@
 values computed by other implementations, and each has been seen to fail when the line it guards is broken.
 """
 
+import argparse
 import contextlib
 import copy
 import csv
@@ -31,19 +32,25 @@ from random import Random
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import aggregate
 import bench
 import checkpoint
 import envs
+import estimate
 import fast
+import figures
 import metrics
 import networks
+import plot
 import sparsity
 import train
 from envs import Env, LockstepEvaluation, task_names
@@ -54,7 +61,7 @@ from replay import Batch, ReplayBuffer, multi_step_return
 from runlog import Busy, Finished, RunLog
 from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
 from settings import (CONFIGS, MR_DEFAULT, MR_MST, NOT_IN_NAME, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, check, defaults, differences,
-                      flag_names, from_config, module_configs, notes, parse, run_name)
+                      effective, flag_names, from_config, module_configs, notes, parse, run_name)
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
 from survive import SavedRun
 
@@ -2851,6 +2858,378 @@ def test_a_sweep_as_slurm_arrays(slurm, sweep):
     assert "5 of 6 runs are finished, 0 are queued or running, 1 are submitted now" in output
     sweep.wait_for(lambda: (sweep.runs / bad / "final.pt").exists())
     assert sweep(*flags) == (0, "all 6 runs are finished, in runs\n")
+
+
+# --------------------------------------------------------------------------------------------------------- figures.py
+
+def modules_of(cell):
+    """module -> (type, regime, width, depth), of a figure's cell."""
+    return {name: (m.arch_type, m.regime, m.width_scale, m.depth_scale)
+            for name, m in module_configs(figures.to_args(cell.flags, "dog-run", 0)).items()}
+
+
+@pytest.mark.parametrize("name, varies, types, scales, still", [  # Section 3; Table 2 for what stands still
+    ("fig2", "encoder", {1, 2, 3, 4, 5, 6}, {1}, {"critic": (4, "dense", 1, 1), "actor": (3, "dense", 1, 1)}),
+    ("fig3", "encoder", {2, 4}, {1}, {"critic": (4, "dense", 1, 1), "actor": (3, "dense", 1, 1)}),
+    ("fig4", "encoder", {2, 4, 6}, {1, 3, 5}, {"critic": (4, "dense", 1, 1), "actor": (3, "dense", 1, 1)}),
+    ("fig5", "critic", {1, 2, 3, 4, 5, 6}, {1}, {"encoder": (6, "dense", 3, 3), "actor": (3, "dense", 1, 1)}),
+    ("fig6", "critic", {1, 2, 3, 4, 5, 6}, {1, 3, 5}, {"encoder": (6, "dense", 3, 3), "actor": (3, "dense", 1, 1)}),
+    ("fig7", "critic", {4, 6}, {5}, {"encoder": (6, "dense", 3, 3), "actor": (3, "dense", 1, 1)}),
+    ("fig8", "actor", {1, 2, 3, 4, 5, 6}, {1}, {"encoder": (6, "dense", 3, 3), "critic": (4, "dense", 1, 1)}),
+    ("fig9", "actor", {1, 3, 5}, {1, 3, 5}, {"encoder": (6, "dense", 3, 3), "critic": (4, "dense", 1, 1)}),
+    ("fig10", "actor", {3, 5}, {5}, {"encoder": (6, "dense", 3, 3), "critic": (4, "dense", 1, 1)})])
+def test_studies_of_one_module_hold_the_others_still(name, varies, types, scales, still):
+    cells = figures.FIGURES[name].cells
+    regimes = {"dense", "sst", "dst", "s2d", "d2s"}
+    assert {modules_of(cell)[varies] for cell in cells} == {(t, r, s, s) for t in types for r in regimes for s in scales}
+    for cell in cells:
+        modules = modules_of(cell)
+        arch_type, regime, scale, _ = modules.pop(varies)
+        assert modules == still and cell.series == regime
+        assert f"Type {arch_type}" in cell.panel + cell.x and (cell.x == f"×{scale:g}" or cell.panel == "" or len(scales) == 1)
+        assert all(m.sparsity == 0.6 for m in module_configs(figures.to_args(cell.flags, "dog-run", 0)).values())
+
+
+MST5 = {"encoder": (6, "dense", 5, 5), "critic": (6, "dst", 5, 5), "actor": (5, "sst", 5, 5)}
+RES5 = {"encoder": (6, "dense", 5, 5), "critic": (6, "dense", 5, 5), "actor": (5, "dense", 5, 5)}
+
+
+def simba(critic, actor, width, depth):
+    return {"critic": ("simba", critic, width, depth), "actor": ("simba", actor, width, depth)}
+
+
+@pytest.mark.parametrize("name, panel, series, x, algo, modules, rest", [  # Section 4, Appendices B.2.2 and E
+    ("fig11", "", "MR.Q", "", "mrq", {"encoder": (4, "dense", 5, 5), "critic": (4, "dense", 5, 5), "actor": (3, "dense", 5, 5)}, {}),
+    ("fig11", "", "MR.Q + Res", "", "mrq", RES5, {}),
+    ("fig11", "", "MR.Q + Res + MST", "", "mrq", MST5, {"distribution": "er", "growth": "gradient", "sparsity": 0.6}),
+    ("fig12", "distribution", "uniform", "", "mrq", MST5, {"distribution": "uniform", "growth": "gradient"}),
+    ("fig12", "growth (critic)", "SET", "", "mrq", MST5, {"distribution": "er", "growth": "random"}),
+    ("fig12", "sparsity", "sparsity 0.9", "", "mrq", MST5, {"sparsity": 0.9}),
+    ("fig12", "sparsity", "sparsity 0 (dense)", "", "mrq", RES5, {}),
+    ("fig13", "SAC, width", "plain", "×4", "sac", simba("dense", "dense", 4, 1), {}),
+    ("fig13", "SAC, depth", "MST", "×4", "sac", simba("dst", "sst", 1, 4), {"sparsity": 0.8}),
+    ("fig13", "DDPG, width and depth", "MST", "×3", "ddpg", simba("dst", "sst", 3, 3), {"sparsity": 0.8}),
+    ("fig13", "DDPG, depth", "plain", "×1", "ddpg", simba("dense", "dense", 1, 1), {}),
+    ("fig14", "", "critic DST, actor SST (MST)", "", "sac", simba("dst", "sst", 4, 3), {"sparsity": 0.8}),
+    ("fig14", "", "critic SST, actor DST", "", "sac", simba("sst", "dst", 4, 3), {}),
+    ("fig14", "", "critic DST, actor DST", "", "sac", simba("dst", "dst", 4, 3), {}),
+    ("fig14", "", "critic SST, actor SST", "", "sac", simba("sst", "sst", 4, 3), {}),
+    ("fig17", "", "post-layer", "×3", "mrq", {"encoder": (6, "dense", 3, 3), "critic": (6, "dense", 3, 3), "actor": (5, "dense", 3, 3)},
+     {"residual": "post"}),
+    ("fig17", "", "pre-layer", "×1", "mrq", {"encoder": (6, "dense", 1, 1), "critic": (6, "dense", 1, 1), "actor": (5, "dense", 1, 1)},
+     {"residual": "pre"}),
+    ("fig26", "MR.SAC, width", "plain", "×5", "mrsac", {"encoder": (6, "dense", 5, 1), "critic": (6, "dense", 5, 1), "actor": (5, "dense", 5, 1)}, {}),
+    ("fig26", "MR.SAC, width and depth", "MST", "×5", "mrsac", MST5, {"sparsity": 0.6})])
+def test_arms_are_what_they_are_called(name, panel, series, x, algo, modules, rest):
+    cell, = [c for c in figures.FIGURES[name].cells if (c.panel, c.series, c.x) == (panel, series, x)]
+    args = figures.to_args(cell.flags, "dog-run", 0)
+    assert args.algo == algo and modules_of(cell) == modules
+    assert {**vars(args), **vars(args.sparse)}.items() >= rest.items()
+
+
+def test_figures_have_as_many_runs_as_the_text_says():
+    eight, five = 8 * 2, 5 * 2  # seeds × tasks
+    wanted = {"fig2": 6 * 5 * eight, "fig3": 2 * 5 * eight, "fig4": 3 * 5 * 3 * eight, "fig5": 480, "fig6": 6 * 5 * 3 * eight,
+              "fig7": 2 * 5 * eight, "fig8": 480, "fig9": 3 * 5 * 3 * eight, "fig10": 2 * 5 * eight, "fig11": 3 * eight,
+              "fig12": 7 * 8, "fig13": 2 * 2 * 7 * eight, "fig14": 4 * 8, "fig17": 4 * eight, "fig26": 2 * 7 * five}
+    names = {name: [run.name for run in figures.runs(figure)] for name, figure in figures.FIGURES.items()}
+    assert {name: len(set(of)) for name, of in names.items()} == wanted
+    assert figures.FIGURES["fig12"].tasks == ("dog-run",) and figures.FIGURES["fig14"].tasks == ("humanoid-run",)
+    distinct = set().union(*names.values())
+    shared = (wanted["fig3"] + wanted["fig7"] + wanted["fig10"]  # parts of Figs. 2, 6 and 9
+              + 15 * eight + 30 * eight + 15 * eight  # scale 1 of Figs. 4, 6 and 9: Figs. 2, 5 and 8
+              + 2 * eight  # the default critic and actor on the Type 6 encoder at scale 3: Figs. 4, 5 and 8
+              + 2 * 8)  # MST and + Res at scale 5 on dog-run: Figs. 11 and 12
+    assert len(distinct) == sum(wanted.values()) - shared
+
+
+@pytest.mark.parametrize("size", ["", "--smoke", "--laptop"])
+def test_a_run_of_several_figures_has_one_name(size):
+    options = figures.options(argparse.ArgumentParser()).parse_args([size] if size else [])
+    meant = {}
+    for name, figure in figures.chosen(options).items():
+        for run in figures.runs(figure, tasks=figure.tasks[:1], seeds=[0]):
+            meant.setdefault(repr((run.task, effective(run.args))), set()).add(run.name)
+            assert run.name == run_name(run.args)
+    assert all(len(names) == 1 for names in meant.values())
+    assert len(set().union(*meant.values())) == len(meant)  # ... and no two runs share one
+    for cell in [cell for figure in figures.chosen(options).values() for cell in figure.cells][::17]:
+        args = figures.to_args(cell.flags, "dog-run", 3)
+        assert run_name(parse(figures.arguments(args))) == run_name(args)
+
+
+def test_small_forms_keep_what_a_cell_is_about():
+    for name, figure in figures.FIGURES.items():
+        small = figures.smoke(figure)
+        for cell, tiny in zip(figure.cells, small.cells):
+            own, shrunk = (module_configs(figures.to_args(c.flags, "dog-run", 0)) for c in (cell, tiny))
+            for module in own:
+                assert [getattr(own[module], part) == getattr(shrunk[module], part)
+                        for part in ("arch_type", "regime", "depth_scale", "residual", "sparsity")] == [True] * 5
+                assert shrunk[module].width_scale <= own[module].width_scale / 3
+    mst, = [c for c in figures.LAPTOP["fig11"].cells if c.series == "MR.Q + Res + MST"]
+    assert modules_of(mst) == {"encoder": (6, "dense", 0.25, 5), "critic": (6, "dst", 0.25, 5), "actor": (5, "sst", 0.25, 5)}
+    critics = [modules_of(c) for c in figures.LAPTOP["fig7"].cells]
+    assert [c["critic"] for c in critics] == [(6, regime, 0.25, 5) for regime in ("dense", "sst", "dst", "s2d", "d2s")]
+    assert all(c["encoder"] == (6, "dense", 0.25, 3) and c["actor"] == (3, "dense", 0.25, 1) for c in critics)
+    assert all(figure.tasks == ("walker-walk",) and figure.seeds >= 5 for figure in figures.LAPTOP.values())
+
+
+def run_main(module, monkeypatch, capsys, *argv):
+    """(status or message, stdout lines, stderr lines) of a command line of figures.py or plot.py."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
+    try:
+        status = module.main()
+    except SystemExit as stopped:
+        status = stopped.code
+    captured = capsys.readouterr()
+    return status, captured.out.splitlines(), captured.err.splitlines()
+
+
+def test_figures_print_commands_and_names_in_one_order(monkeypatch, capsys):
+    narrowed = ("fig11", "fig12", "--tasks", "dog-run", "--seeds", "4,6", "--steps", "20000")
+    _, commands, _ = run_main(figures, monkeypatch, capsys, "commands", *narrowed)
+    _, names, _ = run_main(figures, monkeypatch, capsys, "names", *narrowed)
+    assert "--env dog-run --total-steps 20000 --mst --scale 5 --seed 6" in commands
+    assert len(set(commands)) == len(commands) == 2 * (3 + 5)  # three arms, and of Fig. 12's seven cells five more
+    assert [run_name(parse(command.split())) for command in commands] == names
+    _, commands, _ = run_main(figures, monkeypatch, capsys, "commands", "fig11", "--seeds", "1", "--more", "--precision bf16 --scale 3")
+    assert "--env dog-run --precision bf16 --mst --scale 3 --seed 0" in commands and len(commands) == 6
+    _, rows, _ = run_main(figures, monkeypatch, capsys, "list")
+    assert all(any(row.split()[0] == name for row in rows[1:-2]) for name in figures.FIGURES) and "4,100 distinct" in rows[-1]
+    assert any("1,440" in row and "critic 2.6 M / 33 M / 139 M" in row for row in rows)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (("commands", "fig1"), "unknown figure 'fig1': choose one of fig2"), (("names", "fig14", "--laptop"), "no laptop study"),
+    (("commands",), "name a figure"), (("commands", "fig2", "--seeds", "a"), "--seeds a"), (("names", "fig2", "--seeds", "0"), "--seeds 0"),
+    (("commands", "fig2", "--steps", "50"), "--total-steps 50 trains nothing")])
+def test_figures_refuse_in_one_line(argv, message, monkeypatch, capsys):
+    status, out, _ = run_main(figures, monkeypatch, capsys, *argv)
+    assert message in status and "\n" not in status and not out
+
+
+def test_figures_and_plots_need_no_torch():
+    subprocess.run([sys.executable, "-c", "import figures, plot, sys; sys.exit('torch' in sys.modules)"], cwd=HERE, check=True)
+
+
+# -------------------------------------------------------------------------------------------------------- estimate.py
+
+def test_sizes_are_those_of_the_networks():
+    flags = {repr(cell.flags): cell.flags for figure in figures.FIGURES.values() for cell in figure.cells}
+    counted = {}
+    for task, cell in itertools.product(("dog-run", "humanoid-run"), flags.values()):
+        args = figures.to_args(cell, task, 0)
+        counted[repr((args.algo, task, [(m.width_scale, m.depth_scale) for m in module_configs(args).values()]))] = args
+    for args in counted.values():
+        (obs, action), modules = estimate.SHAPES[args.env], module_configs(args)
+        with torch.device("meta"):
+            if args.algo in ("sac", "ddpg"):
+                sizes = {name: networks.scaled_size(1, m.width_scale, m.depth_scale, *networks.SIMBA_SIZES[name]) for name, m in modules.items()}
+                actor = networks.SimbaGaussian if args.algo == "sac" else networks.SimbaMLP
+                built = {"critic": networks.SimbaCritic(obs, action, *sizes["critic"]), "actor": actor(obs, action, *sizes["actor"])}
+            else:
+                encoder = networks.Encoder(obs, action, **modules["encoder"].size())
+                actor = networks.GaussianActor if args.algo == "mrsac" else networks.Actor
+                built = {"encoder": encoder, "critic": networks.Critic(encoder.zsa_dim, **modules["critic"].size()),
+                         "actor": actor(encoder.zs_dim, action, **modules["actor"].size())}
+                del encoder.model  # the prediction head is counted apart
+        assert estimate.sizes(args) == {name: sum(p.numel() for p in network.parameters()) for name, network in built.items()}
+    assert [estimate.millions(x) for x in (154.27, 16.56, 1.323, 0.2, 0.045)] == ["154 M", "17 M", "1.3 M", "0.2 M", "45 k"]
+
+
+def test_estimates_pass_through_what_was_timed():
+    assert estimate.step_ms(parse(["--scale", "3"])) == pytest.approx(595 + 267 + 191, rel=0.01)  # README, Speed
+    assert estimate.step_ms(parse(["--algo", "sac", "--env", "humanoid-run"])) == pytest.approx(85, rel=0.01)
+    assert 595 < estimate.step_ms(parse(["--encoder-scale", "4"])) < 2420 < estimate.step_ms(parse(["--encoder-scale", "6"]))
+
+
+# ------------------------------------------------------------------------------------------------------- aggregate.py
+
+def strata(*tasks):
+    """Tasks of one value a seed -> (1 point, seeds, 1 episode) each."""
+    return [np.array(values, float).reshape(1, -1, 1) for values in tasks]
+
+
+def test_interquartile_means_by_hand():
+    assert aggregate.iqm(strata([9, 1, 2, 3, 4, 5, 6, 100]))[0] == [4.5]  # (3 + 4 + 5 + 6) / 4
+    assert aggregate.iqm(strata([0, 3, 4, 8, 99]))[0] == [5.0]  # a quarter of five: one at each end
+    assert aggregate.iqm(strata([0, 10, 20, 30], [1, 11, 21, 31]))[0] == [15.5]  # (10 + 11 + 20 + 21) / 4, all runs together
+    episodes = [np.array([[[0, 50, 60, 70], [61, 62, 63, 1000]]], float)]
+    assert aggregate.iqm(episodes)[0] == [61.5]  # (60 + 61 + 62 + 63) / 4: two seeds of four episodes, pooled
+    centre, low, high = aggregate.mean_sd(strata([1, 3], [10, 18]))
+    assert centre == [8] and [high[0] - 8, 8 - low[0]] == [pytest.approx(math.sqrt((2 + 32) / 2))] * 2  # variances within a task
+    assert np.isnan(aggregate.iqm(strata([7]))[1:]).all() and np.isnan(aggregate.mean_sd(strata([7]))[1:]).all()  # one seed
+
+
+def test_intervals_are_those_of_scipy_at_the_widened_level():
+    values = np.random.default_rng(3).normal(100, 10, 8)
+    centre, low, high = (part[0] for part in aggregate.iqm(strata(values)))
+    beyond = aggregate.tail([8])
+    assert beyond == pytest.approx(scipy.stats.norm.sf(math.sqrt(8 / 7) * 2.364624), rel=1e-5)  # Student's t, 7 degrees
+    theirs = scipy.stats.bootstrap((values,), lambda x, axis: scipy.stats.trim_mean(x, 0.25, axis=axis), method="percentile",
+                                   n_resamples=20000, confidence_level=1 - 2 * beyond, rng=np.random.default_rng(0))
+    assert centre == pytest.approx(scipy.stats.trim_mean(values, 0.25))
+    assert [low, high] == pytest.approx(list(theirs.confidence_interval), abs=0.8) and high - low > 10
+
+
+@pytest.mark.parametrize("seeds, tasks", [(5, 1), (8, 1), (8, 2)])
+def test_95_percent_intervals_cover_about_95_percent(seeds, tasks, monkeypatch):
+    monkeypatch.setattr(aggregate, "RESAMPLES", 2000)
+    rng = np.random.default_rng(seeds + tasks)
+    points = 800
+    _, low, high = aggregate.iqm([rng.normal(0, 1, (points, seeds, 1)) for _ in range(tasks)])  # every true IQM is 0
+    assert 0.925 < ((low <= 0) & (0 <= high)).mean() < 0.985
+
+
+def test_seeds_are_resampled_within_their_task():
+    _, low, high = aggregate.iqm(strata([0, 1] * 4, [100, 101] * 4))
+    assert high[0] - low[0] < 60  # pooled resampling would draw 12 of 16 from one task now and then: wider than 90
+    clustered = np.repeat(np.random.default_rng(0).normal(0, 1, (1, 8, 1)), 50, 2)
+    once, many = aggregate.iqm([clustered[:, :, :1]]), aggregate.iqm([clustered])
+    assert many[2] - many[1] == pytest.approx(once[2] - once[1], rel=0.25)  # 50 equal episodes are no 400 seeds
+
+
+def write_run(folder, args, rows, columns=("return",), tail="", config=None):
+    """A run's folder as train.py writes it: rows of (agent_step, values...)."""
+    folder = Path(folder) / run_name(args)
+    folder.mkdir(parents=True)
+    lines = [",".join(["agent_step", "frames", *columns])] + [",".join(map(str, (row[0], 2 * row[0], *row[1:]))) for row in rows]
+    (folder / "eval.csv").write_text("\n".join(lines) + "\n" + tail)
+    (folder / "config.json").write_text(json.dumps(config or dataclasses.asdict(args)))
+    return folder
+
+
+def test_cut_and_repeated_rows(tmp_path):
+    folder = write_run(tmp_path, flags_to_args(), [(0, 1.5), (5000, 20), (5000, 30), (10000, "x")], tail="15000,30000,4")
+    run = aggregate.read_run(folder, ["return"])
+    assert run.table["agent_step"].tolist() == [0, 5000] and run.table["return"].tolist() == [1.5, 30]
+    assert run.last_step == 5000 and "2 rows cut short or broken" in run.notes[0]  # "4" may have been "432"
+    (folder / "eval.csv").write_text("")
+    with pytest.raises(ValueError, match="no columns agent_step"):
+        aggregate.read_run(folder, ["return"])
+
+
+def test_curves_count_the_seeds_that_are_there():
+    def run(steps, values):
+        return aggregate.Run("", {"agent_step": np.array(steps), "frames": 2.0 * np.array(steps), "m": np.array(values, float)})
+
+    one, two, three = run([0, 10, 20], [math.nan, 3, 5]), run([0, 10], [math.nan, 5]), run([0, 10, 20], [math.nan, 100, 7])
+    frames, centre, low, high = aggregate.curve([[one, two, three]], ("m",), aggregate.mean_sd, False)
+    assert frames.tolist() == [20, 40] and centre.tolist() == [36, 6]  # NaN at step 0: nothing to measure; then 3, then 2 seeds
+    assert high - centre == pytest.approx([np.std([3, 5, 100], ddof=1), math.sqrt(2)])
+    assert aggregate.curve([[one], [run([0, 10], [math.nan] * 2)]], ("m",), aggregate.iqm, False) is None
+    assert aggregate.curve([[one]], ("other",), aggregate.iqm, False) is None
+    assert aggregate.final([[one, two, three]], ("m",), 20, aggregate.mean_sd, False)[0] == 6  # two is not finished
+
+
+def test_ten_thousand_runs_aggregate_within_a_minute(tmp_path):
+    columns = ["return", *(f"m{number}" for number in range(60))]
+    rows = [(step, *np.random.default_rng(step).normal(size=61).round(4)) for step in range(0, 505000, 5000)]
+    wanted = {}
+    default = flags_to_args()
+    source = write_run(tmp_path, default, rows, columns)
+    for seed in range(200):  # a fiftieth
+        args = dataclasses.replace(default, seed=1 + seed)
+        wanted[run_name(args)] = args
+        folder = tmp_path / run_name(args)
+        folder.mkdir()
+        os.link(source / "eval.csv", folder / "eval.csv")
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(args)))
+    began = time.process_time()
+    runs, wrong, told = aggregate.gather(wanted, [str(tmp_path)], ["return"])
+    for group in range(25):
+        assert len(aggregate.curve([list(runs.values())[8 * group:8 * group + 8]], ("return",), aggregate.iqm, False)[0]) == 101
+    assert time.process_time() - began < 60 / 50 * 4 and len(runs) == 200 and not wrong and not told  # four times the room: CI
+
+
+# ------------------------------------------------------------------------------------------------------------ plot.py
+
+def test_a_figure_shows_its_runs_and_names_the_rest(tmp_path, monkeypatch, capsys):
+    options = ("fig11", tmp_path / "runs", "--laptop", "--out", tmp_path, "--seeds", "3")
+    columns = ["return", "critic/srank_q1", "critic/srank_q2", "critic/dormant", "actor/dormant"]
+    kept = {}
+    for run in figures.runs(figures.LAPTOP["fig11"], seeds=range(3)):
+        cell, seed, args = run.cell, run.seed, run.args
+        rows = [(step, step / 100 + 10 * seed + len(cell.series), 50, 60 + seed, 0.1, 0.2) for step in (0, 6000, 12000)]
+        if (cell.series, seed) == ("MR.Q + Res", 2):
+            rows = rows[:2]  # unfinished
+        if (cell.series, seed) != ("MR.Q", 1):  # missing
+            kept[cell.series, seed] = write_run(tmp_path / "runs", args, rows, columns)
+    config = json.loads((kept["MR.Q", 2] / "config.json").read_text())
+    config["critic"]["critic_regime"] = "dst"
+    (kept["MR.Q", 2] / "config.json").write_text(json.dumps(config))
+    with open(kept["MR.Q + Res + MST", 0] / "eval.csv", "a") as file:
+        file.write("13000,26")
+
+    pages = []
+    monkeypatch.setattr(plot.plt, "close", pages.append)
+    status, out, told = run_main(plot, monkeypatch, capsys, *options, "--save", tmp_path / "fig11.csv")
+    assert not status and (tmp_path / "fig11-laptop.png").stat().st_size > 10_000 and (tmp_path / "fig11-laptop.pdf").exists()
+    page, = pages
+    first = page.axes[0]
+    (x, y), = [line.get_data() for line in first.get_lines() if line.get_color() == plot.STYLES["MR.Q + Res + MST"][0]]
+    assert list(x) == [0, 12000, 24000] and list(y) == [26, 86, 146]  # the IQM of three is their mean: 16 + 10 + step / 100
+    (x, y), = [line.get_data() for line in page.axes[1].get_lines() if line.get_color() == plot.STYLES["MR.Q"][0]]
+    assert list(y) == [55.0, 55.0, 55.0]  # both Q's SRank, of seed 0 alone
+    assert first.get_xlabel() == "environment frames" and "return" in first.get_ylabel()
+    assert [text.get_text() for text in page.legends[0].get_texts()] == ["MR.Q", "MR.Q + Res", "MR.Q + Res + MST"]
+    said = page.texts[-1].get_text().replace("\n", " ")
+    assert all(part in said for part in ("δ = 0.01", "τ = 0.025", "batch of 2,048", "3 of 9 runs", "missing: MR.Q, walker-walk, seed 1",
+                                         "of other settings: MR.Q, walker-walk, seed 2", "unfinished: MR.Q + Res, walker-walk, seed 2"))
+    assert any("config.json says --critic-regime dst" in line for line in told) and any("1 row cut short" in line for line in told)
+
+    *_, again = run_main(plot, monkeypatch, capsys, options[0], tmp_path / "fig11.csv", *options[2:], "--statistic", "mean-sd")[2], pages[1]
+    assert [list(line.get_ydata()) for line in again.axes[0].get_lines()] == [list(line.get_ydata()) for line in first.get_lines()]
+
+
+def test_every_layout_fits_its_page(monkeypatch, tmp_path):
+    """No text leaves the page, and none lies on another: figures of every kind, drawn from made-up runs of one seed."""
+    def made_up(wanted, paths, columns):
+        steps = np.arange(0, 500001, 50000)
+        table = {"agent_step": steps, "frames": 2.0 * steps} | {column: 1e-3 * steps for column in columns}
+        return {name: aggregate.Run(name, table) for name in list(wanted)[:-3]}, dict.fromkeys(list(wanted)[-3:], "missing"), []
+
+    monkeypatch.setattr(plot, "gather", made_up)
+    for name in ("fig2", "fig4", "fig7", "fig11", "fig12", "fig14"):
+        options = plot.command_line().parse_args([name, "runs", "--seeds", "1", "--out", str(tmp_path)])
+        page, _ = plot.draw_figure(name, options)
+        page.canvas.draw()
+        beyond = {label for axes in page.axes for axis in (axes.xaxis, axes.yaxis)  # ticks that are not drawn
+                  for label, place in zip(axis.get_ticklabels(), axis.get_ticklocs())
+                  if not min(axis.get_view_interval()) <= place <= max(axis.get_view_interval())}
+        texts = [text for text in page.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in beyond]
+        boxes = [text.get_window_extent() for text in texts]
+        outside = [t.get_text() for t, b in zip(texts, boxes) if b.x0 < 0 or b.y0 < 0 or b.x1 > page.bbox.x1 or b.y1 > page.bbox.y1]
+        crossing = [(s.get_text(), t.get_text()) for (s, a), (t, b) in itertools.combinations(zip(texts, boxes), 2) if a.overlaps(b)]
+        assert not outside and not crossing, name
+        plot.plt.close(page)
+
+
+def test_any_runs_compared_with_published_ones(tmp_path, monkeypatch, capsys):
+    for seed in range(2):
+        for flags in ((), ("--critic-regime", "dst")):
+            write_run(tmp_path / "runs", flags_to_args(*flags, "--seed", str(seed)), [(0, 1), (5000, 3 + seed)])
+    (tmp_path / "reference.csv").write_text("env,agent_step,seed,return\n" + "".join(
+        f"{task},{step},{seed},{step / 1000 + seed}\n" for task in ("dog-run", "dog-trot") for step in (0, 5000, 9000) for seed in (0, 2)))
+    pages = []
+    monkeypatch.setattr(plot.plt, "close", pages.append)
+    status, _, told = run_main(plot, monkeypatch, capsys, "curves", *(tmp_path / "runs").iterdir(), tmp_path / "none", "--out", tmp_path,
+                               "--reference", tmp_path / "reference.csv")
+    page, = pages
+    curves = {tuple(line.get_ydata()) for line in page.axes[0].get_lines()}
+    assert not status and curves == {(1, 6), (1, 3.5)} and "none" in told[0]  # the reference no further than our 10,000 frames
+    assert {text.get_text() for text in page.legends[0].get_texts()} == {"default", "critic-regime=dst", "published"}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (("fig1", "."), "unknown figure 'fig1'"), (("fig6", "empty"), "none of the 1440 runs of fig6 is there"), (("fig6", "no"), "no: no such folder"),
+    (("fig6", __file__), "is no file that --save wrote"), (("curves", "no"), "no/eval.csv: No such file")])
+def test_plots_refuse_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    status, out, told = run_main(plot, monkeypatch, capsys, *argv)
+    assert status == 1 and not out and len(told) == 1 and message in told[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- copies
