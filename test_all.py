@@ -36,6 +36,7 @@ import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
@@ -191,6 +192,22 @@ def test_mask_update_against_a_sort(rows, columns, zeta, seed, data):
                                                   int(mask.sum()) if num_active is None else wanted))
 
 
+def test_random_growth_is_drawn_where_the_weights_are():
+    class Drawn(TorchDispatchMode):
+        devices = []
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            self.devices += [result.device.type] if function.name().startswith("aten::rand") else []
+            return result
+
+    model = nn.Linear(30, 30, device="meta")
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters()), "dst", grow="random", update_interval=1, seed=0)
+    with Drawn() as drawn:
+        assert sparse.update_topology(1)
+    assert drawn.devices == ["meta"]
+
+
 def test_random_growth_ignores_gradients_and_keeps_the_count():
     weight, grad = torch.rand(40, 40), torch.arange(1600.0).view(40, 40)
     mask = torch.rand(40, 40) < 0.4
@@ -224,10 +241,15 @@ def backward(model, width):
 def test_density_invariants(regime, sparsity, distribution, grow, sizes, total, interval, strides):
     model = mlp(*sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    sparse = SparseTraining(model, optimizer, regime, sparsity, total_steps=total, update_interval=interval,
-                            distribution=distribution, grow=grow)
     weights = [p for p in model.parameters() if p.ndim >= 2]
     size = sum(w.numel() for w in weights)
+    try:
+        sparse = SparseTraining(model, optimizer, regime, sparsity, total_steps=total, update_interval=interval,
+                                distribution=distribution, grow=grow)
+    except ValueError as refusal:  # only where a layer's share is less than one weight
+        densities = layer_densities([tuple(w.shape) for w in weights], sparsity, distribution)
+        assert "keeps no weight" in str(refusal) and min(d * w.numel() for d, w in zip(densities, weights)) < 1
+        return
     final = {"dense": 0, "sst": sparsity, "dst": sparsity, "s2d": 0, "d2s": sparsity}[regime]
     densities, step = [sparse.density()], 0
     for stride in strides + [total]:
@@ -241,7 +263,7 @@ def test_density_invariants(regime, sparsity, distribution, grow, sizes, total, 
             weight = dict(model.named_parameters())[name]
             assert int(mask.sum()) == sparse.active[name]
             assert not weight[~mask].any()
-            assert not any(moment[~mask].any() for moment in sparse._moments(weight))
+            assert not any(optimizer.state[weight][moment][~mask].any() for moment in ("exp_avg", "exp_avg_sq"))
     assert abs(densities[-1] * size - (1 - final) * size) <= 0.5 + 1e-6  # exact: no weight too many, none too few
     ordered = {"d2s": sorted(densities, reverse=True), "s2d": sorted(densities)}.get(regime, [densities[0]] * len(densities))
     assert densities == ordered  # monotone, or constant
@@ -249,29 +271,65 @@ def test_density_invariants(regime, sparsity, distribution, grow, sizes, total, 
         assert densities[-1] == 1.0
 
 
-@pytest.mark.parametrize("optimizer_class, options", [
-    (torch.optim.AdamW, {"weight_decay": 0.1, "fused": True}), (torch.optim.Adam, {"amsgrad": True}),
-    (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}), (torch.optim.RMSprop, {"momentum": 0.5})])
-def test_pruned_weights_stay_exactly_zero(optimizer_class, options):
-    model = mlp(6, 32, 32, 1)
-    optimizer = optimizer_class(model.parameters(), lr=1e-3, **options)
-    steps = 3000 if optimizer_class is torch.optim.AdamW else 300
-    sparse = SparseTraining(model, optimizer, "dst", 0.8, total_steps=steps, update_interval=100)
-    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+OPTIMIZERS = sorted(name for name, value in vars(torch.optim).items()
+                    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name != "Optimizer")
+
+
+@pytest.mark.parametrize("name, options", [(name, {}) for name in OPTIMIZERS] + [
+    ("AdamW", {"weight_decay": 0.1, "fused": True}), ("Adam", {"amsgrad": True}), ("SGD", {"momentum": 0.9, "nesterov": True}),
+    ("RMSprop", {"momentum": 0.5, "centered": True}), ("Adagrad", {"initial_accumulator_value": 0.1})])
+def test_pruned_weights_stay_exactly_zero_with_every_optimiser_of_torch_or_it_is_refused(name, options):
+    assert re.search(rf"\b{name}\b", SparseTraining.__doc__)
+    model = nn.Sequential(nn.Linear(6, 32, bias=False), nn.ELU(), nn.Linear(32, 32, bias=False), nn.ELU(),
+                          nn.Linear(32, 1, bias=False))
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-3, **options)
+    steps = 3000 if "fused" in options else 200
+    if name in ("LBFGS", "Muon", "SparseAdam"):
+        with pytest.raises(ValueError, match=f"{name} cannot follow masks"):
+            SparseTraining(model, optimizer, "dst")
+        return
+    for _ in range(3 if len(options) < 2 else 0):  # the optimiser may have run before
+        backward(model, 6)
+        optimizer.step()
+    sparse = SparseTraining(model, optimizer, "dst", 0.8, total_steps=2 * steps, update_interval=steps // 4, seed=1)
+    new = 0
     for step in range(1, steps + 1):
         backward(model, 6)
-        sparse.update_topology(step)
+        before = {name: mask.clone() for name, mask in sparse.masks.items()}
+        if sparse.update_topology(step):  # what grows starts as everything started
+            for key, mask in sparse.masks.items():
+                weight, grown = model.get_parameter(key), mask & ~before[key]
+                new += int(grown.sum())
+                assert not weight[grown].any()
+                for part, state in optimizer.state[weight].items():
+                    start = {"step_size": 1e-3, "sum": options.get("initial_accumulator_value", 0.0)}.get(part, 0.0)
+                    assert state.shape != weight.shape or (state[grown] == torch.tensor(start)).all(), part
         sparse.mask_gradients()
         optimizer.step()
-    for name, weight in model.named_parameters():
-        if weight.ndim < 2:
-            continue
-        assert not weight[~sparse.masks[name]].any()
-        assert weight[sparse.masks[name]].count_nonzero() > 0.9 * sparse.active[name]
-        for state in optimizer.state[weight].values():
-            if state.shape == weight.shape:
-                assert not state[~sparse.masks[name]].any()
-    assert any((before[name] != mask).any() for name, mask in sparse.masks.items())  # the topology did move
+    assert new > 20
+    for key, mask in sparse.masks.items():
+        weight = model.get_parameter(key)
+        assert weight.isfinite().all() and not weight[~mask].any()
+        assert weight[mask].count_nonzero() > 0.9 * sparse.active[key]
+        if name == "AdamW":
+            assert not any(state[~mask].any() for state in optimizer.state[weight].values() if state.shape == mask.shape)
+
+
+def test_an_eps_that_vanishes_in_the_weights_precision_is_refused():
+    model = mlp(6, 32, 1).half()
+    for options in ({}, {"eps": 0}):
+        for kind in (torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adamax, torch.optim.Adagrad):
+            with pytest.raises(ValueError, match="is 0 in torch.float16.*at least eps=6e-05"):
+                SparseTraining(model, kind(model.parameters(), **options), "sst")
+    for options in ({"eps": 1e-4}, {"fused": True}):  # the fused one computes in float32
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
+        sparse = SparseTraining(model, optimizer, "sst", 0.8)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            sparse.mask_gradients()
+            optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters()) and not model[0].weight[~sparse.masks["0.weight"]].any()
 
 
 def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
@@ -322,8 +380,8 @@ def test_a_schedule_ends_where_it_says_even_between_two_boundaries():
 def test_sparsity_survives_copies_saving_and_new_parameters():
     model = mlp(6, 30, 30, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    make = lambda m, o: SparseTraining(m, o, "dst", 0.7, total_steps=60, update_interval=5, grow="random", seed=3)
-    sparse = make(model, optimizer)
+    make = lambda m, o, seed: SparseTraining(m, o, "dst", 0.7, total_steps=60, update_interval=5, grow="random", seed=seed)
+    sparse = make(model, optimizer, 3)
 
     def advance(model, optimizer, sparse, first, last):
         torch.manual_seed(first)
@@ -339,7 +397,7 @@ def test_sparsity_survives_copies_saving_and_new_parameters():
 
     other = mlp(6, 30, 30, 1, seed=9)
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
-    other_sparse = make(other, other_optimizer)
+    other_sparse = make(other, other_optimizer, 4)
     for new, old in ((other, model), (other_optimizer, optimizer), (other_sparse, sparse)):
         new.load_state_dict(copy.deepcopy(old.state_dict()))
     advance(model, optimizer, sparse, 20, 40)
@@ -360,6 +418,179 @@ def test_sparsity_survives_copies_saving_and_new_parameters():
         SparseTraining(model, torch.optim.SGD(model.parameters()), "sst", 0.7).load_state_dict(sparse.state_dict())
 
 
+def test_a_loaded_state_is_checked_and_leaves_nothing_where_it_prunes():
+    model = mlp(6, 30, 30, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparse = SparseTraining(model, optimizer, "d2s", 0.7, total_steps=40, update_interval=5)
+    for step in range(1, 21):
+        backward(model, 6)
+        sparse.update_topology(step)
+        sparse.mask_gradients()
+        optimizer.step()
+    state = copy.deepcopy(sparse.state_dict())
+    with torch.no_grad():  # weights and moments from elsewhere
+        for weight in (model[2].weight, optimizer.state[model[2].weight]["exp_avg"]):
+            weight.fill_(7.0)
+    sparse.load_state_dict(state)
+    for tensor in (model[2].weight, optimizer.state[model[2].weight]["exp_avg"]):
+        assert int(tensor.count_nonzero()) == sparse.active["2.weight"] < tensor.numel()
+    damaged = copy.deepcopy(state)
+    damaged["masks"]["2.weight"][0] = True
+    masks = {name: mask.clone() for name, mask in sparse.masks.items()}
+    for bad, distribution, sparsity in ((damaged, "er", 0.7), (state, "uniform", 0.7), (state, "er", 0.1)):
+        sparse.distribution, sparse.final = distribution, sparsity
+        with pytest.raises(ValueError, match="the saved masks keep"):
+            sparse.load_state_dict(bad)
+        assert all(torch.equal(masks[name], sparse.masks[name]) for name in masks)
+
+
+def test_masks_reach_wrapped_copies():
+    class Odd(nn.Module):  # one whose masked weights all lie in a child called "module"
+        def __init__(self):
+            super().__init__()
+            self.module, self.norm = mlp(6, 20, 1), nn.LayerNorm(6)
+
+    wraps = (lambda m: m, nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel,
+             lambda m: torch.compile(nn.DataParallel(torch.compile(m))))
+    for model, wrap_own, wrap_other in itertools.product((mlp(6, 20, 1), Odd()), wraps, wraps):
+        own, other = wrap_own(copy.deepcopy(model)), wrap_other(copy.deepcopy(model))
+        sparse = SparseTraining(own, torch.optim.SGD(own.parameters(), lr=0.1), "sst", 0.7)
+        nn.utils.vector_to_parameters(torch.ones(count(model)), other.parameters())
+        sparse.apply_masks(other)
+        assert all(torch.equal(a != 0, b != 0) for a, b in zip(own.parameters(), other.parameters()) if a.ndim == 2)
+    with pytest.raises(ValueError, match="has not the layout"):
+        sparse.apply_masks(mlp(6, 21, 1))
+
+
+class Everything(nn.Module):
+    """A layer of every kind that has parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bilinear, self.image, self.up = (nn.Linear(4, 6), nn.Bilinear(3, 4, 5), nn.Conv2d(2, 4, 3),
+                                                           nn.ConvTranspose1d(4, 4, 2))
+        self.embedding, self.bag, self.cell = nn.Embedding(9, 4), nn.EmbeddingBag(9, 4), nn.GRUCell(3, 4)
+        self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+        self.cross = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+        self.lstm = nn.LSTM(3, 4, bidirectional=True, proj_size=2)
+        self.tied = nn.Linear(4, 9)
+        self.tied.weight = self.embedding.weight
+        self.norm, self.batch_norm, self.prelu = nn.LayerNorm([4, 8]), nn.BatchNorm2d(4), nn.PReLU(4)
+        self.raw = nn.Parameter(torch.ones(4, 4))
+        self.empty = nn.Linear(4, 0)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_what_is_masked_is_a_matter_of_kind_and_choice():
+    model = Everything()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lstm = [f"lstm.weight_{part}_l0{end}" for end in ("", "_reverse") for part in ("ih", "hh", "hr")]
+    attention = ["attention.in_proj_weight", "attention.out_proj.weight"] + [
+        f"cross.{part}" for part in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")]
+    single = [f"{name}.weight" for name in ("linear", "bilinear", "image", "up", "embedding", "bag")]
+    expected = {*single, *attention, *lstm, "cell.weight_ih", "cell.weight_hh"}
+    untouched = {name: p.clone() for name, p in model.named_parameters() if name not in expected}
+    sparse = SparseTraining(model, optimizer, "sst", 0.5, seed=0)
+    assert sparse.masks.keys() == expected
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in untouched.items())
+    # By name: a layer with all that is in it, a single weight; a shared weight goes by either of its names.
+    sparse = SparseTraining(model, optimizer, "sst", 0.5, leave_out=["cross", "image.weight", "tied"])
+    assert expected - sparse.masks.keys() == {"image.weight", "embedding.weight", *attention[2:]}
+    assert SparseTraining(model, optimizer, "sst", 0.5, leave_out="bag").masks.keys() == expected - {"bag.weight"}
+    with pytest.raises(ValueError, match="no layer or weight 'lin'"):
+        SparseTraining(model, optimizer, "sst", leave_out="lin")
+    with pytest.raises(ValueError, match="LayerNorm trains no weight"):
+        SparseTraining(model.norm, torch.optim.SGD(model.norm.parameters()), "sst")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrap", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm,
+                                  torch.nn.utils.parametrizations.orthogonal, torch.nn.utils.weight_norm,
+                                  torch.nn.utils.spectral_norm, lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+                                  lambda layer: nn.Embedding(9, 4, sparse=True)])
+def test_weights_that_masks_cannot_follow_are_refused_or_left_out(wrap):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), wrap(nn.Linear(8, 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="masks cannot follow the .* of 2: build it without, or leave it out"):
+        SparseTraining(model, optimizer, "dst")
+    assert SparseTraining(model, optimizer, "dst", leave_out="2").masks.keys() == {"0.weight"}
+    model[2].requires_grad_(False)
+    assert SparseTraining(model, optimizer, "dst").masks.keys() == {"0.weight"}
+
+
+def test_a_change_that_lacks_a_gradient_changes_nothing_and_can_be_tried_again():
+    model = mlp(6, 20, 20, 1)
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", 0.7, update_interval=10)
+    backward(model, 6)
+    model[2].weight.grad = None
+    masks = {name: mask.clone() for name, mask in sparse.masks.items()}
+    with pytest.raises(RuntimeError, match="2.weight has no gradient"):
+        sparse.update_topology(10)
+    assert all(torch.equal(masks[name], mask) for name, mask in sparse.masks.items())
+    backward(model, 6)
+    assert sparse.update_topology(10) and any(not torch.equal(masks[name], mask) for name, mask in sparse.masks.items())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_weights():
+    for regime in ("sst", "dst", "s2d", "d2s"):  # now or at the end
+        model = mlp(8, 32, 16, 1)
+        with pytest.raises(ValueError, match="at sparsity 0.999 0.weight keeps no weight"):
+            SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), regime, 0.999)
+    assert layer_densities([(0, 4), (8, 8), (4, 0)], 0.5) == [1.0, 0.5, 1.0] and layer_densities([(0, 4)], 0.5) == [1.0]
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 0))
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", 0.5)
+    assert sparse.layer_densities() == {"0.weight": 0.5} and sparse.density() == 0.5
+
+
+def test_default_seeds_differ_between_modules_and_repeat_with_the_callers():
+    def mask(model, **options):
+        return SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "sst", 0.7, **options).masks["weight"]
+
+    def pair():
+        torch.manual_seed(0)
+        return nn.Linear(6, 20), nn.Linear(6, 20)
+
+    (one, two), (same, _) = pair(), pair()
+    assert not torch.equal(mask(one), mask(two)) and torch.equal(mask(pair()[0]), mask(same))
+    assert torch.equal(mask(pair()[0], seed=5), mask(pair()[1], seed=5))
+
+
+def test_complex_weights_train_as_sparsely():
+    torch.manual_seed(0)
+    model = nn.Linear(12, 8, dtype=torch.complex128)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.05, initial_accumulator_value=0.1)
+    sparse = SparseTraining(model, optimizer, "dst", 0.5, total_steps=40, update_interval=10)
+    for step in range(1, 41):
+        x = torch.randn(16, 12, dtype=torch.complex128)
+        optimizer.zero_grad()
+        model(x).abs().square().mean().backward()
+        sparse.update_topology(step)
+        sparse.mask_gradients()
+        optimizer.step()
+        mask = sparse.masks["weight"]
+        assert mask.sum() == 48 and not model.weight[~mask].any() and model.weight.isfinite().all()
+    assert (optimizer.state[model.weight]["sum"][~mask] == 0.1 + 0.1j).all()
+
+
+@pytest.mark.parametrize("zeta", [0.0, 0.5])
+def test_d2s_is_magnitude_pruning_only_without_a_drop_fraction(zeta):
+    model = mlp(10, 40, 40, 1)
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "d2s", 0.6, total_steps=100,
+                            update_interval=2, drop_initial=zeta)
+    left, smallest = 0, 0  # weights that left, and how many of them magnitude alone would have taken
+    for step in range(1, 101):
+        backward(model, 10)
+        before = {name: (mask.clone(), model.get_parameter(name).detach().abs()) for name, mask in sparse.masks.items()}
+        sparse.update_topology(step)
+        for name, (mask, magnitude) in before.items():
+            leaves = mask & ~sparse.masks[name]
+            left += int(leaves.sum())
+            smallest += int((magnitude[leaves] <= magnitude[mask].sort().values[max(0, int(leaves.sum()) - 1)]).sum())
+    assert left > 1000 and (smallest == left if zeta == 0 else smallest < 0.8 * left)
+
+
 def test_convolutions_random_numbers_nan_and_refusals():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 4))
     state = torch.get_rng_state()
@@ -370,16 +601,22 @@ def test_convolutions_random_numbers_nan_and_refusals():
     model[0].weight.grad[~sparse.masks["0.weight"]] = float("nan")
     sparse.mask_gradients()
     assert model[0].weight.grad.isfinite().all()  # NaN × 0 would be NaN
-    for dtype, layout in itertools.product((torch.float32, torch.float64, torch.bfloat16), (lambda t: t, lambda t: t.t())):
-        tensor, mask = layout(torch.randn(1100, 1000).to(dtype)), layout(torch.rand(1100, 1000) < 0.5)  # more than one piece
-        expected = tensor.masked_fill(~mask, 0.0)
-        tensor[~mask] = float("nan")
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128, torch.float8_e4m3fn)
+    for dtype, layout in itertools.product(dtypes, (lambda t: t, lambda t: t.t())):
+        values, mask = layout(torch.randn(1100, 1000)), layout(torch.rand(1100, 1000) < 0.5)  # more than one piece
+        expected = torch.where(mask, values.to(dtype).to(torch.complex128), 0)
+        tensor = torch.where(mask, values, float("nan")).to(dtype)
         _zero_pruned(tensor, mask)
-        assert torch.equal(tensor, expected)
+        assert torch.equal(tensor.to(torch.complex128), expected)
     assert set(sparse.layer_densities()) == {"0.weight", "3.weight"}
     assert sparse.density() == pytest.approx(0.2, abs=2 / (16 * 27 + 4 * 16 * 36))
-    for arguments, message in ((("rigl",), "unknown regime"), (("dst", 1.0), "sparsity"), (("dst", 0.5, 0), "total_steps"),
-                               (("dst", 0.5, 9, 1, "er", "gradient", 1.5), "drop_initial")):
+    nan, base = float("nan"), ("s2d", 0.5, 9, 1, "er", "gradient")
+    for arguments, message in ((("rigl",), "unknown regime"), (("dst", nan), "sparsity"), (("dst", 1.0), "sparsity"), (("dst", 0.5, 0), "total_steps"),
+                               (("dst", 0.5, 9, 1, "er", "gradient", 1.5), "drop_initial"),
+                               (("dst", 0.5, nan), "total_steps"), (("dst", 0.5, 9, nan), "update_interval"),
+                               (("dst", 0.5, 9, 1, "er", "gradient", 0.5, nan), "drop_final"),
+                               *(((*base, 0.5, 0.0, 0.2, 0.8, power), "power") for power in (-1, 0, nan, float("inf"))),
+                               *(((*base, 0.5, 0.0, *ends), "schedule_end <= 1") for ends in ((nan, 0.8), (0.2, nan)))):
         with pytest.raises(ValueError, match=message):
             SparseTraining(model, optimizer, *arguments)
     with pytest.raises(ValueError, match="drop_fraction"):
@@ -709,6 +946,11 @@ def test_srank_against_published_values_and_a_naive_form():
     rank_one = torch.outer(torch.randn(12), torch.randn(6))
     assert metrics.srank(rank_one) == 1 and metrics.srank(torch.zeros(4, 3)) == 0
     assert math.isnan(metrics.srank(torch.full((4, 3), float("nan"))))
+    for shape in ((0, 3), (4, 0)):
+        assert math.isnan(metrics.srank(torch.zeros(shape)))
+    for scale in (1e38, 1e-40, 1e300):  # sums, or singular values themselves, beyond float32
+        matrix = torch.diag(0.5 ** torch.arange(10.0)).double() * scale
+        assert metrics.srank(matrix if scale > 1e38 else matrix.float()) == 7
 
 
 def test_dormant_ratio_against_published_values():
@@ -721,6 +963,10 @@ def test_dormant_ratio_against_published_values():
     assert metrics.dormant_ratio({"a": elu}) == (0.25, {"a": 0.25})
     assert metrics.dormant_ratio({"a": torch.zeros(3, 5)})[0] == 1.0
     assert math.isnan(metrics.dormant_ratio({})[0])
+    pooled, per_layer = metrics.dormant_ratio({"none": torch.zeros(3, 0), "some": torch.tensor([[0.0, 1.0, 1.0, 2.0]])})
+    assert pooled == per_layer["some"] == 0.25 and math.isnan(per_layer["none"])
+    pooled, per_layer = metrics.dormant_ratio({"unseen": torch.zeros(0, 3)})
+    assert math.isnan(pooled) and math.isnan(per_layer["unseen"])
 
 
 def test_activations_are_read_after_the_activation_in_every_layer():
@@ -733,6 +979,58 @@ def test_activations_are_read_after_the_activation_in_every_layer():
     assert min(value.min() for value in recorded.values()) >= -1  # ELU's floor
     model(torch.zeros(2, 4))
     assert recorded["activation.1"].shape == (16, 8)  # the hooks are gone
+
+
+class Channels(nn.Module):
+    """Convolutions whose channels 1 and 3 of 4 are dead, and then layers that count units otherwise."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.conv = getattr(nn, f"Conv{dims}d")(2, 4, 3, padding=1)
+        self.act, self.pool, self.act2 = nn.ReLU(), getattr(nn, f"MaxPool{dims}d")(2), nn.ReLU()
+        self.gate, self.sigmoid, self.act3 = nn.Linear(4, 4), nn.Sigmoid(), nn.ReLU()
+        self.last, self.gelu = nn.Linear(4, 6), nn.GELU()
+        with torch.no_grad():
+            self.conv.bias[[1, 3]] = -1e3
+
+    def forward(self, x):  # (batch, 2, 8, ...)
+        x = self.act2(self.pool(self.act(self.conv(x))))
+        gate = self.sigmoid(self.gate(x.flatten(2).mean(2)))  # (batch, 4): units last, in between
+        x = self.act3(x * gate.view(*gate.shape, *[1] * (x.ndim - 2)))
+        return self.gelu(self.last(x.movedim(1, -1)))  # (batch, 4, ..., 6): as many dimensions, units last
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_channels_are_the_neurons_of_a_convolution(dims):
+    torch.manual_seed(0)
+    model, x = Channels(dims), torch.randn(3, 2, *[8] * dims)
+    with metrics.record_activations(model) as recorded:
+        model(x)
+    assert {name: tuple(value.shape) for name, value in recorded.items()} == {
+        "act": (3 * 8 ** dims, 4), "act2": (3 * 4 ** dims, 4), "sigmoid": (3, 4), "gelu": (3 * 4 ** dims, 6),
+        "act3": (3 * 4 ** dims, 4)}
+    per_layer = metrics.dormant_ratio(recorded)[1]
+    assert [per_layer[name] for name in ("act", "act2", "sigmoid", "gelu")] == [0.5, 0.5, 0, 0]
+    torch.testing.assert_close(recorded["act"][:, 2], F.relu(model.conv(x))[:, 2].flatten())
+    assert per_layer["act3"] == 0.5
+    with metrics.record_activations(nn.ReLU()) as recorded:  # no layer that says: images have their channels first
+        nn.ReLU()(x)
+    assert recorded == {}
+
+
+def test_every_kind_of_activation_is_seen_and_what_follows_leaves_the_record_alone():
+    others = {"MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
+    for name in set(nn.modules.activation.__all__) - others:
+        layer = getattr(nn, name)(*{"Threshold": (0.1, 0.0)}.get(name, ()))
+        x = torch.randn(5, 4)
+        for shape in ((5, 4), (1, 5, 4), (4,)):
+            with metrics.record_activations(layer) as recorded:
+                out = layer(x[0] if shape == (4,) else x.view(shape))
+                expected = torch.atleast_2d(out.detach().clone().squeeze(0))
+                out.data.mul_(0)  # as nn.ReLU(inplace=True) or x += y would
+            if name != "RReLU":
+                torch.testing.assert_close(recorded[""], expected)
+            assert recorded[""].shape == expected.shape
 
 
 def test_norms_and_interference_against_naive_forms():
@@ -760,9 +1058,23 @@ def test_norms_and_interference_against_naive_forms():
     masked = gradients * torch.cat([m.flatten() for m in masks])
     torch.testing.assert_close(metrics.gradient_gram(losses, list(model.parameters()), masks), (masked @ masked.T).double(),
                                atol=1e-6, rtol=1e-4)
+    weight, data = torch.ones(3000, requires_grad=True), torch.randn(4, 3000)
+    with torch.autocast("cpu", torch.bfloat16):  # whatever precision products have, as tf32 on a GPU
+        gram = metrics.gradient_gram((data * weight).sum(1), [weight])
+    torch.testing.assert_close(gram, data.double() @ data.double().T, atol=1e-9, rtol=0)
+    tiny = metrics.gradient_gram(losses * 1e-24, list(model.parameters()))  # whose squares float32 does not have
+    torch.testing.assert_close(metrics.cosines(tiny), cosine, atol=1e-5, rtol=1e-4)
+    model[0].requires_grad_(False)  # a frozen parameter adds nothing
+    losses = (model(x) - y).square().mean(1)
+    trained = gradients[:, 5 * 7 + 7:].double()
+    torch.testing.assert_close(metrics.gradient_gram(losses, list(model.parameters())), trained @ trained.T, atol=1e-6, rtol=1e-4)
     model.zero_grad()
     assert math.isnan(metrics.gradient_norm(model)) and math.isnan(metrics.parameter_norm(nn.ReLU()))
     assert all(math.isnan(value) for value in metrics.interference_summary(torch.full((3, 3), float("nan"))))
+    for nothing in (model.requires_grad_(False), nn.ReLU(), mlp(5, 7, 3)):  # frozen; without parameters; not in the graph
+        row = metrics.module_metrics(nothing, {"z": torch.zeros(0, 4)}, {}, losses)
+        assert all(math.isnan(row[key]) for key in ("srank_z", "dormant", "interference", "gradient_norm"))
+        assert math.isnan(row["parameter_norm"]) == (nothing.__class__ is nn.ReLU)
 
 
 # ------------------------------------------------------------------------------------------------------------ mrq.py
@@ -1584,7 +1896,8 @@ def test_simba_agents_learn_a_small_task(algo):
 class NoSynchronisation(TorchDispatchMode):
     """Fails on every operation that makes the host wait for the device: reading a value, or a shape that depends on one."""
     FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
-                 "aten::_unique2", "aten::bincount", "aten::repeat_interleave.Tensor"}
+                 "aten::_unique2", "aten::bincount", "aten::repeat_interleave.Tensor",
+                 "aten::kthvalue"}  # waits for nothing, but has one thread block a call: 0.7 s for 100 M elements
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         by_mask = function.name().startswith("aten::index") and any(
