@@ -583,7 +583,8 @@ def latest_row(episodes):
     return max(step[0] for episode in episodes for step in episode) + 1
 
 
-def test_draws_follow_the_priorities():
+@pytest.mark.parametrize("shape", [(1000,), (10, 100)])  # batch by batch, or a burst at once
+def test_draws_follow_the_priorities(shape):
     buffer = ReplayBuffer(1, 1, 5000, horizon=1)
     rng = np.random.RandomState(0)
     for t in range(4000):
@@ -593,7 +594,7 @@ def test_draws_follow_the_priorities():
     weights[rows] = torch.tensor(rng.choice([1.0, 2.0, 50.0], len(rows)))
     buffer.priority.copy_(weights)
     torch.manual_seed(0)
-    counts = torch.bincount(torch.cat([buffer.sample(1000).index for _ in range(400)]), minlength=len(weights)).double()
+    counts = torch.bincount(torch.cat([buffer.draw(*shape).flatten() for _ in range(400)]), minlength=len(weights)).double()
     assert not counts[weights == 0].any()
     for value in (1.0, 2.0, 50.0):
         expected = value / weights.sum() * 400_000 * (weights == value).sum()
@@ -607,17 +608,18 @@ def test_a_draw_of_zero_or_one_never_takes_a_row_without_priority(monkeypatch):
     buffer, _ = play(1, 60, 3, 100)
     for value in (0.0, 1.0):  # the ends of the interval, and what rounding could make of it
         monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.full(tuple(shape), value, **kw))
-        assert (buffer.priority[buffer.sample(8).index] > 0).all()
+        assert (buffer.priority[buffer.draw(8)] > 0).all() and (buffer.priority[buffer.draw(2, 8)] > 0).all()
 
 
 def test_float32_sums_would_distort_a_million_priorities(monkeypatch):
     buffer = ReplayBuffer(1, 1, 2**20, horizon=1)
     buffer.priority.fill_(1.0)
-    buffer.priority[0] = 2.0**36  # a float32 sum that begins so cannot see the million ones after it
+    buffer.priority[0], buffer.sampleable = 2.0**36, 1  # a float32 sum that begins so cannot see the million ones after it
     for row in (1, 5000, 700_000, 2**20 - 1):
         share = (2.0**36 + row - 0.5) / (2.0**36 + 2**20 - 1)  # the draw that falls on this row's block
         monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.full(tuple(shape), share, **kw))
-        assert buffer._draw(2)[0].item() // 1024 == row // 1024
+        assert buffer.draw(2)[0].item() // 1024 == row // 1024
+        assert buffer.draw(1, 2)[0, 0].item() == row  # a single running sum knows the row itself
 
 
 def test_priorities_after_an_update():
@@ -1037,6 +1039,26 @@ def test_targets_and_reward_scales_follow_every_period():
     assert agent.target_reward_scale == mean and agent.reward_scale == buffer.mean_absolute_reward() > mean
     for name in ("critic", "actor"):  # copied before this update's step
         assert all(torch.equal(a, b) for a, b in zip(held[name], agent.targets[name].parameters()))
+
+
+def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
+    agent, buffer = tiny(), filled()
+    drawn, gather = [], buffer.gather
+    buffer.gather = lambda index, horizon: drawn.append(index) or gather(index, horizon)
+    agent.refresh_targets(buffer)
+    burst = agent.burst.clone()
+    assert burst.shape == (4, 16) and len(burst.unique()) > 30 and (buffer.priority[burst] > 0).all()
+    agent.update_encoder(buffer)
+    other = tiny(seed=9)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))  # stopped after one update of four
+    torch.manual_seed(123)
+    for one in (agent, other):
+        for _ in range(3):
+            one.update_encoder(buffer)
+    assert torch.equal(torch.stack(drawn), torch.cat([burst, burst[1:]]))
+    assert all(torch.equal(a, b) for a, b in zip(agent.encoder.parameters(), other.encoder.parameters()))
+    agent.refresh_targets(buffer)
+    assert not torch.equal(agent.burst, burst) and agent.burst_position == 0
 
 
 @pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s")])
@@ -1597,6 +1619,27 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
     assert agent.updates["critic"] == 9 and agent.info["critic_loss"].device.type == "meta"
 
 
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, views left out; an optimiser's step counts as the one operation that moves the weights."""
+    count, UNCOUNTED = 0, ("aten::_unsafe_view", "aten::_foreach_add_.Scalar", "aten::_foreach_sub_.List", "profiler::")
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        views = any(result.alias_info is not None and not result.alias_info.is_write for result in function._schema.returns)
+        self.count += not views and not function.name().startswith((*self.UNCOUNTED, "aten::detach"))
+        return function(*arguments, **(options or {}))
+
+
+def test_an_agent_step_stays_small():
+    """Each operation costs the host some microseconds, and a GPU more than most of them take. The depth decides, not the width."""
+    agent, buffer = tiny(), filled()
+    agent.refresh_targets(buffer)
+    agent.update(buffer)
+    with Operations() as operations:
+        agent.update_encoder(buffer)
+        agent.update_critic_and_actor(buffer)
+    assert 300 < operations.count <= 730
+
+
 @pytest.mark.parametrize("algo", AGENTS)
 def test_recorded_updates_equal_plain_ones(algo):
     """The host's side of graph capture, with a stand-in for the device's. Recording runs the function and then puts the
@@ -1675,6 +1718,7 @@ def test_onednn_products_equal_pytorchs_own(monkeypatch):
 @pytest.mark.parametrize("algo", ["mrq", "sac"])
 def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
     calls, product = [], fast.product
+    monkeypatch.setattr(fast, "onednn_pays", lambda: True)  # whatever the processor
     monkeypatch.setattr(fast, "product", lambda x, weight, bias=None: (calls.append(weight.shape), product(x, weight, bias))[1])
     monkeypatch.setattr(fast, "WIDE", 256)
     (plain, buffer), (agent, other) = tiny_of(algo), tiny_of(algo)
@@ -1688,7 +1732,7 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
         torch.testing.assert_close(list(network.parameters()), list(agent.networks[name].parameters()), rtol=1e-3, atol=1e-5)
     calls.clear()
     for precision, available in (("bf16", True), ("fp32", False)):
-        monkeypatch.setattr(fast, "onednn_available", lambda: available)
+        monkeypatch.setattr(fast, "onednn_pays", lambda: available)
         agent, buffer = tiny_of(algo)
         fast.speed_up(agent, precision)
         agent.update(buffer)
@@ -1742,6 +1786,7 @@ def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options=None: compile(
         function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
     (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
+    monkeypatch.setattr(fast, "onednn_pays", fast.onednn_available)
     monkeypatch.setattr(fast, "WIDE", 256)  # with oneDNN's products among what is compiled
     fast.speed_up(compiled, "fp32", compile=True)
     assert compiled.mask_and_clip != getattr(type(compiled), "mask_and_clip").__get__(compiled)  # wrapped, like the losses
