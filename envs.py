@@ -18,8 +18,10 @@ numpy; copy it into your project.
     print(evaluate(lambda obs: -obs[:, :1].clip(-1, 1), step=0))          # (2,) returns
 """
 
+import contextlib
 import difflib
 import multiprocessing
+import os
 import sys
 import warnings
 
@@ -147,10 +149,13 @@ class LockstepEvaluation:
 
     episode e of the evaluation at agent step t is seeded by (seed, t, e) and by nothing else. Observations of episodes
     that have ended stay in the batch, so that its shape, and with it the others' rounding, never changes.
-    workers: processes that step MuJoCo, and do nothing else; 0 steps it here. Their number changes no result.
+    workers: processes that step MuJoCo, and do nothing else; 0 steps it here; None: one for every four cores of this
+        process. Their number changes no result.
     """
 
     def __init__(self, name, episodes=10, seed=0, action_repeat=2, workers=0):
+        if workers is None:
+            workers = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 4
         self.seed, self.episodes = seed, episodes
         parts = np.array_split(np.arange(episodes), min(max(workers, 1), episodes))
         make = _RemoteGroup if workers else _Group
@@ -212,13 +217,24 @@ class _RemoteGroup:
         self._process.start()
 
     def send(self, method, argument):
-        self._pipe.send((method, argument))
+        with self._told_in_a_line():
+            self._pipe.send((method, argument))
 
     def receive(self):
-        result = self._pipe.recv()
+        with self._told_in_a_line():
+            result = self._pipe.recv()
         if isinstance(result, Exception):
             raise result
         return result
+
+    @contextlib.contextmanager
+    def _told_in_a_line(self):
+        try:
+            yield
+        except (EOFError, BrokenPipeError, ConnectionResetError):  # out of memory, or killed by somebody
+            self._process.join(timeout=1)
+            raise ChildProcessError(f"an evaluation worker (process {self._process.pid}) died with exit status "
+                                    f"{self._process.exitcode}; --eval-workers 0 does without") from None
 
 
 def _serve(pipe, arguments):

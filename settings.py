@@ -212,7 +212,7 @@ class Args:
     learning_starts: int = 10_000  # random steps before learning; 5,000 for sac and ddpg
     eval_every: int = 5_000  # agent steps between two evaluations
     eval_episodes: int = 10  # episodes an evaluation
-    eval_workers: int = 0  # processes that step the evaluation's environments; they change no result
+    eval_workers: int | None = None  # processes that step evaluations, without changing them; one for every four cores
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of products; auto is tf32 on CUDA, fp32 elsewhere
     compile: bool = False  # torch.compile the losses (needs a C++ compiler on a CPU)

@@ -1904,6 +1904,24 @@ def test_evaluation_episodes_depend_on_their_seed_alone():
     assert returns[4] == pytest.approx(total)
 
 
+def test_a_worker_that_dies_is_told_in_one_line():
+    evaluation = LockstepEvaluation("cartpole-swingup", 2, workers=1)
+
+    def act(obs):
+        evaluation.groups[0][1]._process.kill()
+        return np.zeros((2, 1))
+    with pytest.raises(ChildProcessError, match=r"an evaluation worker \(process \d+\) died with exit status -9; --eval-workers 0"):
+        evaluation(act, step=0)
+
+
+def test_a_worker_for_every_four_cores(monkeypatch):
+    monkeypatch.setattr(envs, "_RemoteGroup", envs._Group)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    assert [len(part) for part, _ in LockstepEvaluation("cartpole-swingup", 4, workers=None).groups] == [2, 1, 1]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)))
+    assert len(LockstepEvaluation("cartpole-swingup", 4, workers=None).groups) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------- train.py
 
 def run_train(folder, *flags, timeout=300):
@@ -2191,7 +2209,7 @@ def test_the_benchmark_counts_what_it_says(algo, capsys):
 @pytest.mark.parametrize("flags, message", [
     (("--variants", "sparse"), "unknown variant 'sparse'"), (("--variants", "dense+bf16+tf32"), "at most one of +fp32"),
     (("--variants", "mst+graphs", "--device", "cpu"), "needs a CUDA device"), (("--device", "foo"), "unknown --device"),
-    (("--steps", "0"), "--steps must be at least 1"), (("--csv", __file__), "exists"), (("--algo", "ppo"), "choose one of"),
+    (("--steps", "0"), "--steps must be at least 1"), (("--csv", __file__), "exists"),
     (("--env", "dog_run"), "did you mean dog-run")])
 def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--scales", "0.05", *flags])
