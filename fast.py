@@ -1,4 +1,4 @@
-"""The fast path: matrix precision, faster products on a CPU, compiled losses, and updates captured as CUDA graphs.
+"""The fast path: matrix precision, faster products on AMD's processors, compiled losses, and updates captured as CUDA graphs.
 
 What it claims: it wraps an agent's update and replaces none of it. Each part is a flag of its own, none is needed, and
 the results are those of the plain path within rounding; masks included, since topology changes happen in place.
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 WIDE = 2 ** 14  # weights from which a layer gains from oneDNN: measured, 128 x 128 at batch 256
+PROVEN_ON_CUDA = False  # whether `pytest test_all.py -k cuda` has passed on a GPU: then "auto" compiles and captures there
 WARM_UP = 3  # eager calls before a capture: allocators and autotuners settle; they are real updates, none is undone
 
 
@@ -56,6 +57,21 @@ def pick_precision(name, device):
     return name
 
 
+def pick_speed(compile, graphs, precision, device):
+    """(whether to compile, whether to capture, lines that the user should be told) of "auto", "on" or "off" each.
+    ValueError for what cannot be, or cannot be trusted, here."""
+    if graphs == "on" and device.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a CUDA device, and this run is on {device}")
+    if compile == "on" and precision == "bf16" and device.type == "cpu":
+        raise ValueError("--compile and --precision bf16 together give NaN at some widths on a CPU: leave one of them away")
+    chosen = [PROVEN_ON_CUDA and device.type == "cuda" if flag == "auto" else flag == "on" for flag in (compile, graphs)]
+    unproven = [name for name, flag in (("--compile", compile), ("--cuda-graphs", graphs))
+                if flag == "auto" and device.type == "cuda" and not PROVEN_ON_CUDA]
+    notes = [f"  note: {' and '.join(unproven)} stay off until `pytest test_all.py -k cuda` has shown on a GPU that they change "
+             "nothing; ask for them by `on`"] if unproven else []
+    return *chosen, notes
+
+
 def set_precision(precision):
     """The process's own setting, of float32 products; bf16 is a matter of autocast."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -63,6 +79,7 @@ def set_precision(precision):
 
 def speed_up(agent, precision="fp32", compile=False):
     """Sets the precision of the agent's losses, and compiles them and the masking of gradients, in place."""
+    pick_speed("on" if compile else "off", "off", precision, agent.device)  # refuses what cannot be trusted
     set_precision(precision)
     if precision == "fp32" and agent.device.type == "cpu" and onednn_pays():
         for network in (*agent.networks.values(), *agent.targets.values()):

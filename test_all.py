@@ -1578,7 +1578,8 @@ def test_simba_agents_learn_a_small_task(algo):
 # ------------------------------------------------------------------------------------------------------------ fast.py
 
 class NoSynchronisation(TorchDispatchMode):
-    """Fails on every operation that makes the host wait for the device: reading a value, or a shape that depends on one."""
+    """Fails on every operation that makes the host wait for the device: reading a value, or a shape that depends on one, or
+    a copy between the two that does not say that nobody waits for it."""
     FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
                  "aten::_unique2", "aten::bincount", "aten::repeat_interleave.Tensor"}
 
@@ -1587,7 +1588,17 @@ class NoSynchronisation(TorchDispatchMode):
             torch.is_tensor(i) and i.dtype == torch.bool for i in (arguments[1] if len(arguments) > 1 and
                                                                    isinstance(arguments[1], (list, tuple)) else ()))
         assert function.name() not in self.FORBIDDEN and not by_mask, f"{function.name()} synchronises"
+        if function.name() in ("aten::copy_", "aten::_to_copy"):
+            options = options or {}
+            to = arguments[0].device if function.name() == "aten::copy_" else options.get("device") or arguments[0].device
+            waits = not (options.get("non_blocking") or arguments[2:3] == (True,))
+            assert not (waits and to != arguments[function.name() == "aten::copy_"].device), f"{function.name()} synchronises"
         return function(*arguments, **(options or {}))
+
+
+class NoNumbers(NoSynchronisation):
+    """... and on `tensor[row] = number`: on CUDA the number becomes a tensor of the host, whose copy is waited for."""
+    FORBIDDEN = NoSynchronisation.FORBIDDEN | {"aten::scalar_tensor"}
 
 
 @pytest.mark.parametrize("algo, growth", [("mrq", "gradient"), ("mrq", "random"), ("sac", "gradient"), ("ddpg", "random"),
@@ -1607,13 +1618,22 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
 
     # Tensors on "meta" have no values at all: whoever asks for one, or mixes in a tensor of the host, fails.
     agent, _ = tiny_of(algo, modules, device="meta")
-    buffer = ReplayBuffer(4, 2, 400, agent.horizon, agent.prioritized, device="meta")
+    buffer = ReplayBuffer(4, 2, 40, agent.horizon, agent.prioritized, device="meta")
     buffer.sampleable = 1
     for optimizer in agent.optimizers.values():  # the fused kernel has no meta form; it was under watch above
         monkeypatch.setattr(optimizer, "step", lambda: None)
-    for _ in range(9):
-        agent.update(buffer)
-    agent.observe(np.ones(4, np.float32))
+    with NoSynchronisation():  # the whole loop; the ring closes in it, and episodes end in both ways
+        for step in range(60):
+            with NoNumbers():
+                agent.observe(np.ones(4, np.float32))
+            with pytest.raises(AssertionError, match="_to_copy synchronises"):  # the action: all that is ever read
+                agent.act(np.ones(4, np.float32), explore=True)
+            if step < 9:
+                agent.update(buffer)
+            with NoNumbers():
+                buffer.add(np.ones(4), np.ones(2), 0.5, np.ones(4), step % 50 == 19, step % 50 == 49)
+        with NoNumbers(), pytest.raises(AssertionError, match="synchronises"):
+            buffer.reward[3] = 1.0
     with pytest.raises(RuntimeError):
         agent.info["critic_loss"].item()
     assert agent.updates["critic"] == 9 and agent.info["critic_loss"].device.type == "meta"
@@ -2038,7 +2058,8 @@ BAD_FLAGS = [
     (("--learning-starts", "2"), "--learning-starts must be at least 6, not 2"),
     (("--target-update-freq", "0"), "--target-update-freq must lie in [1, 1e12]"),
     (("--precision", "tf32", "--device", "cpu"), "choose fp32 or bf16"),
-    (("--cuda-graphs", "--device", "cpu"), "--cuda-graphs needs a CUDA device"),
+    (("--cuda-graphs", "on", "--device", "cpu"), "--cuda-graphs needs a CUDA device"),
+    (("--compile", "on", "--precision", "bf16", "--device", "cpu"), "leave one of them away"),
 ]
 
 
@@ -2194,6 +2215,7 @@ def test_the_benchmark_counts_what_it_says(algo, capsys):
     args = bench.Args(algo=algo, variants=["dense", "mst"], env="cartpole-swingup", steps=1)
     dense, mst = rows = bench.bench_scale(0.05, args, torch.device("cpu"))
     bench.show(rows)
+    bench.show_sizes(rows)
     table = capsys.readouterr().out
     assert all(f" {phase} " in table for phase in bench.PHASES) and "16.0 bytes a weight" in table
     assert mst["weights"] == dense["weights"] and mst["gflop"] == dense["gflop"] > 0  # masks spare no arithmetic
@@ -2201,18 +2223,38 @@ def test_the_benchmark_counts_what_it_says(algo, capsys):
     assert 0.9 * dense["mb_weights"] < dense["mb_targets"] <= dense["mb_weights"]  # DDPG's actor has none
     assert dense["mb_masks"] == 0 < mst["mb_masks"] <= 1e-6 * mst["weights"]  # a byte a weight at most
     assert all(row[phase] > 0 for row in rows for phase in ("update", "sample", "critic", "actor", "optimiser"))
-    assert (dense["encoder"] == "") == (algo == "ddpg")
+    assert (dense["encoder"] == "") == (dense["refresh"] == "") == (algo == "ddpg")
+    assert all(row[phase] > 0 for row in rows for phase in ("act", "observe", "add"))
     traffic = 28 * dense["weights"] if algo == "mrq" else 2 * (28 * dense["weights"] + 12 * dense["mb_targets"] / 4e-6)  # soft target
     assert dense["floor"] == pytest.approx(1e3 * (dense["gflop"] / dense["tflop_per_s"] / 1e3 + traffic / dense["gb_per_s"] / 1e9))
+
+
+@pytest.mark.parametrize("algo, phases", [("mrq", bench.mrq_phases), ("sac", bench.simba_phases)])
+def test_a_timed_phase_adds_to_no_earlier_gradient(algo, phases):
+    agent, buffer = tiny_of(algo)
+    for name, phase in phases(agent, buffer).items():
+        if name in agent.networks:
+            seen = []
+            for _ in range(2):
+                torch.manual_seed(0)
+                phase()
+                seen.append([p.grad.clone() for p in agent.networks[name].parameters()])
+            torch.testing.assert_close(*seen, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("flags, message", [
     (("--variants", "sparse"), "unknown variant 'sparse'"), (("--variants", "dense+bf16+tf32"), "at most one of +fp32"),
     (("--variants", "mst+graphs", "--device", "cpu"), "needs a CUDA device"), (("--device", "foo"), "unknown --device"),
+    (("--variants", "mst", "mst"), "names mst twice"), (("--variants", "mst+bf16+bf16"), "each once"),
+    (("--variants", "mst+bf16+compile", "--device", "cpu"), "leave one of them away"),
+    (("--scales", "1", "-1"), "scale must be above 0"), (("--scales", "1", "5000"), "choose a smaller --scale"),
+    (("--csv", "nowhere/x.csv"), "No such file"),
     (("--steps", "0"), "--steps must be at least 1"), (("--csv", __file__), "exists"),
     (("--env", "dog_run"), "did you mean dog-run")])
 def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--scales", "0.05", *flags])
+    if "dog_run" not in flags:
+        monkeypatch.setattr(bench, "bench_scale", lambda *_: pytest.fail("timed before it was told"))
     with pytest.raises(SystemExit) as stopped:
         bench.main()
     assert message in stopped.value.code and "\n" not in stopped.value.code

@@ -91,7 +91,8 @@ def build(args):
     config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()},
                                          "versions": versions, "device_used": str(device)}
     log = RunLog(folder, config, args.tensorboard, args.wandb_project)
-    print("\n".join([describe(agent, modules, args, device, folder), *notes(args)]), flush=True)
+    speed_notes = fast.pick_speed(args.compile, args.cuda_graphs, fast.pick_precision(args.precision, device), device)[2]
+    print("\n".join([describe(agent, modules, args, device, folder), *notes(args), *speed_notes]), flush=True)
     return device, env, agent, replay, evaluation, log
 
 
