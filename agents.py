@@ -18,14 +18,13 @@ BYTES_A_WEIGHT = 16  # weight, gradient, two moments
 def build_agent(args, obs_dim, action_dim, device):
     """The agent of these settings (settings.Args) on this device; ValueError or MemoryError, in one line."""
     precision = fast.pick_precision(args.precision, device)
-    if args.cuda_graphs and device.type != "cuda":
-        raise ValueError(f"--cuda-graphs needs a CUDA device, and this run is on {device}")
+    compile, graphs, _ = fast.pick_speed(args.compile, args.cuda_graphs, precision, device)
     modules = module_configs(args)
     check_memory(modules, device)
     total_updates = (args.total_steps - args.learning_starts) * args.agent.updates_per_step
     agent = AGENTS[args.algo](obs_dim, action_dim, modules, args.agent, total_updates, device, args.seed)
-    fast.speed_up(agent, precision, args.compile)
-    if args.cuda_graphs:
+    fast.speed_up(agent, precision, compile)
+    if graphs:
         fast.captured(agent)
     return agent
 

@@ -1,17 +1,18 @@
 """Time and memory of one agent step, split by phase, with the floor that arithmetic and bytes allow beside it.
 
     python bench.py                                  # scale 1, this machine, dog-run shapes
-    python bench.py --scales 1 3 5 --csv bench.csv   # the README's table, on a GPU
+    python bench.py --scales 1 3 5 --variants mst mst+graphs mst+bf16+compile+graphs --csv gpu.csv   # a GPU's rows of the README
     python bench.py --variants dense mst mst+bf16    # which forms to compare
     python bench.py --algo sac --env humanoid-run --width-scale 4 --depth-scale 3
 
-Every figure is a median, in milliseconds per agent step; the encoder's burst and the topology updates are spread over the
-steps they serve. The variants of one scale take turns within one run, so that a noisy machine is noisy to all of them:
-read the ratios. FLOPs are counted by PyTorch's own counter during a real update, bytes are counted from the optimiser's
+Every figure is a median, in milliseconds per agent step; the encoder's burst, what is refreshed before it (targets, scales,
+draws) and the topology updates are spread over the steps they serve; observe and add are what the loop does beside. The variants of one scale take turns within one run, so
+that a noisy machine is noisy to all of them: read the ratios. FLOPs are counted by PyTorch's own counter during a real update, bytes are counted from the optimiser's
 traffic, and the rates that turn both into a floor are measured on the spot. Phases are timed apart and uncaptured;
 "masks" is the plain pass over the gradients, which +compile fuses with clipping.
 """
 
+import contextlib
 import csv
 import dataclasses
 import gc
@@ -27,14 +28,14 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 import fast
-from agents import AGENTS
+from agents import AGENTS, check_memory
 from envs import Env
 from modules import frozen
 from mrq import MRQ
 from replay import ReplayBuffer
 from train import REFUSED, one_line
 
-PHASES = ("sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act")
+PHASES = ("refresh", "sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act", "observe", "add")
 BYTES_A_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all but the gradient, 4 bytes each
 
 
@@ -72,26 +73,35 @@ class Clock:
         return begin.elapsed_time(end)
 
 
+def module_configs(kind, scale, args):
+    """dense or mst, of this size. The regime is all in which the two differ."""
+    width, depth = (scale if own is None else own for own in (args.width_scale, args.depth_scale))
+    return {name: dataclasses.replace(module, width_scale=width, depth_scale=depth,
+                                      regime=module.regime if kind == "mst" else "dense")
+            for name, module in AGENTS[args.algo].Config.presets["mst"].items()}
+
+
 def plain_agent(kind, scale, env, device, args):
     """dense or mst, as it comes."""
-    agent_class = AGENTS[args.algo]
-    width, depth = (scale if own is None else own for own in (args.width_scale, args.depth_scale))
-    modules = {name: dataclasses.replace(module, width_scale=width, depth_scale=depth,
-                                         regime=module.regime if kind == "mst" else "dense")
-               for name, module in agent_class.Config.presets["mst"].items()}  # so that the regime is all that differs
     torch.manual_seed(0)
-    return agent_class(env.obs_dim, env.action_dim, modules, device=device)
+    return AGENTS[args.algo](env.obs_dim, env.action_dim, module_configs(kind, scale, args), device=device)
+
+
+def check_variant(variant, device):
+    """ValueError for a name that describes no agent, or none that can run here."""
+    kind, *options = variant.split("+")
+    unknown = set(options) - {*fast.PRECISIONS, "compile", "graphs"}
+    twice = len(options) > len(set(options)) or len(set(options) & set(fast.PRECISIONS)) > 1
+    if kind not in ("dense", "mst") or unknown or twice:
+        raise ValueError(f"unknown variant {variant!r}: dense or mst, then at most one of +fp32, +tf32, +bf16, then "
+                         "+compile, +graphs, each once")
+    on = ["on" if option in options else "off" for option in ("compile", "graphs")]
+    fast.pick_speed(*on, precision_of(variant, device), device)
 
 
 def variant_agent(variant, scale, env, device, args):
     """The agent that a variant's name describes, e.g. mst+bf16+compile."""
     kind, *options = variant.split("+")
-    unknown = set(options) - {"bf16", "tf32", "fp32", "compile", "graphs"}
-    if kind not in ("dense", "mst") or unknown or len(set(options) & set(fast.PRECISIONS)) > 1:
-        raise ValueError(f"unknown variant {variant!r}: dense or mst, then at most one of +fp32, +tf32, +bf16, then "
-                         "+compile, +graphs")
-    if "graphs" in options and device.type != "cuda":
-        raise ValueError(f"{variant} needs a CUDA device, and this run is on {device}")
     agent = plain_agent(kind, scale, env, device, args)
     fast.speed_up(agent, precision_of(variant, device), "compile" in options)
     if "graphs" in options:
@@ -128,14 +138,14 @@ def mrq_phases(agent, replay):
     zs = agent.encode(short.obs[:, 0])
 
     def sample():
-        replay.sample(config.batch_size, config.encoder_horizon)
+        replay.gather(batch.index, config.encoder_horizon)  # drawn before, with all of the burst
         drawn = replay.sample(config.batch_size, config.q_horizon)
         replay.update_priority(drawn.index, drawn.reward[:, 0])
 
     def actor():
         with frozen(agent.encoder, agent.critic):
             losses = agent.actor_loss(zs)[0]
-        losses.mean().backward()
+        backward(agent, "actor", losses)
 
     def optimiser():
         torch.nn.utils.clip_grad_norm_(list(agent.critic.parameters()), config.critic_grad_clip)
@@ -143,9 +153,15 @@ def mrq_phases(agent, replay):
             optimizer.step()
 
     return {"sample": sample,
-            "encoder": lambda: agent.encoder_loss(batch, replay.termination_seen)[0].mean().backward(),
-            "critic": lambda: agent.critic_loss(short, agent.encode(short.obs[:, 0]))[0].mean().backward(),
+            "encoder": lambda: backward(agent, "encoder", agent.encoder_loss(batch, replay.termination_seen)[0]),
+            "critic": lambda: backward(agent, "critic", agent.critic_loss(short, agent.encode(short.obs[:, 0]))[0]),
             "actor": actor, "optimiser": optimiser}
+
+
+def backward(agent, name, losses):
+    """As in an update, into gradients that are not there yet: adding to those of the call before would be timed as well."""
+    agent.optimizers[name].zero_grad(set_to_none=True)
+    losses.mean().backward()
 
 
 def simba_phases(agent, replay):
@@ -155,20 +171,20 @@ def simba_phases(agent, replay):
     def actor():
         with frozen(agent.critic):
             losses = agent.actor_loss(batch.obs[:, 0])[0]
-        losses.mean().backward()
+        backward(agent, "actor", losses)
 
     def optimiser():  # and the soft target
         for optimizer in agent.optimizers.values():
             optimizer.step()
         agent.update_target(topology_changed=False)
 
-    return {"sample": lambda: agent.draw(replay), "critic": lambda: agent.critic_loss(batch)[0].mean().backward(),
+    return {"sample": lambda: agent.draw(replay), "critic": lambda: backward(agent, "critic", agent.critic_loss(batch)[0]),
             "actor": actor, "optimiser": optimiser}
 
 
 def phases(agent, replay, env):
     """Each phase as a function that can be timed by itself: name -> (function, how often an agent step has it)."""
-    obs = env.reset()
+    obs, action = env.reset(), env.random_action()
 
     def masks():
         for sparse in agent.sparse.values():
@@ -185,9 +201,14 @@ def phases(agent, replay, env):
 
     own = mrq_phases(agent, replay) if isinstance(agent, MRQ) else simba_phases(agent, replay)
     updates = agent.updates_per_step
-    return {name: (function, updates) for name, function in (own | {"masks": masks}).items()} | {
+    if isinstance(agent, MRQ):
+        refresh = {"refresh": (lambda: agent.refresh_targets(replay), 1 / agent.config.target_update_freq)}
+    else:
+        refresh = {}
+    return refresh | {name: (function, updates) for name, function in (own | {"masks": masks}).items()} | {
         "topology": (topology, updates / agent.sparse["critic"].update_interval), "environment": (environment, 1),
-        "act": (lambda: agent.act(obs, explore=True), 1)}
+        "act": (lambda: agent.act(obs, explore=True), 1), "observe": (lambda: agent.observe(obs), 1),
+        "add": (lambda: replay.add(obs, action, 0.0, obs, False, False), 1)}
 
 
 def memory(agent, replay):
@@ -209,7 +230,7 @@ def rates(device, precision):
     x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     source = torch.randn((2 ** 28 if device.type == "cuda" else 2 ** 25), device=device)
     target, time_of = torch.empty_like(source), Clock(device)
-    multiply = fast.product if precision == "fp32" and device.type == "cpu" and fast.onednn_available() else torch.mm
+    multiply = fast.product if precision == "fp32" and device.type == "cpu" and fast.onednn_pays() else torch.mm
     product = min(time_of(lambda: multiply(x, x)) for _ in range(6))
     copy = min(time_of(lambda: target.copy_(source)) for _ in range(6))
     return 2 * n ** 3 / product * 1e3, 2 * source.numel() * 4 / copy * 1e3
@@ -259,6 +280,7 @@ def bench_scale(scale, args, device):
         row = {"algo": args.algo, "env": args.env, "scale": scale, "variant": variant, "weights": weights,
                "update": sum(medians[update] for update in agent.captures) * agent.updates_per_step}
         row |= {name: medians[name] * parts[name][1] if name in parts else "" for name in PHASES}
+        row["update"] += row["refresh"] or 0.0
         optimiser_bytes = weights * BYTES_A_WEIGHT * agent.updates_per_step
         if not isinstance(agent, MRQ):  # the soft target: reads both, writes one
             optimiser_bytes += 12 * agent.updates_per_step * sum(p.numel() for p in agent.critic.parameters())
@@ -270,14 +292,20 @@ def bench_scale(scale, args, device):
     return rows
 
 
-def show(rows):
-    """A Markdown table; update is one agent step of learning, and the phases are its parts timed apart."""
-    columns = ["scale", "variant", "update", *PHASES, "floor"]  # a size set apart is named above the table
-    print("| " + " | ".join(columns) + " | ÷ first |\n" + "|---" * (len(columns) + 1) + "|")
+COLUMNS = ("update", *PHASES, "floor")
+
+
+def show(rows, heading=True):
+    """Rows of a Markdown table; update is one agent step of learning, and the phases are its parts timed apart."""
+    if heading:
+        print("| | " + " | ".join(COLUMNS) + " | ÷ first |\n" + "|---" * (len(COLUMNS) + 2) + "|")
     for row in rows:
-        cells = [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in columns]
-        first = next(other for other in rows if other["scale"] == row["scale"])
-        print("| " + " | ".join(cells) + f" | {row['update'] / first['update']:.3f} |", flush=True)
+        cells = [f"{row[name]:.3g}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS]
+        print(f"| scale {row['scale']:g}, {row['variant']} | " + " | ".join(cells)
+              + f" | {row['update'] / rows[0]['update']:.3f} |", flush=True)
+
+
+def show_sizes(rows):
     for row in rows:
         sizes = ", ".join(f"{name[3:]} {value:.0f}" for name, value in row.items()
                           if name.startswith("mb_") and value != "")
@@ -286,37 +314,53 @@ def show(rows):
               f"a step, {per_weight:.1f} bytes a weight in training; MB: {sizes}")
 
 
-def run(args):
-    """All rows; whatever is wrong with the flags is told before anything is timed."""
+def check(args):
+    """The device. Whatever is wrong with the flags is told here, before anything is timed."""
     device = fast.pick_device(args.device)
     if args.steps < 1 or not args.scales or not args.variants:
         raise ValueError("--steps must be at least 1, and --scales and --variants must name at least one each")
+    for flag, values in (("--scales", args.scales), ("--variants", args.variants)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{flag} names {next(v for v in values if values.count(v) > 1)} twice: once is enough")
+    for variant in args.variants:
+        check_variant(variant, device)
+    for scale in args.scales:
+        check_memory(module_configs("dense", scale, args), device)  # a scale that is none is refused there, too
     if args.csv and os.path.exists(args.csv):
         raise ValueError(f"{args.csv} exists: choose another --csv, or move it away")
-    rows = []
-    for scale in args.scales:
-        rows += bench_scale(scale, args, device)
-        release_memory()
-    return device, rows
+    return device
+
+
+def run(args, device):
+    """Times, shows and writes one scale after the other: what is known stays, whatever happens to the next."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    apart = (("width", args.width_scale), ("depth", args.depth_scale))
+    sizes = "".join(f", {what} ×{value:g}" for what, value in apart if value is not None)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(args.csv, "x", newline="")) if args.csv else None
+        print(f"{name}, PyTorch {torch.__version__}, {args.algo} on {args.env}{sizes}; milliseconds per agent step, "
+              f"medians of {args.steps}\n")
+        rows = []
+        for scale in args.scales:
+            new = bench_scale(scale, args, device)
+            show(new, heading=not rows)
+            if file:
+                writer = csv.DictWriter(file, list(new[0]))
+                if not rows:
+                    writer.writeheader()
+                writer.writerows(new)
+                file.flush()
+            rows += new
+            release_memory()
+    show_sizes(rows)
 
 
 def main():
     args = tyro.cli(Args, description=__doc__)
     try:
-        device, rows = run(args)
+        run(args, check(args))
     except REFUSED as error:
         sys.exit(f"bench.py: {one_line(error)}")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    apart = (("width", args.width_scale), ("depth", args.depth_scale))
-    sizes = "".join(f", {what} ×{value:g}" for what, value in apart if value is not None)
-    print(f"{name}, PyTorch {torch.__version__}, {args.algo} on {args.env}{sizes}; milliseconds per agent step, "
-          f"medians of {args.steps}\n")
-    show(rows)
-    if args.csv:
-        with open(args.csv, "x", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The fast path: matrix precision, faster products on a CPU, compiled losses, and updates captured as CUDA graphs.
+"""The fast path: matrix precision, faster products on AMD's processors, compiled losses, and updates captured as CUDA graphs.
 
 What it claims: it wraps an agent's update and replaces none of it. Each part is a flag of its own, none is needed, and
 the results are those of the plain path within rounding; masks included, since topology changes happen in place.
@@ -9,7 +9,7 @@ the results are those of the plain path within rounding; masks included, since t
 
 Precision, of matrix products and what lies between them; weights, gradients, moments, losses, and the last layers of Q
 and of stochastic actors stay in float32:
-    fp32   float32 throughout; on a CPU by oneDNN, up to twice as fast as PyTorch's own choice
+    fp32   float32 throughout; on AMD's processors by oneDNN, up to twice as fast as PyTorch's own choice there
     tf32   float32 products rounded to 10 bits of mantissa, on CUDA since Ampere
     bf16   bfloat16 products through autocast, on CUDA and on processors with bf16 instructions
 """
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 WIDE = 2 ** 14  # weights from which a layer gains from oneDNN: measured, 128 x 128 at batch 256
+PROVEN_ON_CUDA = False  # whether `pytest test_all.py -k cuda` has passed on a GPU: then "auto" compiles and captures there
 WARM_UP = 3  # eager calls before a capture: allocators and autotuners settle; they are real updates, none is undone
 
 
@@ -57,6 +58,21 @@ def pick_precision(name, device):
     return name
 
 
+def pick_speed(compile, graphs, precision, device):
+    """(whether to compile, whether to capture, lines that the user should be told) of "auto", "on" or "off" each.
+    ValueError for what cannot be, or cannot be trusted, here."""
+    if graphs == "on" and device.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a CUDA device, and this run is on {device}")
+    if compile == "on" and precision == "bf16" and device.type == "cpu":
+        raise ValueError("--compile and --precision bf16 together give NaN at some widths on a CPU: leave one of them away")
+    chosen = [PROVEN_ON_CUDA and device.type == "cuda" if flag == "auto" else flag == "on" for flag in (compile, graphs)]
+    unproven = [name for name, flag in (("--compile", compile), ("--cuda-graphs", graphs))
+                if flag == "auto" and device.type == "cuda" and not PROVEN_ON_CUDA]
+    notes = [f"  note: {' and '.join(unproven)} stay off until `pytest test_all.py -k cuda` has shown on a GPU that they change "
+             "nothing; ask for them by `on`"] if unproven else []
+    return *chosen, notes
+
+
 def set_precision(precision):
     """The process's own setting, of float32 products; bf16 is a matter of autocast."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -64,8 +80,9 @@ def set_precision(precision):
 
 def speed_up(agent, precision="fp32", compile=False):
     """Sets the precision of the agent's losses, and compiles them and the masking of gradients, in place."""
+    pick_speed("on" if compile else "off", "off", precision, agent.device)  # refuses what cannot be trusted
     set_precision(precision)
-    if precision == "fp32" and agent.device.type == "cpu" and onednn_available():
+    if precision == "fp32" and agent.device.type == "cpu" and onednn_pays():
         for network in (*agent.networks.values(), *agent.targets.values()):
             for layer in network.modules():
                 if isinstance(layer, nn.Linear) and layer.weight.numel() >= WIDE:
@@ -93,6 +110,18 @@ def onednn_available():
     """Whether this PyTorch was built with oneDNN, for a processor whose float32 products it would give to MKL."""
     return (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
             and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+@functools.cache
+def onednn_pays():
+    """Whether oneDNN's float32 products are the faster ones: on AMD's processors, by twice; on Intel's they cost 8 % of an
+    update. A rule, not a measurement: a run that is continued must take the same path again."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            processor = next((line for line in file if line.startswith("vendor_id")), "")
+    except OSError:  # not Linux
+        processor = platform.processor()
+    return "AuthenticAMD" in processor and onednn_available()
 
 
 def product(x, weight, bias=None):

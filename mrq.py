@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from modules import ModularAgent, frozen
 from networks import Actor, Critic, Encoder
-from replay import multi_step_return, to_device
+from replay import multi_step_return, still_running, to_device
 from settings import MR_DEFAULT, MRQConfig
 
 
@@ -47,6 +47,9 @@ class MRQ(ModularAgent):
         # Scales as device scalars: a Python number would freeze in a captured graph.
         self.reward_scale = torch.ones((), device=self.device)  # r̄
         self.target_reward_scale = torch.ones((), device=self.device)  # r̄', the scale before
+        # Which subtrajectories a burst draws, and how far it has come: decided at its start, when priorities stand still.
+        self.burst = torch.zeros(config.target_update_freq, config.batch_size, dtype=torch.long, device=self.device)
+        self.burst_position = torch.zeros(1, dtype=torch.long, device=self.device)
         self.bins = symexp(torch.linspace(-config.reward_range, config.reward_range, config.reward_bins,
                                           device=self.device))
 
@@ -82,10 +85,9 @@ class MRQ(ModularAgent):
 
     @torch.no_grad()
     def refresh_targets(self, replay):
-        """Hard copies, and r̄' becomes the r̄ that the copied critic was trained with."""
+        """Hard copies; r̄' becomes the r̄ that the copied critic was trained with; and the burst's draws."""
         for name, network in self.networks.items():
-            for target, source in zip(self.targets[name].parameters(), network.parameters()):
-                target.copy_(source)
+            torch._foreach_copy_(list(self.targets[name].parameters()), list(network.parameters()))
         self.target_reward_scale.copy_(self.reward_scale)
         # The paper says "recent experiences in the replay buffer"; all of the buffer is the published MR.Q's reading.
         # 1 until a reward other than 0 has been stored. The published MR.Q divides by 1e-8 instead: its first targets are
@@ -93,9 +95,13 @@ class MRQ(ModularAgent):
         scale = replay.mean_absolute_reward()
         self.reward_scale.copy_(torch.where(scale > 0, scale, 1.0))
         self.info["reward_scale"] = self.reward_scale
+        self.burst.copy_(replay.draw(*self.burst.shape))
+        self.burst_position.zero_()
 
     def update_encoder(self, replay):
-        batch = replay.sample(self.config.batch_size, self.config.encoder_horizon)
+        index = self.burst.index_select(0, self.burst_position).squeeze(0)  # (batch,)
+        self.burst_position.add_(1).remainder_(len(self.burst))
+        batch = replay.gather(index, self.config.encoder_horizon)
         losses, info = self.encoder_loss(batch, replay.termination_seen)
         self._step("encoder", losses.mean())
         self.info.update(info)
@@ -138,14 +144,11 @@ class MRQ(ModularAgent):
             next_obs = batch.obs[:, 1:].flatten(0, 1)  # one large product, where (batch, H, ·) would make H small ones
             target_zs = self.targets["encoder"].zs(next_obs).unflatten(0, (len(batch.obs), -1))  # (batch, H, zs)
         zs = self.encoder.zs(batch.obs[:, 0])  # (batch, zs)
-        running = torch.ones_like(batch.reward[:, 0])  # (batch,) 0 after a termination
-        reward_loss = dynamics_loss = terminal_loss = torch.zeros_like(running)
-        for k in range(config.encoder_horizon):  # Eq. (8)
-            done, zs, reward_logits = self.encoder.predict(self.encoder(zs, batch.action[:, k]))  # Eq. (7)
-            reward_loss = reward_loss + running * two_hot_cross_entropy(reward_logits, batch.reward[:, k], self.bins)
-            dynamics_loss = dynamics_loss + running * (zs - target_zs[:, k]).square().mean(-1)  # Eq. (10)
-            terminal_loss = terminal_loss + running * (done.squeeze(-1) - batch.terminated[:, k]).square()  # Eq. (10)
-            running = running * (1.0 - batch.terminated[:, k])  # the terminating step itself still counted
+        done, zs, reward_logits = self.encoder.unroll(zs, batch.action)  # Eq. (7): (batch, H, ·) each
+        alive = still_running(batch.terminated)  # (batch, H) 0 after a termination; the terminating step itself counts
+        reward_loss = (alive * two_hot_cross_entropy(reward_logits, batch.reward, self.bins)).sum(1)  # Eqs. (8), (9)
+        dynamics_loss = (alive * F.mse_loss(zs, target_zs, reduction="none").mean(-1)).sum(1)  # Eqs. (8), (10)
+        terminal_loss = (alive * F.mse_loss(done.squeeze(-1), batch.terminated, reduction="none")).sum(1)  # Eqs. (8), (10)
         loss = (config.reward_weight * reward_loss + config.dynamics_weight * dynamics_loss
                 + config.terminal_weight * termination_seen * terminal_loss)  # (batch,)
         info = {"encoder_loss": loss, "reward_loss": reward_loss, "dynamics_loss": dynamics_loss,
@@ -216,7 +219,8 @@ class MRQ(ModularAgent):
                 "critic": plain.critic_loss(self, batch, zs)[0], "actor": plain.actor_loss(self, zs)[0]}
 
     def tensors(self):
-        return {"reward_scale": self.reward_scale, "target_reward_scale": self.target_reward_scale}
+        return {"reward_scale": self.reward_scale, "target_reward_scale": self.target_reward_scale,
+                "burst": self.burst, "burst_position": self.burst_position}
 
 
 def symexp(x):
@@ -234,8 +238,8 @@ def two_hot(x, bins):
 
 
 def two_hot_cross_entropy(logits, x, bins):
-    """CE(logits, Two-Hot(x)), (batch, bins) and (batch,) -> (batch,). Two entries are gathered; no row is spelt out."""
+    """CE(logits, Two-Hot(x)), (..., bins) and (...) -> (...). Two entries are gathered; no row is spelt out."""
     lower, weight = two_hot(x, bins)
     log_p = F.log_softmax(logits, -1)
-    log_p = log_p.gather(-1, torch.stack([lower, lower + 1], -1))  # (batch, 2)
-    return -((1 - weight) * log_p[..., 0] + weight * log_p[..., 1])  # Eq. (9)
+    log_p = log_p.gather(-1, torch.stack([lower, lower + 1], -1))  # (..., 2)
+    return -(torch.stack([1 - weight, weight], -1) * log_p).sum(-1)  # Eq. (9)

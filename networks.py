@@ -160,14 +160,28 @@ class Encoder(nn.Module):
         """z_s = f_ω(s)"""
         return self.zs_activation(self.zs_mlp(obs))
 
+    def za(self, action):
+        """z_a, (..., za_dim)"""
+        return self.za_activation(self.za_linear(action))
+
     def forward(self, zs, action):
         """z_sa = g_ω(z_s, a)"""
-        za = self.za_activation(self.za_linear(action))
-        return self.zsa_mlp(torch.cat([zs, za], -1))
+        return self.zsa_mlp(torch.cat([zs, self.za(action)], -1))
 
     def predict(self, zsa):
         """The next step's (done (..., 1), z_s (..., zs_dim), reward logits (..., bins)), all linear in z_sa.  Eq. (7)"""
         return self.model(zsa).split([1, self.zs_dim, self.num_bins], -1)
+
+    def unroll(self, zs, actions):
+        """`predict` along real actions, each step from the z_s that the one before predicted.  Eq. (7)
+
+        zs: (batch, zs_dim). actions: (batch, H, action_dim). Returns the three with H as their second dimension.
+        """
+        predictions = []
+        for za in self.za(actions).unbind(1):  # z_a waits for no prediction: all of them in one product
+            predictions.append(self.predict(self.zsa_mlp(torch.cat([zs, za], -1))))
+            zs = predictions[-1][1]
+        return [torch.stack(steps, 1) for steps in zip(*predictions)]
 
 
 class Critic(nn.Module):

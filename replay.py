@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 BLOCK = 1024  # rows summed together before drawing; see `_draw`
 
@@ -51,19 +52,19 @@ class ReplayBuffer:
             raise ValueError(f"a buffer of {capacity} rows is too small for a horizon of {horizon}")
         device = torch.device(device)
         padded = -(-capacity // BLOCK) * BLOCK  # rows for the priorities, up to a whole number of blocks
-        bytes_needed = capacity * (4 * (obs_dim + action_dim + 1) + 2) + 4 * padded
+        bytes_needed = 4 * capacity * (obs_dim + action_dim + 3) + 8 * padded
         if bytes_needed > (free := free_memory(device)):
             raise MemoryError(f"a buffer of {capacity:,} rows takes {bytes_needed / 1e9:.2f} GB, but {device} has "
                               f"{free / 1e9:.2f} GB: ask for a smaller one")
         self.capacity, self.horizon, self.device = capacity, horizon, device
         self.prioritized, self.alpha, self.min_priority = prioritized, alpha, min_priority
-        self.obs = torch.zeros(capacity, obs_dim, device=device)
-        self.action = torch.zeros(capacity, action_dim, device=device)
-        self.reward = torch.zeros(capacity, device=device)
-        self.terminated = torch.zeros(capacity, dtype=torch.bool, device=device)
-        self.transition = torch.zeros(capacity, dtype=torch.bool, device=device)  # False where a row is only an o_T
-        # 0 says that no subtrajectory may start here: an episode's end, the ring's head, a row never written.
-        self.priority = torch.zeros(padded, device=device)
+        # All of a row side by side, to be written and drawn in one go: o, a, r, 1.0 if that ended in a terminal state, and
+        # 1.0 if anything was done here at all (a row may be only an o_T). The columns have names below.
+        self.rows = torch.zeros(capacity, obs_dim + action_dim + 3, device=device)
+        self.columns = obs_dim, action_dim, 1, 1, 1
+        # 0 says that no subtrajectory may start here: an episode's end, the ring's head, a row never written. In float64,
+        # because sums must be: converting a million of them takes longer than adding them up.
+        self.priority = torch.zeros(padded, dtype=torch.float64, device=device)
         # Device scalars, so that a captured graph sees them change.
         self.max_priority = torch.full((), float(min_priority ** alpha), device=device)
         self.termination_seen = torch.zeros((), device=device)  # 1.0 from the first termination on
@@ -77,18 +78,32 @@ class ReplayBuffer:
         """Where the current observation stands, or will stand."""
         return self.position % self.capacity
 
+    obs, action, reward, terminated, transition = (
+        property(lambda self, column=column: self._split(self.rows)[column]) for column in range(5))  # views, (capacity, ...)
+
+    def _split(self, rows):
+        """(..., all columns) -> o (..., obs_dim), a (..., action_dim), r, terminated, transition (...)"""
+        obs, action, *numbers = rows.split(self.columns, -1)
+        return obs, action, *(number.squeeze(-1) for number in numbers)
+
     # ---- writing ----
 
     def add(self, obs, action, reward, next_obs, terminated, truncated):
         """Stores one transition. obs must be the next_obs of the call before, unless that one ended an episode."""
-        if self.episode_length == 0:
-            self._write_observation(self.row, obs)
         row, following = self.row, (self.row + 1) % self.capacity
-        self.action[row] = to_device(action, self.device)
-        self.reward[row] = float(reward)
-        self.terminated[row] = bool(terminated)
-        self.transition[row] = True
-        self._write_observation(following, next_obs)
+        if self.episode_length == 0:
+            self._withdraw(row)
+        self._withdraw(following)
+        # Both rows in one copy that nobody waits for: `tensor[row] = number` makes the host wait for a GPU each time.
+        pair = np.zeros((2, self.rows.shape[1]), np.float32)
+        pair[0] = np.concatenate([np.ravel(obs), np.ravel(action), [reward, terminated, True]])
+        pair[1, :len(np.ravel(next_obs))] = next_obs  # nothing is done there, until the next `add` says otherwise
+        pair = to_device(pair, self.device)
+        if following:
+            self.rows[row:row + 2].copy_(pair)
+        else:  # the ring closes between the two
+            self.rows[row].copy_(pair[0])
+            self.rows[0].copy_(pair[1])
         self.position += 1
         self.episode_length += 1
 
@@ -104,53 +119,54 @@ class ReplayBuffer:
             self.position += 1
             self.episode_length = 0
 
-    def _write_observation(self, row, obs):
-        self.obs[row] = to_device(obs, self.device)
-        self.reward[row] = 0.0
-        self.terminated[row] = False
-        self.transition[row] = False  # until `add` says otherwise
-        self.priority[row] = 0.0
+    def _withdraw(self, row):
+        """No subtrajectory starts here any more."""
+        self.priority[row].zero_()
         self.sampleable -= self._offered[row]
         self._offered[row] = 0
 
     def _make_sampleable(self, row):
         self.sampleable += 1 - self._offered[row]
         self._offered[row] = 1
-        self.priority[row] = self.max_priority if self.prioritized else 1.0
+        if self.prioritized:
+            self.priority[row].copy_(self.max_priority)
+        else:
+            self.priority[row].fill_(1.0)
 
     # ---- drawing ----
 
     def sample(self, batch_size, horizon=None):
         """Draws `batch_size` subtrajectories of `horizon` transitions (default: the longest), by priority."""
-        horizon = self.horizon if horizon is None else horizon
-        if horizon > self.horizon:
-            raise ValueError(f"this buffer keeps subtrajectories of {self.horizon} transitions, not {horizon}")
+        return self.gather(self.draw(batch_size), horizon)
+
+    def draw(self, *shape):
+        """First rows of subtrajectories, of this shape: (batch,), or (batches, batch) while no priority changes."""
         if not self.sampleable:
             raise ValueError(f"nothing to draw yet: the buffer holds no {self.horizon} transitions in a row")
-        return self.gather(self._draw(batch_size), horizon)
+        if len(shape) > 1:  # one running sum over the whole buffer, for all of them
+            return _draw_from(self.priority, *shape)
+        # First a block by its sum, then a row within it. Each sum is exact in float64 (a float32 running sum over a
+        # million priorities is off by up to 25 %), and the running sum over the whole buffer is never made.
+        blocks = self.priority.view(-1, BLOCK)
+        block = _draw_from(blocks.sum(1), *shape)  # (batch,)
+        return block * BLOCK + _draw_from(blocks[block], *shape, 1).squeeze(1)
 
     def gather(self, index, horizon=None):
         """The subtrajectories that start at these rows; index: (batch,)."""
         horizon = self.horizon if horizon is None else horizon
+        if horizon > self.horizon:
+            raise ValueError(f"this buffer keeps subtrajectories of {self.horizon} transitions, not {horizon}")
         steps = torch.arange(horizon + 1, device=self.device)
-        rows = (index.unsqueeze(1) + steps) % self.capacity  # (batch, H + 1)
-        taken = rows[:, :-1]
-        return Batch(index, self.obs[rows], self.action[taken], self.reward[taken], self.terminated[taken].float())
-
-    def _draw(self, count):
-        """Rows with probability priority / total. First a block by its sum, then a row within it: each sum is exact in
-        float64 (a float32 running sum over a million priorities is off by up to 25 %), and a running sum over the
-        whole buffer, the slowest part on a CPU, is never made."""
-        blocks = self.priority.view(-1, BLOCK)
-        block = _draw_from(blocks.sum(1, dtype=torch.float64).expand(count, -1))  # (count,)
-        return block * BLOCK + _draw_from(blocks[block].double())
+        drawn = self.rows[(index.unsqueeze(1) + steps) % self.capacity]  # (batch, H + 1, all columns)
+        obs, action, reward, terminated, _ = self._split(drawn)
+        return Batch(index, obs, action[:, :-1], reward[:, :-1], terminated[:, :-1])
 
     def update_priority(self, index, td_error):
         """p = max(|δ|, 1)^α for the drawn rows; td_error: (batch,), the larger of the two critics'.  Table 1, LAP"""
         if not self.prioritized:
             return
         error = torch.nan_to_num(td_error.detach().abs(), nan=0.0, posinf=0.0)  # never a NaN in here: it would be drawn
-        priority = error.clamp(min=self.min_priority).pow(self.alpha)
+        priority = error.clamp(min=self.min_priority).pow(self.alpha).to(self.priority.dtype)
         # A row drawn twice gets the larger of its two values: a plain write would leave the last of an unknown order.
         self.priority.scatter_reduce_(0, index, priority, "amax", include_self=False)
         self.max_priority.copy_(torch.maximum(self.max_priority, priority.max()))
@@ -161,25 +177,22 @@ class ReplayBuffer:
 
     # ---- saving ----
 
-    ROWS = ("obs", "action", "reward", "terminated", "transition")  # what stands in a row once it is written; priorities move
-
     def state_dict(self):
         """All but the rows: tensors, live ones, and plain values."""
         return {"position": self.position, "episode_length": self.episode_length, "priority": self.priority,
                 "max_priority": self.max_priority, "termination_seen": self.termination_seen}
 
     def rows_since(self, first):
-        """(first, name -> tensor) of the rows from `first` to the current one, counted from the start as `position` is;
+        """(first, {"rows": tensor}) from row `first` to the current one, counted from the start as `position` is;
         from the oldest that the ring still holds, if that is later."""
         first = max(first, self.position + 1 - self.capacity)
         index = torch.arange(first, self.position + 1, device=self.device) % self.capacity
-        return first, {name: getattr(self, name)[index] for name in self.ROWS}
+        return first, {"rows": self.rows[index]}
 
     def load_rows(self, first, rows):
         """Puts back what `rows_since` gave; the oldest first, as later rows may stand where earlier ones stood."""
-        index = torch.arange(first, first + len(rows["reward"]), device=self.device)[-self.capacity:] % self.capacity
-        for name, values in rows.items():
-            getattr(self, name)[index] = values[-self.capacity:].to(self.device)
+        index = torch.arange(first, first + len(rows["rows"]), device=self.device)[-self.capacity:] % self.capacity
+        self.rows[index] = rows["rows"][-self.capacity:].to(self.device)
 
     def load_state_dict(self, state):
         """Takes back what `state_dict` gave."""
@@ -202,21 +215,25 @@ def multi_step_return(reward, terminated, discount):
 
     reward, terminated: (batch, H). Returns (batch, 1) twice: the return, and 1.0 where no step terminated.
     """
-    not_done = (1.0 - terminated).cumprod(1)  # (batch, H): still running after step k
-    running = torch.cat([torch.ones_like(not_done[:, :1]), not_done[:, :-1]], 1)  # ... before step k
     gammas = discount ** torch.arange(reward.shape[1], device=reward.device)
-    return (reward * running * gammas).sum(1, keepdim=True), not_done[:, -1:]
+    returns = (reward * still_running(terminated) * gammas).sum(1, keepdim=True)
+    return returns, (1.0 - terminated).prod(1, keepdim=True)
 
 
-def _draw_from(weights):
-    """One index a row, with probability proportional to its weight. weights: (rows, n), float64."""
-    sums = weights.cumsum(1)
-    total = sums[:, -1:].contiguous()
-    target = torch.rand(total.shape, dtype=torch.float64, device=weights.device) * total
+def still_running(terminated):
+    """1.0 where no earlier step terminated: (batch, H) -> (batch, H)"""
+    return F.pad(1.0 - terminated[:, :-1], (1, 0), value=1.0).cumprod(1)
+
+
+def _draw_from(weights, *shape):
+    """Indices with probability proportional to weight. weights: (n,), for draws of any shape, or (rows, n), for draws of
+    shape (rows, ·): each from its own row. float64."""
+    sums = weights.cumsum(-1)
+    total = sums[..., -1:].contiguous()
+    target = torch.rand(shape, dtype=torch.float64, device=weights.device) * total
     # right=True: a draw of exactly 0 must not return index 0 if its weight is 0. The bound is the last index with a
     # weight above 0, which rounding could overstep.
-    found = torch.searchsorted(sums, target, right=True)
-    return torch.minimum(found, torch.searchsorted(sums, total)).squeeze(1)
+    return torch.minimum(torch.searchsorted(sums, target, right=True), torch.searchsorted(sums, total))
 
 
 def free_memory(device):

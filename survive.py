@@ -152,6 +152,5 @@ class SavedRun:
         count = lambda modules: sum(p.numel() for module in modules.values() for p in module.parameters())
         masks = sum(mask.numel() for sparse in agent.sparse.values() for mask in sparse.masks.values())
         # Weights and two moments, targets, a byte a mask, and all priorities.
-        one = 12 * count(agent.networks) + 4 * count(agent.targets) + masks + 4 * len(replay.priority)
-        row = sum(getattr(replay, name)[0].numel() * getattr(replay, name).element_size() for name in replay.ROWS)
-        return one, row * replay.capacity
+        one = 12 * count(agent.networks) + 4 * count(agent.targets) + masks + 8 * len(replay.priority)
+        return one, 4 * replay.rows.numel()

@@ -846,7 +846,8 @@ def latest_row(episodes):
     return max(step[0] for episode in episodes for step in episode) + 1
 
 
-def test_draws_follow_the_priorities():
+@pytest.mark.parametrize("shape", [(1000,), (10, 100)])  # batch by batch, or a burst at once
+def test_draws_follow_the_priorities(shape):
     buffer = ReplayBuffer(1, 1, 5000, horizon=1)
     rng = np.random.RandomState(0)
     for t in range(4000):
@@ -856,7 +857,7 @@ def test_draws_follow_the_priorities():
     weights[rows] = torch.tensor(rng.choice([1.0, 2.0, 50.0], len(rows)))
     buffer.priority.copy_(weights)
     torch.manual_seed(0)
-    counts = torch.bincount(torch.cat([buffer.sample(1000).index for _ in range(400)]), minlength=len(weights)).double()
+    counts = torch.bincount(torch.cat([buffer.draw(*shape).flatten() for _ in range(400)]), minlength=len(weights)).double()
     assert not counts[weights == 0].any()
     for value in (1.0, 2.0, 50.0):
         expected = value / weights.sum() * 400_000 * (weights == value).sum()
@@ -870,17 +871,18 @@ def test_a_draw_of_zero_or_one_never_takes_a_row_without_priority(monkeypatch):
     buffer, _ = play(1, 60, 3, 100)
     for value in (0.0, 1.0):  # the ends of the interval, and what rounding could make of it
         monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.full(tuple(shape), value, **kw))
-        assert (buffer.priority[buffer.sample(8).index] > 0).all()
+        assert (buffer.priority[buffer.draw(8)] > 0).all() and (buffer.priority[buffer.draw(2, 8)] > 0).all()
 
 
 def test_float32_sums_would_distort_a_million_priorities(monkeypatch):
     buffer = ReplayBuffer(1, 1, 2**20, horizon=1)
     buffer.priority.fill_(1.0)
-    buffer.priority[0] = 2.0**36  # a float32 sum that begins so cannot see the million ones after it
+    buffer.priority[0], buffer.sampleable = 2.0**36, 1  # a float32 sum that begins so cannot see the million ones after it
     for row in (1, 5000, 700_000, 2**20 - 1):
         share = (2.0**36 + row - 0.5) / (2.0**36 + 2**20 - 1)  # the draw that falls on this row's block
         monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.full(tuple(shape), share, **kw))
-        assert buffer._draw(2)[0].item() // 1024 == row // 1024
+        assert buffer.draw(2)[0].item() // 1024 == row // 1024
+        assert buffer.draw(1, 2)[0, 0].item() == row  # a single running sum knows the row itself
 
 
 def test_priorities_after_an_update():
@@ -1375,6 +1377,26 @@ def test_targets_and_reward_scales_follow_every_period():
     assert agent.target_reward_scale == mean and agent.reward_scale == buffer.mean_absolute_reward() > mean
     for name in ("critic", "actor"):  # copied before this update's step
         assert all(torch.equal(a, b) for a, b in zip(held[name], agent.targets[name].parameters()))
+
+
+def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
+    agent, buffer = tiny(), filled()
+    drawn, gather = [], buffer.gather
+    buffer.gather = lambda index, horizon: drawn.append(index) or gather(index, horizon)
+    agent.refresh_targets(buffer)
+    burst = agent.burst.clone()
+    assert burst.shape == (4, 16) and len(burst.unique()) > 30 and (buffer.priority[burst] > 0).all()
+    agent.update_encoder(buffer)
+    other = tiny(seed=9)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))  # stopped after one update of four
+    torch.manual_seed(123)
+    for one in (agent, other):
+        for _ in range(3):
+            one.update_encoder(buffer)
+    assert torch.equal(torch.stack(drawn), torch.cat([burst, burst[1:]]))
+    assert all(torch.equal(a, b) for a, b in zip(agent.encoder.parameters(), other.encoder.parameters()))
+    agent.refresh_targets(buffer)
+    assert not torch.equal(agent.burst, burst) and agent.burst_position == 0
 
 
 @pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s")])
@@ -1894,7 +1916,8 @@ def test_simba_agents_learn_a_small_task(algo):
 # ------------------------------------------------------------------------------------------------------------ fast.py
 
 class NoSynchronisation(TorchDispatchMode):
-    """Fails on every operation that makes the host wait for the device: reading a value, or a shape that depends on one."""
+    """Fails on every operation that makes the host wait for the device: reading a value, or a shape that depends on one, or
+    a copy between the two that does not say that nobody waits for it."""
     FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
                  "aten::_unique2", "aten::bincount", "aten::repeat_interleave.Tensor",
                  "aten::kthvalue"}  # waits for nothing, but has one thread block a call: 0.7 s for 100 M elements
@@ -1904,7 +1927,17 @@ class NoSynchronisation(TorchDispatchMode):
             torch.is_tensor(i) and i.dtype == torch.bool for i in (arguments[1] if len(arguments) > 1 and
                                                                    isinstance(arguments[1], (list, tuple)) else ()))
         assert function.name() not in self.FORBIDDEN and not by_mask, f"{function.name()} synchronises"
+        if function.name() in ("aten::copy_", "aten::_to_copy"):
+            options = options or {}
+            to = arguments[0].device if function.name() == "aten::copy_" else options.get("device") or arguments[0].device
+            waits = not (options.get("non_blocking") or arguments[2:3] == (True,))
+            assert not (waits and to != arguments[function.name() == "aten::copy_"].device), f"{function.name()} synchronises"
         return function(*arguments, **(options or {}))
+
+
+class NoNumbers(NoSynchronisation):
+    """... and on `tensor[row] = number`: on CUDA the number becomes a tensor of the host, whose copy is waited for."""
+    FORBIDDEN = NoSynchronisation.FORBIDDEN | {"aten::scalar_tensor"}
 
 
 @pytest.mark.parametrize("algo, growth", [("mrq", "gradient"), ("mrq", "random"), ("sac", "gradient"), ("ddpg", "random"),
@@ -1924,16 +1957,46 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
 
     # Tensors on "meta" have no values at all: whoever asks for one, or mixes in a tensor of the host, fails.
     agent, _ = tiny_of(algo, modules, device="meta")
-    buffer = ReplayBuffer(4, 2, 400, agent.horizon, agent.prioritized, device="meta")
+    buffer = ReplayBuffer(4, 2, 40, agent.horizon, agent.prioritized, device="meta")
     buffer.sampleable = 1
     for optimizer in agent.optimizers.values():  # the fused kernel has no meta form; it was under watch above
         monkeypatch.setattr(optimizer, "step", lambda: None)
-    for _ in range(9):
-        agent.update(buffer)
-    agent.observe(np.ones(4, np.float32))
+    with NoSynchronisation():  # the whole loop; the ring closes in it, and episodes end in both ways
+        for step in range(60):
+            with NoNumbers():
+                agent.observe(np.ones(4, np.float32))
+            with pytest.raises(AssertionError, match="_to_copy synchronises"):  # the action: all that is ever read
+                agent.act(np.ones(4, np.float32), explore=True)
+            if step < 9:
+                agent.update(buffer)
+            with NoNumbers():
+                buffer.add(np.ones(4), np.ones(2), 0.5, np.ones(4), step % 50 == 19, step % 50 == 49)
+        with NoNumbers(), pytest.raises(AssertionError, match="synchronises"):
+            buffer.reward[3] = 1.0
     with pytest.raises(RuntimeError):
         agent.info["critic_loss"].item()
     assert agent.updates["critic"] == 9 and agent.info["critic_loss"].device.type == "meta"
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, views left out; an optimiser's step counts as the one operation that moves the weights."""
+    count, UNCOUNTED = 0, ("aten::_unsafe_view", "aten::_foreach_add_.Scalar", "aten::_foreach_sub_.List", "profiler::")
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        views = any(result.alias_info is not None and not result.alias_info.is_write for result in function._schema.returns)
+        self.count += not views and not function.name().startswith((*self.UNCOUNTED, "aten::detach"))
+        return function(*arguments, **(options or {}))
+
+
+def test_an_agent_step_stays_small():
+    """Each operation costs the host some microseconds, and a GPU more than most of them take. The depth decides, not the width."""
+    agent, buffer = tiny(), filled()
+    agent.refresh_targets(buffer)
+    agent.update(buffer)
+    with Operations() as operations:
+        agent.update_encoder(buffer)
+        agent.update_critic_and_actor(buffer)
+    assert 300 < operations.count <= 730
 
 
 @pytest.mark.parametrize("algo", AGENTS)
@@ -2014,6 +2077,7 @@ def test_onednn_products_equal_pytorchs_own(monkeypatch):
 @pytest.mark.parametrize("algo", ["mrq", "sac"])
 def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
     calls, product = [], fast.product
+    monkeypatch.setattr(fast, "onednn_pays", lambda: True)  # whatever the processor
     monkeypatch.setattr(fast, "product", lambda x, weight, bias=None: (calls.append(weight.shape), product(x, weight, bias))[1])
     monkeypatch.setattr(fast, "WIDE", 256)
     (plain, buffer), (agent, other) = tiny_of(algo), tiny_of(algo)
@@ -2027,7 +2091,7 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
         torch.testing.assert_close(list(network.parameters()), list(agent.networks[name].parameters()), rtol=1e-3, atol=1e-5)
     calls.clear()
     for precision, available in (("bf16", True), ("fp32", False)):
-        monkeypatch.setattr(fast, "onednn_available", lambda: available)
+        monkeypatch.setattr(fast, "onednn_pays", lambda: available)
         agent, buffer = tiny_of(algo)
         fast.speed_up(agent, precision)
         agent.update(buffer)
@@ -2081,6 +2145,7 @@ def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options=None: compile(
         function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
     (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
+    monkeypatch.setattr(fast, "onednn_pays", fast.onednn_available)
     monkeypatch.setattr(fast, "WIDE", 256)  # with oneDNN's products among what is compiled
     fast.speed_up(compiled, "fp32", compile=True)
     assert compiled.mask_and_clip != getattr(type(compiled), "mask_and_clip").__get__(compiled)  # wrapped, like the losses
@@ -2519,7 +2584,8 @@ BAD_FLAGS = [
     (("--learning-starts", "2"), "--learning-starts must be at least 6, not 2"),
     (("--target-update-freq", "0"), "--target-update-freq must lie in [1, 1e12]"),
     (("--precision", "tf32", "--device", "cpu"), "choose fp32 or bf16"),
-    (("--cuda-graphs", "--device", "cpu"), "--cuda-graphs needs a CUDA device"),
+    (("--cuda-graphs", "on", "--device", "cpu"), "--cuda-graphs needs a CUDA device"),
+    (("--compile", "on", "--precision", "bf16", "--device", "cpu"), "leave one of them away"),
 ]
 
 
@@ -2880,6 +2946,7 @@ def test_the_benchmark_counts_what_it_says(algo, capsys):
     args = bench.Args(algo=algo, variants=["dense", "mst"], env="cartpole-swingup", steps=1)
     dense, mst = rows = bench.bench_scale(0.05, args, torch.device("cpu"))
     bench.show(rows)
+    bench.show_sizes(rows)
     table = capsys.readouterr().out
     assert all(f" {phase} " in table for phase in bench.PHASES) and "16.0 bytes a weight" in table
     assert mst["weights"] == dense["weights"] and mst["gflop"] == dense["gflop"] > 0  # masks spare no arithmetic
@@ -2887,18 +2954,38 @@ def test_the_benchmark_counts_what_it_says(algo, capsys):
     assert 0.9 * dense["mb_weights"] < dense["mb_targets"] <= dense["mb_weights"]  # DDPG's actor has none
     assert dense["mb_masks"] == 0 < mst["mb_masks"] <= 1e-6 * mst["weights"]  # a byte a weight at most
     assert all(row[phase] > 0 for row in rows for phase in ("update", "sample", "critic", "actor", "optimiser"))
-    assert (dense["encoder"] == "") == (algo == "ddpg")
+    assert (dense["encoder"] == "") == (dense["refresh"] == "") == (algo == "ddpg")
+    assert all(row[phase] > 0 for row in rows for phase in ("act", "observe", "add"))
     traffic = 28 * dense["weights"] if algo == "mrq" else 2 * (28 * dense["weights"] + 12 * dense["mb_targets"] / 4e-6)  # soft target
     assert dense["floor"] == pytest.approx(1e3 * (dense["gflop"] / dense["tflop_per_s"] / 1e3 + traffic / dense["gb_per_s"] / 1e9))
+
+
+@pytest.mark.parametrize("algo, phases", [("mrq", bench.mrq_phases), ("sac", bench.simba_phases)])
+def test_a_timed_phase_adds_to_no_earlier_gradient(algo, phases):
+    agent, buffer = tiny_of(algo)
+    for name, phase in phases(agent, buffer).items():
+        if name in agent.networks:
+            seen = []
+            for _ in range(2):
+                torch.manual_seed(0)
+                phase()
+                seen.append([p.grad.clone() for p in agent.networks[name].parameters()])
+            torch.testing.assert_close(*seen, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("flags, message", [
     (("--variants", "sparse"), "unknown variant 'sparse'"), (("--variants", "dense+bf16+tf32"), "at most one of +fp32"),
     (("--variants", "mst+graphs", "--device", "cpu"), "needs a CUDA device"), (("--device", "foo"), "unknown --device"),
+    (("--variants", "mst", "mst"), "names mst twice"), (("--variants", "mst+bf16+bf16"), "each once"),
+    (("--variants", "mst+bf16+compile", "--device", "cpu"), "leave one of them away"),
+    (("--scales", "1", "-1"), "scale must be above 0"), (("--scales", "1", "5000"), "choose a smaller --scale"),
+    (("--csv", "nowhere/x.csv"), "No such file"),
     (("--steps", "0"), "--steps must be at least 1"), (("--csv", __file__), "exists"),
     (("--env", "dog_run"), "did you mean dog-run")])
 def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--scales", "0.05", *flags])
+    if "dog_run" not in flags:
+        monkeypatch.setattr(bench, "bench_scale", lambda *_: pytest.fail("timed before it was told"))
     with pytest.raises(SystemExit) as stopped:
         bench.main()
     assert message in stopped.value.code and "\n" not in stopped.value.code

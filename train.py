@@ -119,7 +119,8 @@ def build(args):
     modules = module_configs(args)
     torch.manual_seed(args.seed)
     env = Env(args.env, seed=args.seed)
-    if args.compile:
+    compiled, _, speed_notes = fast.pick_speed(args.compile, args.cuda_graphs, fast.pick_precision(args.precision, device), device)
+    if compiled:
         fast.check_compiler(device)
     agent = build_agent(args, env.obs_dim, env.action_dim, device)
     rows = min(args.buffer_size, 2 * args.total_steps + 2 * agent.horizon + 2)  # no more than the run can fill
@@ -129,7 +130,8 @@ def build(args):
         circumstances()) | {"device_used": str(device), "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "threads_used": torch.get_num_threads()}
     log = RunLog(folder, config, args.tensorboard, args.wandb_project, args.resume)
     saved = SavedRun(Checkpoints(folder), args, device, agent, replay, env, log)
-    print("\n".join([describe(agent, modules, args, device, folder), describe_saving(saved), *notes(args)]), flush=True)
+    print("\n".join([describe(agent, modules, args, device, folder), describe_saving(saved), *notes(args), *speed_notes]),
+          flush=True)
     return device, env, agent, replay, evaluation, log, saved
 
 

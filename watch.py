@@ -24,7 +24,7 @@ def main(args):
     """Prints the returns, and writes the video if it is asked for. ValueError, OSError or ImportError, in one line."""
     imageio = import_imageio() if args.video else None
     run_args, state = load(args.checkpoint)
-    run_args = dataclasses.replace(run_args, device=args.device, compile=False, cuda_graphs=False)
+    run_args = dataclasses.replace(run_args, device=args.device, compile="off", cuda_graphs="off")
     device = fast.pick_device(args.device)
     torch.set_num_threads(args.threads or fast.usable_cores())
     env = Env(run_args.env, run_args.seed)
