@@ -400,10 +400,18 @@ def layer_norm(x):
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
 
 
-def naive_block_mlp(model, x, config, residual):
-    """Appendix C and Eqs. (3)-(6), written out."""
-    act = {"relu": lambda v: v.clamp(min=0), "elu": lambda v: torch.where(v > 0, v, v.exp() - 1)}[config["activation"]]
-    norm_act = lambda v: act(layer_norm(v)) if config["use_layer_norm"] else act(v)
+def naive_activation(config):
+    return {"relu": lambda v: v.clamp(min=0), "elu": lambda v: torch.where(v > 0, v, v.exp() - 1)}[config["activation"]]
+
+
+def naive_block_mlp(model, x, config, residual, seen=None):
+    """Appendix C and Eqs. (3)-(6), written out. seen: a list that takes what leaves each activation."""
+    def norm_act(v):
+        v = naive_activation(config)(layer_norm(v) if config["use_layer_norm"] else v)
+        if seen is not None:
+            seen.append(v)
+        return v
+
     linear = lambda layer, v: v @ layer.weight.T + layer.bias
     x = linear(model.projection, x)
     for block in model.blocks:
@@ -461,27 +469,32 @@ def test_initialisation_and_bad_arguments():
         networks.Actor(8, 2, 7)
 
 
+def naive_simba(q, x, seen):
+    """SimBa's definition, written out: features and output. seen: a list that takes what leaves each activation."""
+    def norm(layer, v):  # with parameters, and an epsilon of its own
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * layer.weight + layer.bias
+
+    linear = lambda layer, v: v @ layer.weight.T + layer.bias
+    x = linear(q.projection, x)
+    for block in q.blocks:
+        seen.append(linear(block.linear1, norm(block.norm, x)).clamp(min=0))
+        x = x + linear(block.linear2, seen[-1])
+    x = norm(q.norm, x)
+    return x, linear(q.output, x)
+
+
 def test_simba_networks_against_their_definition_and_sizes():
     torch.manual_seed(0)
     critic = networks.SimbaCritic(5, 2, 8, num_blocks=3, num_qs=2)
     for name, parameter in critic.named_parameters():
         nn.init.normal_(parameter, std=1e-3 if "projection" in name else 0.5)  # so small that the epsilon tells
     obs, action = torch.randn(7, 5), torch.randn(7, 2)
-
-    def norm(layer, v):  # with parameters, and an epsilon of its own
-        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * layer.weight + layer.bias
-
-    linear, columns = lambda layer, v: v @ layer.weight.T + layer.bias, []
-    for q in (critic.q1, critic.q2):
-        x = linear(q.projection, torch.cat([obs, action], 1))
-        for block in q.blocks:
-            x = x + linear(block.linear2, linear(block.linear1, norm(block.norm, x)).clamp(min=0))
-        columns.append(linear(q.output, norm(q.norm, x)))
-    torch.testing.assert_close(critic(obs, action), torch.cat(columns, 1))
+    x = torch.cat([obs, action], 1)
+    torch.testing.assert_close(critic(obs, action), torch.cat([naive_simba(q, x, [])[1] for q in (critic.q1, critic.q2)], 1))
     assert len(list(networks.SimbaCritic(5, 2, 8, 1).children())) == 1
     actor = networks.SimbaGaussian(5, 2, 8, 1)  # mean first, then log-std, each with a head of its own
-    torch.testing.assert_close(actor(obs), torch.cat([linear(actor.output, actor.features(obs)),
-                                                      linear(actor.log_std, actor.features(obs))], 1))
+    features, mean = naive_simba(actor, obs, [])
+    torch.testing.assert_close(actor(obs), torch.cat([mean, features @ actor.log_std.weight.T + actor.log_std.bias], 1))
 
     def size(inputs, outputs, hidden, blocks):  # weights and biases, and two vectors a LayerNorm
         block = 2 * hidden + hidden * 4 * hidden + 4 * hidden + 4 * hidden * hidden + hidden
@@ -1439,6 +1452,336 @@ def test_reductions_and_wrong_choices_are_told():
                                     ("mrsac", {"target_policy": "both"}, "choose target or online")):
         with pytest.raises(ValueError, match=message):
             tiny_of(algo, **settings)
+
+
+# ------------------------------------------------------------------------------- the agents' whole updates, a second time
+
+class Noise:
+    """Stands in for torch.randn_like: numbers that depend on the order of the calls alone, the same for both sides."""
+
+    def __init__(self, monkeypatch):
+        self.calls = 0
+        monkeypatch.setattr(torch, "randn_like", self)
+
+    def __call__(self, like):
+        self.calls += 1
+        return 1.7 * torch.sin(12.9898 * torch.arange(like.numel()) + 78.233 * self.calls).to(like).view(like.shape)
+
+
+def naive_counts(sizes, sparsity):
+    """ER by bisection of ε, then whole numbers by largest remainders. sizes: (out, in) of each layer."""
+    numbers, low, high = [a * b for a, b in sizes], 0.0, 1e6
+    wanted = (1 - sparsity) * sum(numbers)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(min(n, middle * (a + b)) for n, (a, b) in zip(numbers, sizes)) < wanted else (low, middle)
+    shares = [min(n, low * (a + b)) for n, (a, b) in zip(numbers, sizes)]
+    counts = [math.floor(share + 1e-6) for share in shares]
+    for layer in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])[:math.floor(wanted + 0.5) - sum(counts)]:
+        counts[layer] += 1
+    return counts
+
+
+def naive_adam(p, g, m, v, t, lr, decay=0.0):
+    """AdamW as its paper writes it: new (p, m, v)."""
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    return p - lr * decay * p - lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)) ** 0.5 + 1e-8), m, v
+
+
+class Naive:
+    """An agent a second time: forward passes, losses, topology, AdamW, targets and temperature written out, in float64.
+
+    It starts from the first one's weights and masks, and shares nothing with it afterwards.
+    """
+
+    def __init__(self, agent, modules, total_updates):
+        self.config, self.modules, self.total = agent.config, modules, total_updates
+        self.networks, self.targets = copy.deepcopy((agent.networks, agent.targets))
+        self.normalizer = getattr(agent, "normalizer", None)
+        for network in (*self.networks.values(), *self.targets.values()):
+            network.double().requires_grad_(True)
+        self.masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
+        self.moments = {name: {n: [torch.zeros_like(p)] * 2 for n, p in network.named_parameters()} for name, network in self.networks.items()}
+        self.updates, self.scale, self.target_scale, self.info = dict.fromkeys(self.networks, 0), 1.0, 1.0, {}
+        self.gaussian = hasattr(self.config, "initial_temperature")
+        if self.gaussian:
+            self.log_alpha, self.alpha_moments = math.log(self.config.initial_temperature), (0.0, 0.0)
+            self.target_entropy = self.config.target_entropy * self.networks["actor"].output.out_features
+
+    # ---- networks: `seen` takes what leaves each activation
+
+    def mlp(self, name, model, x, seen):
+        """The model's features and its output."""
+        if self.modules[name].arch_type == "simba":
+            return naive_simba(model, x, seen)
+        y = naive_block_mlp(model, x, networks.ARCH_CONFIGS[self.modules[name].arch_type], self.modules[name].residual, seen)
+        return seen[-1], y
+
+    def zs(self, encoder, obs, seen=None):
+        seen = [] if seen is None else seen
+        config = networks.ARCH_CONFIGS[self.modules["encoder"].arch_type]
+        x = self.mlp("encoder", encoder.zs_mlp, obs, seen)[1]
+        seen.append(naive_activation(config)(layer_norm(x) if config["use_layer_norm"] else x))
+        return seen[-1]
+
+    def zsa(self, encoder, zs, action, seen=None):
+        seen = [] if seen is None else seen
+        act = naive_activation(networks.ARCH_CONFIGS[self.modules["encoder"].arch_type])
+        seen.append(act(action @ encoder.za_linear.weight.T + encoder.za_linear.bias))
+        return self.mlp("encoder", encoder.zsa_mlp, torch.cat([zs, seen[-1]], -1), seen)[1]
+
+    def q(self, critic, x, seen=None):
+        return torch.cat([self.mlp("critic", q, x, [] if seen is None else seen)[1] for q in critic.children()], -1)
+
+    def policy(self, actor, x, noise=None, clip=math.inf):
+        """An action, its log-probability (0 where there is none) and what went into tanh. noise: its std; None for no noise."""
+        features, mean = self.mlp("actor", actor, x, []) if not hasattr(actor, "mlp") else self.mlp("actor", actor.mlp, x, [])
+        if not self.gaussian:
+            action = mean.tanh()
+            action = action if noise is None else (action + (noise * torch.randn_like(action)).clamp(-clip, clip)).clamp(-1, 1)
+            return action, torch.zeros(len(x), dtype=x.dtype), mean
+        log_std = -10 + 6 * (1 + (features @ actor.log_std.weight.T + actor.log_std.bias).tanh())
+        draw = torch.randn_like(mean)
+        x = mean + log_std.exp() * draw
+        log_slope = 2 * (math.log(2) - torch.logaddexp(x, -x))  # log(1 - tanh²) = -2 log cosh
+        return x.tanh(), (-draw ** 2 / 2 - log_std - math.log(2 * math.pi) / 2 - log_slope).sum(-1), mean
+
+    def act(self, obs, explore):
+        x = self.normalized(obs) if self.normalizer else self.zs(self.networks["encoder"], obs)
+        action, _, mean = self.policy(self.networks["actor"], x, getattr(self.config, "exploration_noise", None) if explore else None)
+        return action if explore or not self.gaussian else mean.tanh()
+
+    def normalized(self, obs):
+        return (obs - self.normalizer.mean) / (self.normalizer.var + 1e-8).sqrt()
+
+    # ---- losses, one value a sample
+
+    def encoder_loss(self, batch, seen):
+        c, encoder = self.config, self.networks["encoder"]
+        bins = [math.copysign(math.expm1(abs(x)), x) for x in np.linspace(-c.reward_range, c.reward_range, c.reward_bins)]
+        bins = torch.tensor(bins, dtype=torch.float64)
+        zs, alive = self.zs(encoder, batch.obs[:, 0]), torch.ones(len(batch.obs), dtype=torch.float64)
+        parts = dict.fromkeys(("reward_loss", "dynamics_loss", "terminal_loss"), 0.0)
+        for k in range(c.encoder_horizon):
+            out = self.zsa(encoder, zs, batch.action[:, k]) @ encoder.model.weight.T + encoder.model.bias
+            done, zs, logits = out[:, 0], out[:, 1:-c.reward_bins], out[:, -c.reward_bins:]
+            two_hot = torch.stack([dense_two_hot(r, bins) for r in batch.reward[:, k]])
+            parts["reward_loss"] += alive * -(two_hot * logits.log_softmax(-1)).sum(-1)
+            with torch.no_grad():
+                target = self.zs(self.targets["encoder"], batch.obs[:, k + 1])
+            parts["dynamics_loss"] += alive * ((zs - target) ** 2).mean(-1)
+            parts["terminal_loss"] += alive * seen * (done - batch.terminated[:, k]) ** 2
+            alive = alive * (batch.terminated[:, k] == 0)
+        loss = c.reward_weight * parts["reward_loss"] + c.dynamics_weight * parts["dynamics_loss"] + c.terminal_weight * parts["terminal_loss"]
+        return loss, {"encoder_loss": loss} | parts
+
+    def td_target(self, batch):
+        """y: MR.Q's by Eq. (11), MR.SAC's and the one-step targets, of shape (batch,)."""
+        c, steps = self.config, getattr(self.config, "q_horizon", 1)
+        y, discount = torch.zeros(len(batch.obs), dtype=torch.float64), torch.ones(len(batch.obs), dtype=torch.float64)
+        for k in range(steps):
+            y, discount = y + discount * batch.reward[:, k], discount * c.discount * (batch.terminated[:, k] == 0)
+        if self.normalizer:
+            x = batch.obs[:, 1]
+            action, log_prob, _ = self.policy(self.networks["actor"], x, getattr(c, "exploration_noise", None))
+            x = torch.cat([x, action], -1)
+        else:
+            actor = self.networks["actor"] if getattr(c, "target_policy", "target") == "online" else self.targets["actor"]
+            zs = self.zs(self.targets["encoder"], batch.obs[:, steps])
+            action, log_prob, _ = self.policy(actor, zs, getattr(c, "target_noise", None), getattr(c, "target_noise_clip", math.inf))
+            x = self.zsa(self.targets["encoder"], zs, action)
+        value = self.reduced(self.q(self.targets["critic"], x), getattr(c, "target_q", "min"))
+        value = value - math.exp(self.log_alpha) * log_prob if self.gaussian else value
+        return (y + discount * self.target_scale * value) / self.scale
+
+    def reduced(self, q, how):
+        return q.min(1).values if how == "min" else q.mean(1)
+
+    def critic_loss(self, batch):
+        with torch.no_grad():
+            y = self.td_target(batch)[:, None]
+            x = torch.cat([batch.obs[:, 0], batch.action[:, 0]], -1) if self.normalizer else self.zsa(
+                self.networks["encoder"], self.zs(self.networks["encoder"], batch.obs[:, 0]), batch.action[:, 0])
+        q = self.q(self.networks["critic"], x)
+        error = (q - y).abs()
+        loss = (error ** 2).sum(1) if self.normalizer else torch.where(error < 1, error ** 2 / 2, error - 0.5).mean(1)
+        info = {"critic_loss": loss, "q": q, "td_target": y} | ({} if self.normalizer else {"td_error": error.max(1).values})
+        return loss, info
+
+    def actor_loss(self, obs):
+        c, actor = self.config, self.networks["actor"]
+        if self.normalizer:
+            action, log_prob, pre = self.policy(actor, obs, getattr(c, "exploration_noise", None))
+            x = torch.cat([obs, action], -1)
+        else:
+            zs = self.zs(self.networks["encoder"], obs).detach()
+            action, log_prob, pre = self.policy(actor, zs)
+            x = self.zsa(self.networks["encoder"], zs, action)
+        loss = -self.reduced(self.q(self.networks["critic"], x), getattr(c, "actor_q", "mean"))
+        info = {}
+        if self.gaussian:
+            loss = loss + math.exp(self.log_alpha) * log_prob
+            info = {"entropy": -log_prob}
+        elif not self.normalizer:
+            loss = loss + c.pre_activation_weight * (pre ** 2).mean(1)
+            info = {"pre_activation": pre.abs()}
+        return loss, {"actor_loss": loss} | info | ({"action_size": action.abs()} if self.gaussian or self.normalizer else {})
+
+    # ---- updates
+
+    def step(self, name, loss, info, clip=math.inf):
+        parameters = dict(self.networks[name].named_parameters())
+        gradients = dict(zip(parameters, torch.autograd.grad(loss.mean(), list(parameters.values()))))
+        self.updates[name] += 1
+        self.move(name, parameters, gradients, self.updates[name])
+        for n, mask in self.masks[name].items():
+            gradients[n] = gradients[n] * mask
+        norm = math.sqrt(sum((g ** 2).sum().item() for g in gradients.values()))
+        for n, p in parameters.items():
+            p.data, *self.moments[name][n] = naive_adam(p.data, gradients[n] * min(1.0, clip / (norm + 1e-6)), *self.moments[name][n], self.updates[name],
+                                                        getattr(self.config, f"{name}_lr"), self.config.weight_decay)
+        self.info |= {key: value.mean().item() for key, value in info.items()} | {f"{name}_grad_norm": norm}
+
+    def move(self, name, parameters, gradients, t):
+        """Algorithm 1 with Eqs. (1) and (2), where the regime moves and a boundary, or the schedule's end, has come."""
+        regime, sparsity, o = self.modules[name].regime, self.modules[name].sparsity, self.modules[name].sparse_options
+        first, last = round(o["schedule_start"] * self.total), round(o["schedule_end"] * self.total)
+        moving = regime in ("s2d", "d2s")
+        if regime in ("dense", "sst") or not (t % o["update_interval"] == 0 or moving and t == last):
+            return
+        share = min(max((t - first) / (last - first), 0.0), 1.0)
+        left = (1 - share) ** o["power"]
+        wanted = {"dst": sparsity, "s2d": sparsity * left, "d2s": sparsity * (1 - left)}[regime]
+        zeta = o["drop_final"] + (o["drop_initial"] - o["drop_final"]) / 2 * (1 + math.cos(math.pi * min(t, self.total) / self.total))
+        masks = self.masks[name]
+        for (n, mask), count in zip(masks.items(), naive_counts([tuple(parameters[n].shape) for n in masks], wanted)):
+            masks[n] = naive_update_mask(parameters[n].detach(), gradients[n], mask, zeta, count)
+            stays = mask & masks[n]
+            parameters[n].data = parameters[n].data * stays
+            self.moments[name][n] = [moment * stays for moment in self.moments[name][n]]
+
+    def temper(self, entropy):
+        gradient = math.exp(self.log_alpha) * (entropy - self.target_entropy)
+        self.log_alpha, *self.alpha_moments = naive_adam(self.log_alpha, gradient, *self.alpha_moments, self.updates["actor"], self.config.temperature_lr)
+        self.info["temperature"] = math.exp(self.log_alpha)
+
+    def update(self, batches, rewards, seen):
+        """One agent update. batches: drawn for it, in order. Returns |δ| of each sample of the last batch, or None."""
+        batches = iter(batches)
+        if self.normalizer:
+            batch = next(batches)
+            batch = batch._replace(obs=self.normalized(batch.obs))
+            self.step("actor", *self.actor_loss(batch.obs[:, 0]))
+            if self.gaussian:
+                self.temper(self.info["entropy"])
+            self.step("critic", *self.critic_loss(batch))
+            for (n, target), source in zip(self.targets["critic"].named_parameters(), self.networks["critic"].parameters()):
+                target.data = (1 - self.config.target_rate) * target.data + self.config.target_rate * source.data
+                target.data = target.data * self.masks["critic"].get(n, 1)
+            return None
+        if self.updates["critic"] % self.config.target_update_freq == 0:
+            self.targets = copy.deepcopy(self.networks)
+            self.target_scale, self.scale = self.scale, float(np.mean(np.abs(rewards)))
+            self.info["reward_scale"] = self.scale
+            for _ in range(self.config.target_update_freq):
+                self.step("encoder", *self.encoder_loss(next(batches), seen))
+        batch = next(batches)
+        loss, info = self.critic_loss(batch)
+        self.step("critic", loss, info, self.config.critic_grad_clip)
+        self.step("actor", *self.actor_loss(batch.obs[:, 0]))
+        if self.gaussian:
+            self.temper(self.info["entropy"])
+        return info["td_error"]
+
+
+UNEQUAL = {  # no two alike that could be mistaken for one another
+    "batch_size": 12, "discount": 0.9, "target_update_freq": 4, "dynamics_weight": 0.7, "reward_weight": 0.3, "terminal_weight": 0.5,
+    "encoder_lr": 1e-3, "critic_lr": 2e-3, "actor_lr": 3e-3, "weight_decay": 0.05, "critic_grad_clip": 0.3, "reward_bins": 31,
+    "reward_range": 3.0, "exploration_noise": 0.15, "target_noise": 0.35, "target_noise_clip": 0.25, "pre_activation_weight": 0.2,
+    "target_rate": 0.1, "initial_temperature": 0.3, "temperature_lr": 4e-3, "target_entropy": -0.8}
+MOVING = {"update_interval": 3, "drop_initial": 0.4, "drop_final": 0.15, "schedule_start": 0.1, "schedule_end": 0.75, "power": 3.0}
+
+
+def unequal_agent(algo, regimes, **settings):
+    """An agent with unequal settings, moved away from its targets, its modules, T, and a buffer."""
+    agent_class = AGENTS[algo]
+    presets = agent_class.Config.presets["mst"]
+    modules = {name: dataclasses.replace(m, regime=regime, width_scale=width / (16 if m.arch_type == "simba" else 64), depth_scale=depth,
+                                         residual="post" if name == "critic" else "pre", sparsity=sparsity, sparse_options=MOVING)
+               for (name, m), regime, width, depth, sparsity in zip(presets.items(), regimes, (1, 1.5, 2), (1, 2, 1), (0.5, 0.6, 0.7))}
+    fields = {spec.name for spec in dataclasses.fields(agent_class.Config)}
+    config = agent_class.Config(**{name: value for name, value in UNEQUAL.items() if name in fields} | settings)
+    torch.manual_seed(3)
+    agent = agent_class(4, 2, modules, config, 14, seed=3)
+    for network in agent.networks.values():  # biases and LayerNorms that matter
+        for parameter in network.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter) * (parameter != 0 if parameter.ndim > 1 else 1)
+    buffer, episodes = play(3, 400, agent.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.prioritized)
+    for obs in buffer.obs[:50].numpy():
+        agent.observe(2 * obs + 1)
+    return agent, modules, buffer, episodes
+
+
+WHOLE_UPDATES = [  # algorithm, regimes, settings
+    ("mrq", ("s2d", "dst", "d2s"), {"encoder_horizon": 2, "q_horizon": 3}),
+    ("sac", ("d2s", "dst"), {"twin_critics": True, "actor_q": "mean"}), ("sac", ("dst", "s2d"), {"twin_critics": True, "target_q": "mean"}),
+    ("ddpg", ("dst", "d2s"), {}),
+    ("mrsac", ("dst", "s2d", "d2s"), {"encoder_horizon": 3, "q_horizon": 2, "target_policy": "online", "target_q": "mean"}),
+    ("mrsac", ("d2s", "dst", "s2d"), {"encoder_horizon": 3, "q_horizon": 2, "actor_q": "mean"})]
+
+
+@pytest.mark.parametrize("algo, regimes, settings", WHOLE_UPDATES, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regimes, settings, monkeypatch):
+    """Weights, targets, masks, moments' effect, temperature, priorities and everything logged, over fourteen updates."""
+    agent, modules, buffer, episodes = unequal_agent(algo, regimes, **settings)
+    stored = [step[3] for episode in episodes for step in episode]
+    for network in (*agent.networks.values(), *agent.targets.values()):
+        network.double()
+    if hasattr(agent, "bins"):
+        agent.bins = agent.bins.double()
+    naive, noise, drawn = Naive(agent, modules, 14), Noise(monkeypatch), []
+    sample, update_priority, horizons = buffer.sample, buffer.update_priority, []
+
+    def double_sample(batch_size, horizon=None):
+        batch = sample(batch_size, horizon)
+        assert len(batch.index) == 12
+        horizons.append(batch.reward.shape[1])
+        drawn.append(Batch(batch.index, *(part.double() for part in batch[1:])))
+        return drawn[-1]
+
+    buffer.sample, buffer.update_priority = double_sample, lambda index, error: update_priority(index, error.float())
+    first_masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7, check_dtype=False)
+    for _ in range(14):
+        drawn.clear()
+        noise.calls, before = 0, buffer.priority.clone()
+        agent.update(buffer)
+        noise.calls = 0
+        error = naive.update(drawn, stored, float(any(step[5] for episode in episodes for step in episode)))
+        assert {key: value.item() for key, value in agent.info.items()} == pytest.approx(naive.info, rel=1e-5, abs=1e-8)
+        assert agent.updates == naive.updates
+        if error is not None:  # LAP: at least 1, to the power 0.4; of a row drawn twice the larger one
+            for row, delta in sorted(zip(drawn[-1].index.tolist(), error.tolist()), key=lambda pair: pair[1]):
+                before[row] = max(delta, 1.0) ** 0.4
+            close(buffer.priority, before)
+        for name, network in naive.networks.items():
+            close(list(agent.networks[name].parameters()), list(network.parameters()))
+            assert all(torch.equal(mask, naive.masks[name][n]) for n, mask in agent.sparse[name].masks.items())
+        for name, network in naive.targets.items():
+            close(list(agent.targets[name].parameters()), list(network.parameters()))
+    for name, network in naive.networks.items():  # it was not in vain: topologies moved
+        assert modules[name].regime == "s2d" or any((first_masks[name][n] != mask).any() for n, mask in agent.sparse[name].masks.items())
+    own = getattr(agent.config, "encoder_horizon", 1), getattr(agent.config, "q_horizon", 1)
+    assert set(horizons) == set(own) and agent.horizon == max(own)
+    # Acting, in float32 as always.
+    for network in agent.networks.values():
+        network.float()
+    obs = torch.randn(5, 4)
+    for explore in (True, False):
+        noise.calls = 0
+        action = agent.act(obs.numpy(), explore)
+        noise.calls = 0
+        np.testing.assert_allclose(action, naive.act(obs.double(), explore).detach(), rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- learning, small
