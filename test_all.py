@@ -6,6 +6,7 @@ import copy
 import csv
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -31,12 +33,13 @@ import metrics
 import networks
 import train
 from envs import Env, LockstepEvaluation, task_names
-from agents import AGENTS
+from agents import AGENTS, build_agent
 from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
 from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
 from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
-from settings import MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, module_configs, notes, parse, run_name
+from settings import (MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, check, defaults, flag_names, module_configs, notes,
+                      parse, run_name)
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
 
 HERE = Path(__file__).parent
@@ -274,6 +277,61 @@ def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
     assert not optimizer.state[weight]["exp_avg"][fresh].any() and not optimizer.state[weight]["exp_avg_sq"][fresh].any()
 
 
+SPARSE_ARGUMENTS = [{"sparsity": 0.55, "distribution": "er", "grow": "gradient", "drop_initial": 0.7, "drop_final": 0.2, "schedule_start": 0.15,
+                     "schedule_end": 0.65, "power": 3.0, "seed": 5, "update_interval": 7},
+                    {"sparsity": 0.7, "distribution": "uniform", "grow": "random", "drop_initial": 0.1, "drop_final": 0.6, "schedule_start": 0.3,
+                     "schedule_end": 0.9, "power": 0.5, "seed": 6, "update_interval": 4}]
+
+
+@pytest.mark.parametrize("arguments", SPARSE_ARGUMENTS, ids=["gradient", "random"])
+@pytest.mark.parametrize("regime", ["dst", "s2d", "d2s"])
+def test_every_argument_of_sparse_training_is_read(regime, arguments):
+    """Masks over 40 steps, each from the one before by Eqs. (1) and (2) and Algorithm 1, written out here."""
+    a, total = arguments, 40
+    model = mlp(9, 20, 16, 2)
+    weights = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    sizes = [p.numel() for p in weights.values()]
+    make = lambda m=model, **other: SparseTraining(m, torch.optim.SGD(m.parameters(), lr=0.1), regime, total_steps=total, **a | other)
+    assert regime == "d2s" or any((x != y).any() for x, y in zip(make(seed=7).masks.values(), make(seed=8).masks.values()))
+    sparse, twin, moved = make(), make(copy.deepcopy(model)), 0
+    first, last = a["schedule_start"] * total, a["schedule_end"] * total
+    for step in range(1, total + 1):
+        torch.manual_seed(step)
+        for p, other in zip(model.parameters(), twin.module.parameters()):
+            p.data, p.grad = torch.randn_like(p), torch.randn_like(p)
+            other.data, other.grad = p.data.clone(), p.grad.clone()
+        sparse.apply_masks(model)
+        before = {name: mask.clone() for name, mask in sparse.masks.items()}
+        magnitudes = {name: p.detach().clone() for name, p in weights.items()}
+        changed = sparse.update_topology(step)
+        assert changed == (step % a["update_interval"] == 0 or regime != "dst" and step == last), step
+        assert twin.update_topology(step) == changed and all(torch.equal(twin.masks[n], mask) for n, mask in sparse.masks.items())
+        if not changed:
+            continue
+        left = (1 - min(max((step - first) / (last - first), 0), 1)) ** a["power"]
+        wanted = a["sparsity"] * {"dst": 1, "s2d": left, "d2s": 1 - left}[regime]
+        zeta = a["drop_final"] + (a["drop_initial"] - a["drop_final"]) * (1 + math.cos(math.pi * step / total)) / 2
+        counts = {name: int(mask.sum()) for name, mask in sparse.masks.items()}
+        if a["distribution"] == "er":
+            assert list(counts.values()) == naive_counts([tuple(p.shape) for p in weights.values()], wanted)
+        else:
+            assert sum(counts.values()) == math.floor((1 - wanted) * sum(sizes) + 0.5)
+            assert all(abs(count - (1 - wanted) * size) < 1 for count, size in zip(counts.values(), sizes))
+        for name, mask in sparse.masks.items():
+            if a["grow"] == "gradient":
+                assert torch.equal(mask, naive_update_mask(magnitudes[name], weights[name].grad, before[name], zeta, counts[name]))
+            else:  # what is kept is known; what grows is drawn
+                dropped = max(math.floor(zeta * before[name].sum().item()), before[name].sum().item() - counts[name])
+                kept = magnitudes[name].abs().masked_fill(~before[name], -1).flatten().argsort(descending=True)[:before[name].sum().item() - dropped]
+                assert mask.flatten()[kept].all()
+                grown = (mask & ~before[name]).sum().item()
+                free = mask.numel() - len(kept)  # each of these is as likely as any other
+                expected = (counts[name] - len(kept)) * (mask.numel() - before[name].sum().item()) / free if free else 0
+                assert abs(grown - expected) <= 5 * math.sqrt(expected + 1)
+            moved += (mask != before[name]).sum().item()
+    assert moved > 100
+
+
 def test_updates_happen_when_a_boundary_is_crossed_and_never_at_step_0():
     model = mlp(10, 40, 1)
     sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", total_steps=1000, update_interval=100)
@@ -293,10 +351,11 @@ def test_a_schedule_ends_where_it_says_even_between_two_boundaries():
         assert sparse.density() == pytest.approx(density, abs=0.5 / 2040)
 
 
-def test_sparsity_survives_copies_saving_and_new_parameters():
+@pytest.mark.parametrize("regime", ["dst", "s2d", "d2s"])
+def test_sparsity_survives_copies_saving_and_new_parameters(regime):
     model = mlp(6, 30, 30, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    make = lambda m, o: SparseTraining(m, o, "dst", 0.7, total_steps=60, update_interval=5, grow="random", seed=3)
+    make = lambda m, o: SparseTraining(m, o, regime, 0.7, total_steps=60, update_interval=5, grow="random", seed=3)
     sparse = make(model, optimizer)
 
     def advance(model, optimizer, sparse, first, last):
@@ -307,7 +366,7 @@ def test_sparsity_survives_copies_saving_and_new_parameters():
             sparse.mask_gradients()
             optimizer.step()
 
-    advance(model, optimizer, sparse, 1, 20)
+    advance(model, optimizer, sparse, 1, 18)  # between two boundaries, on the way from one density to another
     copied = copy.deepcopy(model)  # a hard target: sparse by itself
     assert all(not dict(copied.named_parameters())[n][~mask].any() for n, mask in sparse.masks.items())
 
@@ -316,8 +375,10 @@ def test_sparsity_survives_copies_saving_and_new_parameters():
     other_sparse = make(other, other_optimizer)
     for new, old in ((other, model), (other_optimizer, optimizer), (other_sparse, sparse)):
         new.load_state_dict(copy.deepcopy(old.state_dict()))
-    advance(model, optimizer, sparse, 20, 40)
-    advance(other, other_optimizer, other_sparse, 20, 40)  # continues as if nothing had happened
+    for step in range(18, 40):  # continues as if nothing had happened
+        advance(model, optimizer, sparse, step, step + 1)
+        advance(other, other_optimizer, other_sparse, step, step + 1)
+        assert sparse.density() == other_sparse.density() and sparse.layer_densities() == other_sparse.layer_densities()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
     assert all(torch.equal(sparse.masks[n], other_sparse.masks[n]) for n in sparse.masks)
 
@@ -1784,6 +1845,115 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
         np.testing.assert_allclose(action, naive.act(obs.double(), explore).detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("algo, regimes, settings", [WHOLE_UPDATES[0], WHOLE_UPDATES[1], WHOLE_UPDATES[3], WHOLE_UPDATES[5]], ids=AGENTS)
+def test_every_column_of_measure_against_a_naive_computation(algo, regimes, settings, monkeypatch):
+    """On the second implementation's networks: its activations, its losses, and gradients of one sample after the other."""
+    agent, modules, buffer, _ = unequal_agent(algo, regimes, **settings)
+    for _ in range(6):
+        agent.update(buffer)
+    naive, noise, drawn, sample = Naive(agent, modules, 14), Noise(monkeypatch), [], buffer.sample
+    if hasattr(agent, "reward_scale"):
+        naive.scale, naive.target_scale = agent.reward_scale.item(), agent.target_reward_scale.item()
+    if naive.gaussian:
+        naive.log_alpha = math.log(agent.info["temperature"].item())
+    buffer.sample = lambda *arguments: drawn.append((arguments, sample(*arguments))) or drawn[-1][1]
+    row = train.measure(agent, buffer)
+    ((arguments, batch),) = drawn
+    assert arguments == (2048,)
+    batch = Batch(batch.index, *(part.double() for part in batch[1:]))
+    batch = batch._replace(obs=naive.normalized(batch.obs)) if naive.normalizer else batch
+    few = Batch(*(part[:32] for part in batch))
+    seen, features, losses, expected = {name: [] for name in naive.networks}, {}, {}, {}
+    with torch.no_grad():
+        x = batch.obs[:, 0]
+        z = torch.cat([x, batch.action[:, 0]], -1)
+        if not naive.normalizer:
+            x = naive.zs(naive.networks["encoder"], batch.obs[:, 0], seen["encoder"])
+            features["encoder"] = {"zsa": (z := naive.zsa(naive.networks["encoder"], x, batch.action[:, 0], seen["encoder"]))}
+        features["critic"] = {name: naive.mlp("critic", q, z, seen["critic"])[0] for name, q in naive.networks["critic"].named_children()}
+        features["actor"] = {"pi": naive.mlp("actor", getattr(naive.networks["actor"], "mlp", naive.networks["actor"]), x, seen["actor"])[0]}
+    noise.calls = 0
+    if "encoder" in naive.networks:
+        losses["encoder"] = naive.encoder_loss(few, float(buffer.terminated.any()))[0]
+    losses["critic"], losses["actor"] = naive.critic_loss(few)[0], naive.actor_loss(few.obs[:, 0])[0]
+    for name, network in naive.networks.items():
+        columns, parameters = {}, dict(network.named_parameters())
+        for key, values in features[name].items():
+            singular = np.linalg.svd(values.numpy(), compute_uv=False)
+            columns[f"srank_{key}"] = 1 + sum(singular[:k].sum() < 0.99 * singular.sum() for k in range(1, len(singular)))
+            columns[f"srank_{key}_cap"] = min(2048, values.shape[1])
+        dormant = [[score <= 0.025 * np.mean(scores) for score in scores] for scores in (v.abs().mean(0).numpy() for v in seen[name])]
+        columns["dormant"] = np.mean(np.concatenate(dormant))
+        gradients = [torch.cat([(g * naive.masks[name].get(n, 1)).flatten() for n, g in zip(
+            parameters, torch.autograd.grad(loss, list(parameters.values()), retain_graph=True))]) for loss in losses[name]]
+        cosines = [(a @ b / (a.norm() * b.norm())).item() for i, a in enumerate(gradients) for j, b in enumerate(gradients) if i != j]
+        cosines = [cosine for cosine in cosines if cosine == cosine]  # a gradient of zeros has no direction
+        columns["interference"], columns["interference_negative"] = np.mean(cosines), np.mean(np.array(cosines) < 0)
+        columns["parameter_norm"] = math.sqrt(sum((p ** 2).sum().item() for p in parameters.values()))
+        columns["gradient_norm"] = (sum(gradients) / 32).norm().item()
+        masks = torch.cat([m.flatten() for m in naive.masks[name].values()])
+        columns["density"] = masks.double().mean().item()
+        layers = [column for column in row if column.startswith(f"{name}/dormant/")]
+        assert [row.pop(layer) for layer in layers] == pytest.approx([np.mean(layer) for layer in dormant])
+        expected |= {f"{name}/{key}": value for key, value in columns.items()}
+    assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_no_loss_computes_a_gradient_for_another_modules_weights(algo):
+    """Between two optimiser steps, gradients arrive at the weights of the module that steps next, and at no other's."""
+    agent, buffer = tiny_of(algo)
+    arrived, seen = set(), []
+    for kind, parts in (("", agent.networks), ("target ", agent.targets)):
+        for name, network in parts.items():
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda _, name=kind + name: arrived.add(name))
+    for name in agent.networks:
+        def step(*arguments, name=name, original=agent.optimizers[name].step):
+            seen.append((name, set(arrived)))
+            arrived.clear()
+            return original(*arguments)
+        agent.optimizers[name].step = step
+    for _ in range(2):
+        agent.update(buffer)
+    assert len(seen) >= 4 and all(gradients == {name} for name, gradients in seen)
+    assert all(parameter.requires_grad for network in agent.networks.values() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_what_a_captured_graph_reads_changes_in_place(algo):
+    """Every tensor of agent, buffer, optimisers, masks and targets lies where it lay, whatever happens; and most have changed."""
+    agent, buffer = tiny_of(algo)
+    for _ in range(2):
+        agent.update(buffer)
+
+    def tensors(owner, path, depth=7):
+        if torch.is_tensor(owner):
+            yield path, owner
+        elif isinstance(owner, nn.Module):
+            yield from ((f"{path}.{name}", value) for name, value in owner.state_dict(keep_vars=True).items())
+        elif depth and path.split(".")[-1] not in ("info", "module", "generator"):
+            parts = owner if isinstance(owner, dict) else vars(owner) if hasattr(owner, "__dict__") else {}
+            for key, value in parts.items():
+                yield from tensors(value, f"{path}.{key if isinstance(key, str) else id(key)}", depth - 1)
+
+    before = {path: (tensor, tensor.data_ptr(), tensor.detach().clone()) for path, tensor in (*tensors(agent, "agent"), *tensors(buffer, "buffer"))}
+    watched = " ".join(before)
+    assert all(name in watched for name in ("max_priority", "termination_seen", "broken", "masks", "exp_avg", "projection.weight"))
+    assert ("reward_scale" in watched and "target_reward_scale" in watched) == ("encoder" in agent.networks)
+    reward = 5.0
+    for step in range(12):  # bursts, topology changes and new targets among them
+        agent.observe(np.full(4, step, np.float32))
+        buffer.add(np.ones(4), np.ones(2), reward, np.ones(4), step == 5, step == 11)
+        agent.update(buffer)
+    after = dict([*tensors(agent, "agent"), *tensors(buffer, "buffer")])
+    for path, (tensor, address, value) in before.items():
+        assert after[path] is tensor and tensor.data_ptr() == address, f"{path} was bound anew"
+    changed = {path for path, (tensor, _, value) in before.items() if not torch.equal(tensor.detach(), value)}
+    assert len(changed) > len(before) / 2
+
+
 # ---------------------------------------------------------------------------------------------------- learning, small
 
 class Corridor:
@@ -2220,6 +2390,137 @@ def test_a_worker_for_every_four_cores(monkeypatch):
     assert len(LockstepEvaluation("cartpole-swingup", 4, workers=None).groups) == 1
 
 
+# ------------------------------------------------------------------------------------------------------- settings.py
+
+READ_ELSEWHERE = {"eval_every", "eval_episodes", "log_every", "buffer_size",  # by the loop and what is built around it
+                  "compile", "cuda_graphs"}  # speed alone
+IN_PLACES_OF_THEIR_OWN = {"mst", "reward_bins", "twin_critics", "precision"}  # everything else that shows in one module shows in all
+
+
+def other_values(kind, value):
+    """Values of the type that no setting has by default."""
+    if type(None) in get_args(kind):
+        return [other for part in get_args(kind) if part is not type(None) for other in other_values(part, value)]
+    return {float: [0.0731, 2.731], int: [7, 1007], bool: [not value]}.get(kind) or [v for v in get_args(kind) if v != value]
+
+
+def with_setting(args, group, name, value):
+    return dataclasses.replace(args, **{group: dataclasses.replace(getattr(args, group), **{name: value})} if group else {name: value})
+
+
+def what_it_builds(agent):
+    """By module: its layers' widths and what they compute, its optimiser's options, its sparse training's settings."""
+    built = {name: {"optimizer": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]}
+             for name, optimizer in agent.optimizers.items()}
+    for name, network in agent.networks.items():
+        network = copy.deepcopy(network)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.copy_(0.3 * torch.sin(1.0 + torch.arange(parameter.numel())).view_as(parameter))
+            if name == "encoder":
+                output = network(network.zs(torch.zeros(1, 4)), torch.zeros(1, 2))
+            elif "encoder" in agent.networks:  # zeros: how wide another module is must not show here
+                output = network(torch.zeros(1, agent.encoder.zs_dim))
+            else:
+                output = network(torch.zeros(1, 4), torch.zeros(1, 2)) if name == "critic" else network(torch.zeros(1, 4))
+        output = output[1] if isinstance(output, tuple) else output
+        built[name] |= {"widths": [(n, len(p)) for n, p in network.named_parameters()], "output": output.tolist(),
+                        "sparse": {k: v for k, v in vars(agent.sparse[name]).items() if isinstance(v, (bool, int, float, str))}}
+    return built
+
+
+def what_it_does(agent):
+    """What an update leaves in each module's moments, in the order of the updates; and what acting and two updates leave."""
+    buffer = play(0, 400, agent.horizon, 120, obs_dim=4, action_dim=2, prioritized=agent.prioritized)[0]
+    obs = np.random.RandomState(0).randn(5, 4).astype(np.float32)
+    for row in obs:
+        agent.observe(row)
+    torch.manual_seed(0)
+    actions = [agent.act(obs, explore=explore).tolist() for explore in (True, False)]
+    agent.update(buffer)
+    order = ("encoder", "critic", "actor", "temperature") if "encoder" in agent.networks else ("actor", "temperature", "critic")
+    moments = {name: [value.sum().item() for state in agent.optimizers[name].state.values() for value in state.values()]
+               for name in order if name in agent.optimizers}
+    agent.update(buffer)  # by now the targets are not the networks themselves
+    tensors = [value.sum().item() for network in agent.targets.values() for value in network.parameters()]
+    rest = [value.tolist() for value in (*agent.tensors().values(), *agent.info.values())]
+    return moments, (actions, tensors, rest, agent.updates, agent.updates_per_step, buffer.priority.tolist())
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_every_setting_does_something_and_does_it_in_its_own_place(algo):
+    """Changed alone, by its type alone, it shows in what is built or in what an update does; and in the run's name."""
+    own = ("--twin-critics",) if algo in ("sac", "ddpg") else ("--encoder-regime", "s2d", "--target-update-freq", "4")
+    base = flags_to_args("--algo", algo, "--mst", "--critic-regime", "d2s", "--scale", "0.05", "--total-steps", "60", "--learning-starts",
+                         "20", "--batch-size", "12", "--update-interval", "3", "--schedule-start", "0.02", *own)
+    build = lambda args: (torch.manual_seed(0), build_agent(args, 4, 2, torch.device("cpu")))[1]
+    base_built, (base_moments, base_rest) = what_it_builds(build(base)), what_it_does(build(base))
+    modules = list(module_configs(base))
+    for group, name in flag_names(base):
+        if name == "algo":  # comes with settings of its own
+            continue
+        holder = getattr(base, group) if group else base
+        spec = next(spec for spec in dataclasses.fields(holder) if spec.name == name)
+        place, refusal, shown = name.split("_")[0], "", False
+        for value in other_values(spec.type, getattr(holder, name)):
+            args = with_setting(base, group, name, value)
+            try:
+                check(args)
+                agent = None if name in READ_ELSEWHERE else build(args)
+            except ValueError as error:
+                refusal = str(error)
+                continue
+            assert run_name(args) != run_name(base), f"{name} is no part of the name {run_name(args)}"
+            if agent is None:
+                shown = True
+                break
+            built = what_it_builds(agent)
+            places = [part for part in built if built[part] != base_built[part]]
+            if places and place in built:
+                assert places == [place], f"{name} shows in {places}"
+            elif places:
+                assert set(modules) <= set(places) or name in IN_PLACES_OF_THEIR_OWN, f"{name} shows in {places} alone"
+            else:
+                moments, rest = what_it_does(agent)
+                places = [part for part in moments if moments[part] != base_moments[part]] + ["rest"] * (rest != base_rest)
+                assert not places or place not in modules or places[0] == place, f"{name} shows first in {places}"
+            shown = shown or bool(places)
+            if shown:
+                break
+        # Else it must be one that this algorithm refuses, by name.
+        assert shown or f"--{name.replace('_', '-')}" in refusal, f"{name} does nothing"
+
+
+def test_defaults_are_those_of_the_papers():
+    tables = {  # Tables 1 and 2 of the paper, and what the published SimBa uses for DeepMind Control
+        "mrq": {"batch_size": 256, "discount": 0.99, "encoder_horizon": 5, "q_horizon": 3, "target_update_freq": 250, "dynamics_weight": 1,
+                "reward_weight": 0.1, "terminal_weight": 0.1, "encoder_lr": 1e-4, "critic_lr": 3e-4, "actor_lr": 3e-4, "weight_decay": 1e-4,
+                "critic_grad_clip": 20, "reward_bins": 65, "reward_range": 10, "exploration_noise": 0.2, "target_noise": 0.2,
+                "target_noise_clip": 0.3, "pre_activation_weight": 1e-5},
+        "ddpg": {"batch_size": 256, "discount": 0.99, "target_rate": 0.005, "actor_lr": 1e-4, "critic_lr": 1e-4, "weight_decay": 0.01,
+                 "twin_critics": False, "target_q": "min", "actor_q": "min", "exploration_noise": 0.1}}
+    temperature = {"initial_temperature": 0.01, "temperature_lr": 1e-4, "target_entropy": -0.5}
+    policy = ("exploration_noise", "target_noise", "target_noise_clip", "pre_activation_weight")
+    without = lambda algo: {name: value for name, value in tables[algo].items() if name not in policy}
+    tables["sac"] = without("ddpg") | temperature
+    tables["mrsac"] = without("mrq") | temperature | {"temperature_lr": 3e-4, "target_policy": "target", "target_q": "min", "actor_q": "min"}
+    for algo, table in tables.items():
+        args = defaults(algo)
+        assert dataclasses.asdict(args.agent) == table
+        assert (args.learning_starts, args.agent.updates_per_step, args.agent.horizon) == (
+            (5000, 2, 1) if algo in ("sac", "ddpg") else (10_000, 1, 5))
+        sparse = {"sparsity": 0.8 if algo in ("sac", "ddpg") else 0.6, "distribution": "er", "growth": "gradient", "update_interval": 1000,
+                  "drop_initial": 0.5, "drop_final": 0.0, "schedule_start": 0.2, "schedule_end": 0.8, "schedule_power": 2.0}
+        assert dataclasses.asdict(args.sparse) == sparse
+        # SparseTraining by itself has the same.
+        own = {name: p.default for name, p in inspect.signature(SparseTraining).parameters.items() if p.default is not p.empty}
+        renamed = {"growth": "grow", "schedule_power": "power"}
+        assert {renamed.get(name, name): value for name, value in sparse.items()} | {"sparsity": 0.6, "seed": 0} == {
+            name: value for name, value in own.items() if name != "total_steps"}
+    assert (args.total_steps, args.eval_every, args.eval_episodes, args.buffer_size, args.log_every, args.scale, args.seed, args.mst) == (
+        500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)
+
+
 # ---------------------------------------------------------------------------------------------------------- train.py
 
 def run_train(folder, *flags, timeout=300):
@@ -2361,6 +2662,157 @@ def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choice
         flags_to_args(flag, wrong)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and flag in said and all(f"'{choice}'" in said for choice in choices.split())
+
+
+class RecordedRun:
+    """Environment, agent, replay, evaluation and log in one, which note everything they are told. Each observation is a number."""
+    episodes = [(3, "terminated"), (2, "truncated"), (3, "truncated"), (1, "terminated"), (9, "truncated")]
+    obs_dim, action_dim, horizon, updates_per_step, prioritized, folder = 1, 1, 1, 2, False, "here"
+    device, networks, sparse, broken = torch.device("cpu"), {}, {}, {}
+
+    def __init__(self):
+        self.events, self.rows, self.time, self.episode, self.length, self.frames, self.actions = [], [], 0, -1, 0, 0, 0
+        self.info = {}
+
+    def note(self, *event):
+        self.events.append(event)
+
+    def observation(self):
+        self.time += 1
+        return np.array([self.time], np.float32)
+
+    # the environment
+    def reset(self):
+        self.episode, self.length = self.episode + 1, 0
+        obs = self.observation()
+        self.note("reset", obs[0])
+        return obs
+
+    def random_action(self):
+        self.actions += 1
+        self.note("random action")
+        return np.array([-self.actions], np.float32)
+
+    def step(self, action):
+        self.note("step", action[0])
+        self.length, self.frames = self.length + 1, self.frames + 2
+        ended = self.episodes[self.episode][1] if self.length == self.episodes[self.episode][0] else ""
+        return self.observation(), 10.0 ** self.length, ended == "terminated", ended == "truncated"
+
+    # the agent
+    def observe(self, obs):
+        self.note("observe", obs[0])
+
+    def act(self, obs, explore):
+        self.actions += 1
+        self.note("act", obs.ravel().tolist(), explore, torch.rand(()).item())
+        return np.full((*obs.shape[:-1], 1), self.actions, np.float32)
+
+    def update(self, replay):
+        assert replay is self
+        self.note("update")
+        self.info = {"loss": torch.tensor(float(len(self.events)))}
+
+    def fault(self):
+        return None
+
+    # replay, evaluation and log
+    def add(self, obs, action, reward, next_obs, terminated, truncated):
+        self.note("add", obs[0], action[0], reward, next_obs[0], terminated, truncated)
+
+    def __call__(self, act, step):
+        self.note("evaluate", step)
+        before = self.actions
+        act(np.array([[-1.0], [-2.0]]))
+        self.actions = before
+        return np.array([1.0, 4.0])
+
+    def write(self, table, row):
+        self.note("write", table)
+        self.rows.append((table, row))
+
+
+def recorded_run(monkeypatch, run, **settings):
+    """The loop on a recorded run: all events without the random numbers in them, and those of acting in training."""
+    monkeypatch.setattr(train, "measure", lambda agent, replay: run.note("measure") or {"metric": 0.5})
+    args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6} | settings))
+    torch.manual_seed(args.seed)
+    train.train(args, torch.device("cpu"), run, run, run, run, run)
+    return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
+
+
+def test_the_order_of_events_in_a_run(monkeypatch):
+    """Against a plain list of what must happen, step by step."""
+    run = RecordedRun()
+    events, draws = recorded_run(monkeypatch, run)
+    expected, obs, action = [("reset", 1.0)], 1.0, 0
+    evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False), ("measure",), ("write", "eval")]
+    ends = {2: "terminated", 4: "truncated", 7: "truncated", 8: "terminated"}  # after these steps
+    length = 0
+    for t in range(11):
+        length, action = length + 1, action + 1
+        expected += evaluation(t) if t in (0, 5, 10) else []
+        expected += [("observe", obs), ("act", [obs], True) if t >= 4 else ("random action",)]
+        expected += [("update",)] * 2 if t >= 4 else []
+        chosen = action if t >= 4 else -action
+        expected += [("step", chosen), ("add", obs, chosen, 10.0 ** length, obs + 1, ends.get(t) == "terminated", ends.get(t) == "truncated")]
+        obs += 1
+        if t in ends:
+            obs, length = obs + 1, 0
+            expected += [("reset", obs)]
+        expected += [("write", "train")] if t in (5, 8, 10) else []
+    assert events == expected + evaluation(11)
+    rows = {table: [row for name, row in run.rows if name == table] for table in ("eval", "train")}
+    timeless = lambda row: {key: value for key, value in row.items() if "second" not in key}
+    assert [timeless(row) for row in rows["eval"]] == [
+        {"agent_step": t, "frames": 2 * t, "return": 2.5, "return_std": 1.5, "metric": 0.5} for t in (0, 5, 10, 11)]
+    assert [(row["agent_step"], row["frames"], row["episode_return"]) for row in rows["train"]] == [
+        (6, 12, 110.0), (9, 18, 10.0), (11, 22, 10.0)]  # of the last episode that has ended
+    assert all(row["loss"] == 1 + max(i for i, event in enumerate(run.events[:mark]) if event == ("update",))  # of the last update
+               for row, mark in zip(rows["train"], [i for i, event in enumerate(run.events) if event == ("write", "train")]))
+    assert all(row["steps_per_second"] > 0 and row["seconds"] >= 0 for row in rows["train"])
+    # Evaluations draw random numbers of their own, the same whenever they come, and leave the training's alone.
+    evaluated = [(event[1], run.events[i + 1][3]) for i, event in enumerate(run.events) if event[0] == "evaluate"]
+    assert all(draw == (torch.manual_seed(6 + step), torch.rand(()).item())[1] for step, draw in evaluated)
+    assert recorded_run(monkeypatch, RecordedRun(), eval_every=1000)[1] == draws
+    torch.manual_seed(6)
+    assert draws == [torch.rand(()).item() for _ in draws]
+
+
+def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
+    run = RecordedRun()
+    run.fault = lambda: ("the actor's loss", 1) if run.time > 8 else None
+    with pytest.raises(FloatingPointError, match="the actor's loss was not finite at agent step 5; stopped.*here"):
+        recorded_run(monkeypatch, run)
+    assert [row["agent_step"] for table, row in run.rows if table == "train"] == [6, 9][:1 + (run.rows[-1][1]["agent_step"] == 9)]
+    run = RecordedRun()
+    act = run.act
+    run.act = lambda obs, explore: act(obs, explore) * (math.nan if run.time > 8 else 1)
+    with pytest.raises(FloatingPointError, match=r"the action is \[nan\] at agent step 6"):
+        recorded_run(monkeypatch, run)
+    assert not any(event[0] == "step" and event[1] != event[1] for event in run.events)
+
+
+def test_what_a_run_is_built_from(tmp_path):
+    """Seeds, sizes and numbers of the settings reach environment, evaluation, buffer, networks and masks."""
+    build = lambda *flags: train.build(flags_to_args("--mst", *SHORT, "--runs", str(tmp_path / "_".join(flags)), *flags))
+    device, env, agent, replay, evaluation, log = build("--seed", "7", "--eval-episodes", "3")
+    log.close()
+    same = Env("cartpole-swingup", seed=7)
+    assert np.array_equal(env.random_action(), same.random_action()) and np.array_equal(env.reset(), same.reset())
+    hold = lambda obs: np.sin(7 * obs[:, :1])
+    np.testing.assert_array_equal(evaluation(hold, 20), LockstepEvaluation("cartpole-swingup", 3, seed=7)(hold, 20))
+    assert (replay.capacity, replay.horizon, replay.prioritized, replay.obs.shape[1], replay.action.shape[1]) == (272, 5, True, 5, 1)
+    torch.manual_seed(7)
+    alike = build_agent(flags_to_args("--mst", *SHORT, "--seed", "7"), 5, 1, device)
+    masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
+    for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
+        assert torch.equal(a, b)
+    *_, small, _, log = build("--buffer-size", "90", "--seed", "8")
+    log.close()
+    assert small.capacity == 90
+    other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, device)
+    assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
 
 
 def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
