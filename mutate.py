@@ -166,7 +166,7 @@ def run_tests(folder, plugin, limit=None):
         sys.path[0] = folder
         status = 70
         try:
-            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", SUITE] if limit else ["-q", SUITE], plugins=[plugin]))
+            status = int(pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", SUITE, *(["-x"] if limit else [])], plugins=[plugin]))
         finally:
             os._exit(status)
     until = time.time() + (limit or 1e9)

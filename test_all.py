@@ -37,7 +37,7 @@ from agents import AGENTS, build_agent
 from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
 from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
-from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
+from sac import SAC, reduce_q, tanh_gaussian
 from settings import (MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, check, defaults, flag_names, module_configs, notes,
                       parse, run_name)
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
@@ -895,128 +895,6 @@ def test_encoder_loss_against_a_loop_over_samples():
         torch.testing.assert_close(losses, torch.stack(expected))
 
 
-def test_td_target_and_critic_loss_against_a_loop_over_samples():
-    agent, buffer = double(tiny()), filled()
-    agent.reward_scale.fill_(2.5), agent.target_reward_scale.fill_(0.7)
-    batch = batch_of(buffer)
-    target_encoder, target_actor, target_critic = (agent.targets[name] for name in ("encoder", "actor", "critic"))
-    torch.manual_seed(11)
-    noise = (torch.randn(12, 2, dtype=torch.float64) * 0.2).clamp(-0.3, 0.3)
-    targets, losses, errors = [], [], []
-    with torch.no_grad():
-        for i in range(12):
-            y, alive = 0.0, True
-            for k in range(3):
-                if alive:
-                    y += 0.99 ** k * batch.reward[i, k]
-                    alive = not batch.terminated[i, k]
-            if alive:
-                zs = target_encoder.zs(batch.obs[i, 3])
-                action = (target_actor(zs)[0] + noise[i]).clamp(-1, 1)
-                y += 0.99 ** 3 * 0.7 * target_critic(target_encoder(zs, action)).min()
-            y = y / 2.5
-            q = agent.critic(agent.encoder(agent.encoder.zs(batch.obs[i, 0]), batch.action[i, 0]))
-            huber = [0.5 * d * d if d < 1 else d - 0.5 for d in (q - y).abs().tolist()]
-            targets.append(y), losses.append(sum(huber) / 2), errors.append((q - y).abs().max())
-    torch.manual_seed(11)
-    torch.testing.assert_close(agent.td_target(batch)[:, 0], torch.stack(targets))
-    torch.manual_seed(11)
-    loss, td_error, _ = agent.critic_loss(batch, agent.encoder.zs(batch.obs[:, 0]))
-    torch.testing.assert_close(loss, torch.tensor(losses).double())
-    torch.testing.assert_close(td_error, torch.stack(errors))
-
-
-def test_actor_loss_by_its_equation():
-    agent, buffer = double(tiny(config=MRQConfig(batch_size=16, pre_activation_weight=0.3))), filled()
-    zs = agent.encoder.zs(batch_of(buffer).obs[:, 0]).detach()
-    pre = agent.actor.mlp(zs)
-    zsa = agent.encoder(zs, pre.tanh())
-    expected = -0.5 * (agent.critic.q1(zsa) + agent.critic.q2(zsa))[:, 0] + 0.3 * (pre ** 2).mean(1)
-    torch.testing.assert_close(agent.actor_loss(zs)[0], expected)
-
-
-@pytest.mark.parametrize("name", ["encoder", "critic", "actor"])
-def test_gradients_against_finite_differences(name):
-    agent, buffer = double(tiny()), filled()
-    batch = batch_of(buffer)
-    zs = agent.encoder.zs(batch.obs[:, 0]).detach()
-
-    def loss():
-        torch.manual_seed(2)  # the same target noise each time
-        return {"encoder": lambda: agent.encoder_loss(batch, torch.ones(()))[0], "critic": lambda: agent.critic_loss(batch, zs)[0],
-                "actor": lambda: agent.actor_loss(zs)[0]}[name]().mean()
-
-    parameters = list(agent.networks[name].parameters())
-    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        direction = torch.randn_like(parameter)
-        with torch.no_grad():
-            parameter += 1e-6 * direction
-            above = loss()
-            parameter -= 2e-6 * direction
-            below = loss()
-            parameter += 1e-6 * direction
-        assert ((above - below) / 2e-6).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-4, abs=1e-7)
-
-
-def test_one_whole_update_against_adamw_by_hand():
-    """Critic: masks, then clipping, then AdamW; from the gradient of the critic's own loss."""
-    config = MRQConfig(batch_size=16, critic_grad_clip=0.05)  # low enough to bind
-    agent, buffer = tiny(config=config), filled()
-    agent.refresh_targets(buffer)
-    for _ in range(5):  # crosses topology updates at 3; moments are not zero
-        agent.update_critic_and_actor(buffer)
-    before = copy.deepcopy(agent.critic)
-    names = [name for name, _ in agent.critic.named_parameters()]
-    moments = {n: {k: v.clone() for k, v in agent.optimizers["critic"].state[p].items()} for n, p in agent.critic.named_parameters()}
-    torch.manual_seed(7)
-    batch = buffer.sample(16, 3)
-    loss, _, _ = agent.critic_loss(batch, agent.encoder.zs(batch.obs[:, 0]).detach())
-    gradients = dict(zip(names, torch.autograd.grad(loss.mean(), list(agent.critic.parameters()))))
-    masks = agent.sparse["critic"].masks
-    for name in masks:  # the sixth update is a topology update: 6 is a multiple of 3
-        zeta = drop_fraction(6, 40, 0.5, 0.0)
-        masks[name] = masks[name].clone()
-    new_masks = {n: update_mask(dict(before.named_parameters())[n], gradients[n], masks[n], zeta) for n in masks}
-    torch.manual_seed(7)
-    agent.update_critic_and_actor(buffer)
-    for n in new_masks:
-        assert torch.equal(agent.sparse["critic"].masks[n], new_masks[n])
-        gradients[n] = gradients[n] * new_masks[n]
-    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    assert norm > 0.05 and agent.info["critic_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
-    for n, parameter in before.named_parameters():
-        stays = masks_and(masks, new_masks, n, parameter)
-        w, m, v = (t * stays for t in (parameter.detach(), moments[n]["exp_avg"], moments[n]["exp_avg_sq"]))
-        g = gradients[n] * 0.05 / (norm + 1e-6)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        w = w - 3e-4 * 1e-4 * w - 3e-4 * (m / (1 - 0.9 ** 6)) / ((v / (1 - 0.999 ** 6)).sqrt() + 1e-8)
-        torch.testing.assert_close(dict(agent.critic.named_parameters())[n].detach(), w, atol=1e-7, rtol=1e-5)
-
-
-def masks_and(old, new, name, parameter):
-    return (old[name] & new[name]) if name in new else torch.ones_like(parameter, dtype=torch.bool)
-
-
-def test_growth_is_ranked_by_the_modules_own_loss(monkeypatch):
-    agent, buffer = tiny(), filled()
-    agent.update(buffer)
-    frozen, frozen_buffer, seen = copy.deepcopy(agent), copy.deepcopy(buffer), {}
-    for name, sparse in agent.sparse.items():
-        monkeypatch.setattr(sparse, "update_topology", lambda step, name=name: seen.update(
-            {name: [p.grad.clone() for p in agent.networks[name].parameters()]}))
-    torch.manual_seed(1)
-    agent.update_critic_and_actor(buffer)
-    torch.manual_seed(1)
-    batch = frozen_buffer.sample(16, 3)
-    zs = frozen.encoder.zs(batch.obs[:, 0]).detach()
-    own = torch.autograd.grad(frozen.critic_loss(batch, zs)[0].mean(), list(frozen.critic.parameters()))
-    torch.testing.assert_close(seen["critic"], list(own))  # nothing of the actor's loss in it, and not masked yet
-    action, pre_activation = frozen.actor(zs)  # the actor follows the critic as just updated
-    loss = -agent.critic(agent.encoder(zs, action)).mean() + 1e-5 * pre_activation.square().mean()
-    torch.testing.assert_close(seen["actor"], list(torch.autograd.grad(loss, list(frozen.actor.parameters()))))
-
-
 @pytest.mark.parametrize("algo, name", [("mrq", "encoder"), ("mrq", "critic"), ("mrq", "actor"), ("sac", "critic"), ("sac", "actor"),
                                         ("ddpg", "actor"), ("mrsac", "actor")])
 def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatch):
@@ -1078,39 +956,6 @@ def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
     way = products(agent.critic) + products(agent.encoder.zsa_mlp) + products(agent.encoder.za_linear)
     first = 2 * 16 * agent.actor.mlp.projection.weight.numel()  # z_s needs no gradient
     assert counter.get_total_flops() <= 2 * way + 3 * products(agent.actor) - first
-
-
-def test_order_of_an_update():
-    agent, buffer = tiny(), filled()
-    events = []
-    for name in ("refresh_targets", "update_encoder", "update_critic_and_actor"):
-        def spy(replay, name=name, original=getattr(agent, name)):
-            events.append(name)
-            return original(replay)
-        setattr(agent, name, spy)
-    for _ in range(9):
-        agent.update(buffer)
-    period = ["refresh_targets"] + ["update_encoder"] * 4 + ["update_critic_and_actor"] * 4
-    assert events == (period * 3)[:len(period) * 2 + 6]
-    assert agent.updates == {"encoder": 12, "critic": 9, "actor": 9}
-
-
-def test_targets_and_reward_scales_follow_every_period():
-    agent, buffer = tiny(), filled()
-    same = lambda name: all(torch.equal(a, b) for a, b in zip(agent.networks[name].parameters(), agent.targets[name].parameters()))
-    assert all(same(name) for name in agent.networks) and agent.reward_scale == agent.target_reward_scale == 1
-    agent.update(buffer)
-    mean = buffer.mean_absolute_reward()
-    assert agent.reward_scale == mean and agent.target_reward_scale == 1  # the first target scale is 1
-    assert not any(same(name) for name in agent.networks)
-    for _ in range(3):
-        agent.update(buffer)
-    held = {name: [p.clone() for p in agent.networks[name].parameters()] for name in ("critic", "actor")}
-    buffer.add(np.zeros(4), np.zeros(2), 500.0, np.zeros(4), False, True)
-    agent.update(buffer)
-    assert agent.target_reward_scale == mean and agent.reward_scale == buffer.mean_absolute_reward() > mean
-    for name in ("critic", "actor"):  # copied before this update's step
-        assert all(torch.equal(a, b) for a, b in zip(held[name], agent.targets[name].parameters()))
 
 
 @pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s")])
@@ -1200,16 +1045,6 @@ def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=
     return agent, buffer
 
 
-def in_float64(agent):
-    for network in (*agent.networks.values(), *agent.targets.values()):
-        for parameter in network.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        network.double()
-    if hasattr(agent, "temperature"):
-        agent.temperature.log.data = agent.temperature.log.data.double() + 3.0
-    return agent
-
-
 def exact_log_prob(mean, raw, noise):
     """log π by PyTorch's own change of variables, in float64."""
     log_std = -10 + 6 * (1 + raw.tanh())
@@ -1269,148 +1104,6 @@ def test_the_log_std_stays_between_its_bounds():
         assert action.clamp(-1 + 1e-15, 1 - 1e-15).atanh().std().item() == pytest.approx(std, rel=0.05)
 
 
-def sac_batch(agent, buffer, size=24):
-    torch.manual_seed(5)
-    batch = buffer.sample(size, 1)
-    assert 0 < batch.terminated.sum() < size
-    return Batch(batch.index, agent.normalizer(batch.obs.double()), batch.action.double(), batch.reward.double(), batch.terminated.double())
-
-
-@pytest.mark.parametrize("algo", ["sac", "ddpg"])
-@pytest.mark.parametrize("twin, target_q, actor_q", [(False, "min", "min"), (True, "min", "mean"), (True, "mean", "min")])
-def test_simba_losses_against_a_loop_over_samples(algo, twin, target_q, actor_q):
-    agent, buffer = tiny_of(algo, twin_critics=twin, target_q=target_q, actor_q=actor_q)
-    batch = sac_batch(in_float64(agent), buffer)
-    alpha = agent.temperature.log.exp().item() if algo == "sac" else None
-    pick = {"min": min, "mean": lambda q: sum(q) / len(q)}
-
-    def policy(i, obs, noise):
-        output = agent.actor(obs)
-        if algo == "sac":
-            action, log_prob = exact_log_prob(output[:2], output[2:], noise[i])
-            return action, alpha * log_prob
-        return (output.tanh() + 0.1 * noise[i]).clamp(-1, 1), 0.0
-
-    torch.manual_seed(6)
-    noise = torch.randn(24, 2, dtype=torch.float64)
-    targets, critic_losses, actor_losses = [], [], []
-    for i in range(24):
-        action, cost = policy(i, batch.obs[i, 1], noise)
-        x = torch.cat([batch.obs[i, 1], action])
-        value = pick[target_q]([q(x)[0] for q in agent.targets["critic"].children()]) - cost
-        y = batch.reward[i, 0] + (0 if batch.terminated[i, 0] else 0.99 * value)
-        x = torch.cat([batch.obs[i, 0], batch.action[i, 0]])
-        critic_losses.append(sum((q(x)[0] - y.detach()) ** 2 for q in agent.critic.children())), targets.append(y)
-        action, cost = policy(i, batch.obs[i, 0], noise)
-        x = torch.cat([batch.obs[i, 0], action])
-        actor_losses.append(cost - pick[actor_q]([q(x)[0] for q in agent.critic.children()]))
-    same = lambda value, expected: torch.testing.assert_close(value, torch.stack(expected).detach())
-    torch.manual_seed(6)
-    same(agent.td_target(batch).flatten(), targets)
-    torch.manual_seed(6)
-    loss, _ = agent.critic_loss(batch)
-    same(loss.detach(), critic_losses)
-    torch.manual_seed(6)
-    actor_loss, info = agent.actor_loss(batch.obs[:, 0])
-    same(actor_loss.detach(), actor_losses)
-    for network, ours, theirs in ((agent.critic, loss, critic_losses), (agent.actor, actor_loss, actor_losses)):
-        parameters = list(network.parameters())
-        expected = torch.autograd.grad(torch.stack(theirs).mean(), parameters, retain_graph=True)
-        torch.testing.assert_close(torch.autograd.grad(ours.mean(), parameters, retain_graph=True), expected)
-    if algo == "sac":
-        torch.manual_seed(6)
-        _, log_prob = exact_log_prob(*agent.actor(batch.obs[:, 0]).chunk(2, 1), torch.randn(24, 2, dtype=torch.float64))
-        assert info["entropy"].item() == pytest.approx(-log_prob.mean().item())
-
-
-@pytest.mark.parametrize("target_policy, target_q, actor_q", [("target", "min", "min"), ("online", "mean", "min"), ("target", "min", "mean")])
-def test_mrsac_losses_against_a_loop_over_samples(target_policy, target_q, actor_q):
-    agent, buffer = tiny_of("mrsac", target_policy=target_policy, target_q=target_q, actor_q=actor_q)
-    in_float64(agent)
-    agent.reward_scale, agent.target_reward_scale = torch.tensor(2.5).double(), torch.tensor(0.7).double()
-    batch, alpha = batch_of(buffer), agent.temperature.log.exp().item()
-    pick = {"min": torch.min, "mean": torch.mean}
-    target_actor = agent.targets["actor"] if target_policy == "target" else agent.actor
-    target_encoder, target_critic = agent.targets["encoder"], agent.targets["critic"]
-    torch.manual_seed(6)
-    noise = torch.randn(12, 2, dtype=torch.float64)
-    zs = agent.encoder.zs(batch.obs[:, 0]).detach()
-    targets, losses = [], []
-    for i in range(12):
-        y, alive = 0.0, True
-        for k in range(3):
-            if alive:
-                y, alive = y + 0.99 ** k * batch.reward[i, k], not batch.terminated[i, k]
-        if alive:
-            next_zs = target_encoder.zs(batch.obs[i, 3])
-            action, log_prob = exact_log_prob(*target_actor(next_zs).chunk(2), noise[i])
-            value = pick[target_q](target_critic(target_encoder(next_zs, action))) - alpha * log_prob
-            y = y + 0.99 ** 3 * 0.7 * value
-        targets.append(y / 2.5)  # in units of the reward scale
-        action, log_prob = exact_log_prob(*agent.actor(zs[i]).chunk(2), noise[i])
-        losses.append(alpha * log_prob - pick[actor_q](agent.critic(agent.encoder(zs[i], action))))
-    torch.manual_seed(6)
-    torch.testing.assert_close(agent.td_target(batch)[:, 0], torch.stack(targets).detach())
-    torch.manual_seed(6)
-    torch.testing.assert_close(agent.actor_loss(zs)[0], torch.stack(losses))
-    # One temperature update an actor update: Adam's first step is its learning rate, against the slope α·(H - H̄).
-    agent, buffer = tiny_of("mrsac")
-    log = agent.temperature.log.item()
-    agent.update_critic_and_actor(buffer)
-    slope = agent.info["entropy"].item() - -0.5 * 2
-    assert agent.temperature.log.item() - log == pytest.approx(-3e-4 * np.sign(slope), rel=1e-2)
-    # The rest is MR.Q's own, not a copy.
-    assert all(getattr(MRSAC, name) is getattr(MRQ, name) for name in
-               ("encoder_loss", "critic_loss", "td_target", "refresh_targets", "update_encoder", "update_critic_and_actor", "update"))
-
-
-def test_the_temperature_against_adam_by_hand():
-    temperature = Temperature(SACConfig(initial_temperature=0.2, temperature_lr=0.01, target_entropy=-0.5), 6, torch.device("cpu"))
-    log, m, v = math.log(0.2), 0.0, 0.0
-    for step, entropy in enumerate((-4.0, -5.0, 1.0, -3.0, -2.5), start=1):
-        g = math.exp(log) * (entropy - -3.0)  # d/d(log α) of α·(H - H̄), H̄ = -0.5 · 6
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        log -= 0.01 * (m / (1 - 0.9 ** step)) / (math.sqrt(v / (1 - 0.999 ** step)) + 1e-8)
-        before = temperature.value().item()
-        temperature.update(torch.tensor(entropy))
-        assert temperature.value().item() == pytest.approx(math.exp(log), rel=1e-5)
-        if step <= 2:  # too little entropy: its price rises
-            assert temperature.value().item() > before
-
-
-def test_order_of_a_simba_update_and_its_soft_target():
-    agent, buffer = tiny_of("sac", regimes_dense("sac"))
-    events = []
-    for owner, name in ((agent, "actor_loss"), (agent.temperature, "update"), (agent, "critic_loss"), (agent, "update_target")):
-        def spy(*arguments, name=name, original=getattr(owner, name)):
-            events.append(name)
-            return original(*arguments)
-        setattr(owner, name, spy)
-    target = [p.clone() for p in agent.targets["critic"].parameters()]
-    for _ in range(3):
-        agent.update(buffer)
-        target = [0.995 * t + 0.005 * p.detach() for t, p in zip(target, agent.critic.parameters())]
-        torch.testing.assert_close(list(agent.targets["critic"].parameters()), target)
-    assert events == ["actor_loss", "update", "critic_loss", "update_target"] * 3
-    assert agent.updates == {"critic": 3, "actor": 3} and agent.updates_per_step == 2
-
-
-@pytest.mark.parametrize("algo", ["sac", "ddpg"])
-def test_the_simba_actors_loss_computes_nothing_for_the_critic(algo):
-    agent, buffer = tiny_of(algo)
-    spared = {}
-
-    def spy(name, loss, clip=None, original=agent._step):
-        result = original(name, loss, clip)
-        spared[name] = all(parameter.grad is None for parameter in agent.critic.parameters())
-        return result
-
-    agent._step = spy
-    agent.update(buffer)
-    assert spared == {"actor": True, "critic": False}
-    assert all(parameter.requires_grad for parameter in agent.critic.parameters())
-
-
 def regimes_dense(algo, *regimes):
     presets = AGENTS[algo].Config.presets["default"]
     return {name: dataclasses.replace(m, regime=regime) for (name, m), regime in
@@ -1437,21 +1130,6 @@ def test_raw_observations_are_stored_and_normalised_when_drawn():
     for algo in AGENTS:
         with pytest.raises(FloatingPointError, match="nan"):
             tiny_of(algo)[0].observe(np.array([1.0, float("nan"), 0, 0], np.float32))
-
-
-@pytest.mark.parametrize("algo", ["sac", "ddpg"])
-def test_metrics_look_at_normalised_observations(algo):
-    agent, buffer = tiny_of(algo)
-    batch = buffer.sample(8)
-    obs = agent.normalizer(batch.obs)
-    features = agent.probe(batch)
-    torch.testing.assert_close(features["critic"]["q1"], agent.critic.q1.features(torch.cat([obs[:, 0], batch.action[:, 0]], 1)))
-    torch.testing.assert_close(features["actor"]["pi"], agent.actor.features(obs[:, 0]))
-    torch.manual_seed(0)
-    losses = agent.probe_losses(batch, buffer)
-    torch.manual_seed(0)
-    torch.testing.assert_close(losses["critic"], agent.critic_loss(batch._replace(obs=obs))[0])
-    torch.testing.assert_close(losses["actor"], agent.actor_loss(obs[:, 0])[0])
 
 
 def test_soft_targets_stay_sparse_through_thousands_of_updates():
@@ -1813,13 +1491,15 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
     buffer.sample, buffer.update_priority = double_sample, lambda index, error: update_priority(index, error.float())
     first_masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7, check_dtype=False)
-    for _ in range(14):
+    for step in range(14):
+        buffer.add(np.ones(4), np.ones(2), 3.0 * step, np.ones(4), False, True)  # the reward scale moves
+        stored.append(3.0 * step)
         drawn.clear()
         noise.calls, before = 0, buffer.priority.clone()
         agent.update(buffer)
         noise.calls = 0
         error = naive.update(drawn, stored, float(any(step[5] for episode in episodes for step in episode)))
-        assert {key: value.item() for key, value in agent.info.items()} == pytest.approx(naive.info, rel=1e-5, abs=1e-8)
+        assert {key: value.item() for key, value in agent.info.items()} == pytest.approx(naive.info, rel=1e-5, abs=1e-7)
         assert agent.updates == naive.updates
         if error is not None:  # LAP: at least 1, to the power 0.4; of a row drawn twice the larger one
             for row, delta in sorted(zip(drawn[-1].index.tolist(), error.tolist()), key=lambda pair: pair[1]):
