@@ -35,8 +35,8 @@ import train
 from envs import Env, LockstepEvaluation, task_names
 from agents import AGENTS, build_agent
 from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
-from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
+from runlog import RunLog
 from sac import SAC, reduce_q, tanh_gaussian
 from settings import (MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, check, defaults, flag_names, module_configs, notes,
                       parse, run_name)
@@ -2052,6 +2052,52 @@ def test_evaluation_episodes_depend_on_their_seed_alone():
     assert returns[4] == pytest.approx(total)
 
 
+class ScriptedEnv:
+    """Stands in for Env: from each seed an episode of another length, and a reward for each action taken."""
+    made = []
+
+    def __init__(self, name, seed, action_repeat):
+        self.made.append((name, seed, action_repeat))
+
+    def reset(self, seed):
+        self.left, self.total = 3 + seed % 5, 0
+        return np.array([self.left, 0], np.float32)
+
+    def step(self, action):
+        assert self.left > 0, "stepped after its end"
+        self.left -= 1
+        return np.array([self.left, float(action[0])], np.float32), float(action[0]), self.left == 0 and action[0] > 2, self.left == 0 and action[0] <= 2
+
+
+def test_episodes_of_an_evaluation_end_each_at_its_own_time(monkeypatch):
+    monkeypatch.setattr(envs, "Env", ScriptedEnv)
+    evaluation, seen = LockstepEvaluation("task", 4, seed=2, action_repeat=3), []
+
+    def act(obs):
+        seen.append(obs.copy())
+        return np.full((4, 1), len(seen), np.float32)
+
+    returns = evaluation(act, step=9)
+    assert ScriptedEnv.made == [("task", 2, 3)] * 4
+    lengths = [3 + int(np.random.SeedSequence([2, 9, episode]).generate_state(1)[0]) % 5 for episode in range(4)]
+    assert len(set(lengths)) > 1 and returns.tolist() == [sum(range(1, n + 1)) for n in lengths]  # the k-th action pays k
+    assert len(seen) == max(lengths)
+    for k, obs in enumerate(seen):  # who has ended stays where it ended
+        assert obs.tolist() == [[n - min(k, n), min(k, n)] for n in lengths]
+
+
+def test_lqr_takes_unit_actions_and_random_actions_are_uniform():
+    from dm_control import suite
+    env, raw = Env("lqr-lqr_2_1", seed=3), suite.load("lqr", "lqr_2_1", task_kwargs={"random": 3})  # its bounds are ±1e10
+    raw.reset()
+    env.reset(), raw.reset()
+    reward = env.step(np.array([0.75]))[1]
+    assert reward == pytest.approx(raw.step(np.array([0.75])).reward + raw.step(np.array([0.75])).reward)
+    actions = np.array([env.random_action() for _ in range(2000)])
+    assert actions.dtype == np.float32 and actions.min() < -0.99 and actions.max() > 0.99 and abs(actions.mean()) < 0.05
+    assert Env("lqr-lqr_2_1").random_action() != Env("lqr-lqr_2_1", seed=1).random_action()
+
+
 def test_a_worker_that_dies_is_told_in_one_line():
     evaluation = LockstepEvaluation("cartpole-swingup", 2, workers=1)
 
@@ -2199,6 +2245,34 @@ def test_defaults_are_those_of_the_papers():
             name: value for name, value in own.items() if name != "total_steps"}
     assert (args.total_steps, args.eval_every, args.eval_episodes, args.buffer_size, args.log_every, args.scale, args.seed, args.mst) == (
         500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)
+
+
+# --------------------------------------------------------------------------------------------------------- runlog.py
+
+def test_rows_are_on_disk_at_once_with_six_digits(tmp_path, monkeypatch):
+    told = []
+    fake = lambda **methods: type("Fake", (), {name: staticmethod(method) for name, method in methods.items()})
+    tell = lambda what: lambda *arguments, **named: told.append((what, *arguments, *sorted(named.items())))
+    monkeypatch.setitem(sys.modules, "wandb", fake(init=tell("init"), log=tell("log"), finish=tell("finish")))
+    writer = fake(add_scalar=tell("scalar"), close=tell("close"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake(SummaryWriter=lambda folder: (told.append(folder), writer)[1]))
+    folder = str(tmp_path / "run")
+    log = RunLog(folder, {"seed": 1, "scale": 0.5}, tensorboard=True, wandb_project="project")
+    log.write("eval", {"agent_step": 1234567, "return": 1 / 3, "text": "a"})
+    assert open(tmp_path / "run" / "eval.csv").read().split() == ["agent_step,return,text", "1234567,0.333333,a"]
+    log.write("train", {"agent_step": 2, "loss": 123456.789})
+    log.write("eval", {"agent_step": 3, "return": math.nan, "text": "b"})
+    assert [row["return"] for row in table(tmp_path / "run", "eval.csv")] == ["0.333333", "nan"]
+    assert table(tmp_path / "run", "train.csv") == [{"agent_step": "2", "loss": "123457"}]
+    assert json.load(open(tmp_path / "run" / "config.json")) == {"seed": 1, "scale": 0.5}
+    with pytest.raises(ValueError):
+        log.write("train", {"agent_step": 3, "other": 1.0})  # another column than the first row's
+    log.close()
+    assert ("scalar", "train/loss", 123456.789, 2) in told and ("log", {"train/agent_step": 2, "train/loss": 123456.789}) in told
+    assert ("init", ("config", {"seed": 1, "scale": 0.5}), ("dir", folder), ("name", "run"), ("project", "project")) in told
+    assert folder in told and ("close",) in told and ("finish",) in told
+    with pytest.raises(FileExistsError, match="a run never overwrites another"):
+        RunLog(folder, {})
 
 
 # ---------------------------------------------------------------------------------------------------------- train.py
@@ -2634,6 +2708,26 @@ def test_the_benchmark_counts_what_it_says(algo, capsys):
     assert (dense["encoder"] == "") == (algo == "ddpg")
     traffic = 28 * dense["weights"] if algo == "mrq" else 2 * (28 * dense["weights"] + 12 * dense["mb_targets"] / 4e-6)  # soft target
     assert dense["floor"] == pytest.approx(1e3 * (dense["gflop"] / dense["tflop_per_s"] / 1e3 + traffic / dense["gb_per_s"] / 1e9))
+
+
+@pytest.mark.parametrize("algo", ["mrq", "sac"])
+def test_the_benchmarks_own_factors(algo, monkeypatch):
+    """With a clock to which everything takes a millisecond, each phase shows how often an agent step has it."""
+    class Clock:
+        def __init__(self, device):
+            pass
+
+        def __call__(self, function):
+            function()
+            return 1.0
+
+    monkeypatch.setattr(bench, "Clock", Clock)
+    monkeypatch.setattr(torch, "mm", lambda a, b: a), monkeypatch.setattr(fast, "product", lambda a, b: a)
+    (row,) = bench.bench_scale(0.05, bench.Args(algo=algo, variants=["mst"], env="cartpole-swingup", steps=3), torch.device("cpu"))
+    often = {"mrq": 1, "sac": 2}[algo]
+    assert row["update"] == 2  # two captures a step, or two updates
+    assert [row[phase] for phase in bench.PHASES] == [often, 1 if algo == "mrq" else "", often, often, often, often, often / 1000, 1, 1]
+    assert row["tflop_per_s"] == pytest.approx(2 * 2048 ** 3 / 1e-3 / 1e12) and row["gb_per_s"] == pytest.approx(8 * 2 ** 25 / 1e-3 / 1e9)
 
 
 @pytest.mark.parametrize("flags, message", [
