@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import functools
 import getpass
+import inspect
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ import time
 import traceback
 from pathlib import Path
 from random import Random
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -55,14 +57,13 @@ import plot
 import sparsity
 import train
 from envs import Env, LockstepEvaluation, task_names
-from agents import AGENTS
+from agents import AGENTS, build_agent
 from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
-from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
 from runlog import Busy, Finished, RunLog
 from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
-from settings import (CONFIGS, MR_DEFAULT, MR_MST, NOT_IN_NAME, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, check, defaults, differences,
-                      effective, flag_names, from_config, module_configs, notes, parse, run_name)
+from settings import (CONFIGS, DDPGConfig, MRQConfig, MR_DEFAULT, MR_MST, ModuleConfig, NOT_IN_NAME, SACConfig, check, defaults,
+                      differences, effective, flag_names, from_config, module_configs, notes, parse, run_name)
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
 from survive import SavedRun
 
@@ -358,6 +359,61 @@ def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
     assert not optimizer.state[weight]["exp_avg"][fresh].any() and not optimizer.state[weight]["exp_avg_sq"][fresh].any()
 
 
+SPARSE_ARGUMENTS = [{"sparsity": 0.55, "distribution": "er", "grow": "gradient", "drop_initial": 0.7, "drop_final": 0.2, "schedule_start": 0.15,
+                     "schedule_end": 0.65, "power": 3.0, "seed": 5, "update_interval": 7},
+                    {"sparsity": 0.7, "distribution": "uniform", "grow": "random", "drop_initial": 0.1, "drop_final": 0.6, "schedule_start": 0.3,
+                     "schedule_end": 0.9, "power": 0.5, "seed": 6, "update_interval": 4}]
+
+
+@pytest.mark.parametrize("arguments", SPARSE_ARGUMENTS, ids=["gradient", "random"])
+@pytest.mark.parametrize("regime", ["dst", "s2d", "d2s"])
+def test_every_argument_of_sparse_training_is_read(regime, arguments):
+    """Masks over 40 steps, each from the one before by Eqs. (1) and (2) and Algorithm 1, written out here."""
+    a, total = arguments, 40
+    model = mlp(9, 20, 16, 2)
+    weights = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    sizes = [p.numel() for p in weights.values()]
+    make = lambda m=model, **other: SparseTraining(m, torch.optim.SGD(m.parameters(), lr=0.1), regime, total_steps=total, **a | other)
+    assert regime == "d2s" or any((x != y).any() for x, y in zip(make(seed=7).masks.values(), make(seed=8).masks.values()))
+    sparse, twin, moved = make(), make(copy.deepcopy(model)), 0
+    first, last = a["schedule_start"] * total, a["schedule_end"] * total
+    for step in range(1, total + 1):
+        torch.manual_seed(step)
+        for p, other in zip(model.parameters(), twin.module.parameters()):
+            p.data, p.grad = torch.randn_like(p), torch.randn_like(p)
+            other.data, other.grad = p.data.clone(), p.grad.clone()
+        sparse.apply_masks(model)
+        before = {name: mask.clone() for name, mask in sparse.masks.items()}
+        magnitudes = {name: p.detach().clone() for name, p in weights.items()}
+        changed = sparse.update_topology(step)
+        assert changed == (step % a["update_interval"] == 0 or regime != "dst" and step == last), step
+        assert twin.update_topology(step) == changed and all(torch.equal(twin.masks[n], mask) for n, mask in sparse.masks.items())
+        if not changed:
+            continue
+        left = (1 - min(max((step - first) / (last - first), 0), 1)) ** a["power"]
+        wanted = a["sparsity"] * {"dst": 1, "s2d": left, "d2s": 1 - left}[regime]
+        zeta = a["drop_final"] + (a["drop_initial"] - a["drop_final"]) * (1 + math.cos(math.pi * step / total)) / 2
+        counts = {name: int(mask.sum()) for name, mask in sparse.masks.items()}
+        if a["distribution"] == "er":
+            assert list(counts.values()) == naive_counts([tuple(p.shape) for p in weights.values()], wanted)
+        else:
+            assert sum(counts.values()) == math.floor((1 - wanted) * sum(sizes) + 0.5)
+            assert all(abs(count - (1 - wanted) * size) < 1 for count, size in zip(counts.values(), sizes))
+        for name, mask in sparse.masks.items():
+            if a["grow"] == "gradient":
+                assert torch.equal(mask, naive_update_mask(magnitudes[name], weights[name].grad, before[name], zeta, counts[name]))
+            else:  # what is kept is known; what grows is drawn
+                dropped = max(math.floor(zeta * before[name].sum().item()), before[name].sum().item() - counts[name])
+                kept = magnitudes[name].abs().masked_fill(~before[name], -1).flatten().argsort(descending=True)[:before[name].sum().item() - dropped]
+                assert mask.flatten()[kept].all()
+                grown = (mask & ~before[name]).sum().item()
+                free = mask.numel() - len(kept)  # each of these is as likely as any other
+                expected = (counts[name] - len(kept)) * (mask.numel() - before[name].sum().item()) / free if free else 0
+                assert abs(grown - expected) <= 5 * math.sqrt(expected + 1)
+            moved += (mask != before[name]).sum().item()
+    assert moved > 100
+
+
 def test_updates_happen_when_a_boundary_is_crossed_and_never_at_step_0():
     model = mlp(10, 40, 1)
     sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", total_steps=1000, update_interval=100)
@@ -377,10 +433,11 @@ def test_a_schedule_ends_where_it_says_even_between_two_boundaries():
         assert sparse.density() == pytest.approx(density, abs=0.5 / 2040)
 
 
-def test_sparsity_survives_copies_saving_and_new_parameters():
+@pytest.mark.parametrize("regime", ["dst", "s2d", "d2s"])
+def test_sparsity_survives_copies_saving_and_new_parameters(regime):
     model = mlp(6, 30, 30, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    make = lambda m, o, seed: SparseTraining(m, o, "dst", 0.7, total_steps=60, update_interval=5, grow="random", seed=seed)
+    make = lambda m, o, seed: SparseTraining(m, o, regime, 0.7, total_steps=60, update_interval=5, grow="random", seed=seed)
     sparse = make(model, optimizer, 3)
 
     def advance(model, optimizer, sparse, first, last):
@@ -391,7 +448,7 @@ def test_sparsity_survives_copies_saving_and_new_parameters():
             sparse.mask_gradients()
             optimizer.step()
 
-    advance(model, optimizer, sparse, 1, 20)
+    advance(model, optimizer, sparse, 1, 18)  # between two boundaries, on the way from one density to another
     copied = copy.deepcopy(model)  # a hard target: sparse by itself
     assert all(not dict(copied.named_parameters())[n][~mask].any() for n, mask in sparse.masks.items())
 
@@ -400,8 +457,10 @@ def test_sparsity_survives_copies_saving_and_new_parameters():
     other_sparse = make(other, other_optimizer, 4)
     for new, old in ((other, model), (other_optimizer, optimizer), (other_sparse, sparse)):
         new.load_state_dict(copy.deepcopy(old.state_dict()))
-    advance(model, optimizer, sparse, 20, 40)
-    advance(other, other_optimizer, other_sparse, 20, 40)  # continues as if nothing had happened
+    for step in range(18, 40):  # continues as if nothing had happened
+        advance(model, optimizer, sparse, step, step + 1)
+        advance(other, other_optimizer, other_sparse, step, step + 1)
+        assert sparse.density() == other_sparse.density() and sparse.layer_densities() == other_sparse.layer_densities()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
     assert all(torch.equal(sparse.masks[n], other_sparse.masks[n]) for n in sparse.masks)
 
@@ -663,10 +722,18 @@ def layer_norm(x):
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
 
 
-def naive_block_mlp(model, x, config, residual):
-    """Appendix C and Eqs. (3)-(6), written out."""
-    act = {"relu": lambda v: v.clamp(min=0), "elu": lambda v: torch.where(v > 0, v, v.exp() - 1)}[config["activation"]]
-    norm_act = lambda v: act(layer_norm(v)) if config["use_layer_norm"] else act(v)
+def naive_activation(config):
+    return {"relu": lambda v: v.clamp(min=0), "elu": lambda v: torch.where(v > 0, v, v.exp() - 1)}[config["activation"]]
+
+
+def naive_block_mlp(model, x, config, residual, seen=None):
+    """Appendix C and Eqs. (3)-(6), written out. seen: a list that takes what leaves each activation."""
+    def norm_act(v):
+        v = naive_activation(config)(layer_norm(v) if config["use_layer_norm"] else v)
+        if seen is not None:
+            seen.append(v)
+        return v
+
     linear = lambda layer, v: v @ layer.weight.T + layer.bias
     x = linear(model.projection, x)
     for block in model.blocks:
@@ -724,27 +791,32 @@ def test_initialisation_and_bad_arguments():
         networks.Actor(8, 2, 7)
 
 
+def naive_simba(q, x, seen):
+    """SimBa's definition, written out: features and output. seen: a list that takes what leaves each activation."""
+    def norm(layer, v):  # with parameters, and an epsilon of its own
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * layer.weight + layer.bias
+
+    linear = lambda layer, v: v @ layer.weight.T + layer.bias
+    x = linear(q.projection, x)
+    for block in q.blocks:
+        seen.append(linear(block.linear1, norm(block.norm, x)).clamp(min=0))
+        x = x + linear(block.linear2, seen[-1])
+    x = norm(q.norm, x)
+    return x, linear(q.output, x)
+
+
 def test_simba_networks_against_their_definition_and_sizes():
     torch.manual_seed(0)
     critic = networks.SimbaCritic(5, 2, 8, num_blocks=3, num_qs=2)
     for name, parameter in critic.named_parameters():
         nn.init.normal_(parameter, std=1e-3 if "projection" in name else 0.5)  # so small that the epsilon tells
     obs, action = torch.randn(7, 5), torch.randn(7, 2)
-
-    def norm(layer, v):  # with parameters, and an epsilon of its own
-        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * layer.weight + layer.bias
-
-    linear, columns = lambda layer, v: v @ layer.weight.T + layer.bias, []
-    for q in (critic.q1, critic.q2):
-        x = linear(q.projection, torch.cat([obs, action], 1))
-        for block in q.blocks:
-            x = x + linear(block.linear2, linear(block.linear1, norm(block.norm, x)).clamp(min=0))
-        columns.append(linear(q.output, norm(q.norm, x)))
-    torch.testing.assert_close(critic(obs, action), torch.cat(columns, 1))
+    x = torch.cat([obs, action], 1)
+    torch.testing.assert_close(critic(obs, action), torch.cat([naive_simba(q, x, [])[1] for q in (critic.q1, critic.q2)], 1))
     assert len(list(networks.SimbaCritic(5, 2, 8, 1).children())) == 1
     actor = networks.SimbaGaussian(5, 2, 8, 1)  # mean first, then log-std, each with a head of its own
-    torch.testing.assert_close(actor(obs), torch.cat([linear(actor.output, actor.features(obs)),
-                                                      linear(actor.log_std, actor.features(obs))], 1))
+    features, mean = naive_simba(actor, obs, [])
+    torch.testing.assert_close(actor(obs), torch.cat([mean, features @ actor.log_std.weight.T + actor.log_std.bias], 1))
 
     def size(inputs, outputs, hidden, blocks):  # weights and biases, and two vectors a LayerNorm
         block = 2 * hidden + hidden * 4 * hidden + 4 * hidden + 4 * hidden * hidden + hidden
@@ -1161,128 +1233,6 @@ def test_encoder_loss_against_a_loop_over_samples():
         torch.testing.assert_close(losses, torch.stack(expected))
 
 
-def test_td_target_and_critic_loss_against_a_loop_over_samples():
-    agent, buffer = double(tiny()), filled()
-    agent.reward_scale.fill_(2.5), agent.target_reward_scale.fill_(0.7)
-    batch = batch_of(buffer)
-    target_encoder, target_actor, target_critic = (agent.targets[name] for name in ("encoder", "actor", "critic"))
-    torch.manual_seed(11)
-    noise = (torch.randn(12, 2, dtype=torch.float64) * 0.2).clamp(-0.3, 0.3)
-    targets, losses, errors = [], [], []
-    with torch.no_grad():
-        for i in range(12):
-            y, alive = 0.0, True
-            for k in range(3):
-                if alive:
-                    y += 0.99 ** k * batch.reward[i, k]
-                    alive = not batch.terminated[i, k]
-            if alive:
-                zs = target_encoder.zs(batch.obs[i, 3])
-                action = (target_actor(zs)[0] + noise[i]).clamp(-1, 1)
-                y += 0.99 ** 3 * 0.7 * target_critic(target_encoder(zs, action)).min()
-            y = y / 2.5
-            q = agent.critic(agent.encoder(agent.encoder.zs(batch.obs[i, 0]), batch.action[i, 0]))
-            huber = [0.5 * d * d if d < 1 else d - 0.5 for d in (q - y).abs().tolist()]
-            targets.append(y), losses.append(sum(huber) / 2), errors.append((q - y).abs().max())
-    torch.manual_seed(11)
-    torch.testing.assert_close(agent.td_target(batch)[:, 0], torch.stack(targets))
-    torch.manual_seed(11)
-    loss, td_error, _ = agent.critic_loss(batch, agent.encoder.zs(batch.obs[:, 0]))
-    torch.testing.assert_close(loss, torch.tensor(losses).double())
-    torch.testing.assert_close(td_error, torch.stack(errors))
-
-
-def test_actor_loss_by_its_equation():
-    agent, buffer = double(tiny(config=MRQConfig(batch_size=16, pre_activation_weight=0.3))), filled()
-    zs = agent.encoder.zs(batch_of(buffer).obs[:, 0]).detach()
-    pre = agent.actor.mlp(zs)
-    zsa = agent.encoder(zs, pre.tanh())
-    expected = -0.5 * (agent.critic.q1(zsa) + agent.critic.q2(zsa))[:, 0] + 0.3 * (pre ** 2).mean(1)
-    torch.testing.assert_close(agent.actor_loss(zs)[0], expected)
-
-
-@pytest.mark.parametrize("name", ["encoder", "critic", "actor"])
-def test_gradients_against_finite_differences(name):
-    agent, buffer = double(tiny()), filled()
-    batch = batch_of(buffer)
-    zs = agent.encoder.zs(batch.obs[:, 0]).detach()
-
-    def loss():
-        torch.manual_seed(2)  # the same target noise each time
-        return {"encoder": lambda: agent.encoder_loss(batch, torch.ones(()))[0], "critic": lambda: agent.critic_loss(batch, zs)[0],
-                "actor": lambda: agent.actor_loss(zs)[0]}[name]().mean()
-
-    parameters = list(agent.networks[name].parameters())
-    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        direction = torch.randn_like(parameter)
-        with torch.no_grad():
-            parameter += 1e-6 * direction
-            above = loss()
-            parameter -= 2e-6 * direction
-            below = loss()
-            parameter += 1e-6 * direction
-        assert ((above - below) / 2e-6).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-4, abs=1e-7)
-
-
-def test_one_whole_update_against_adamw_by_hand():
-    """Critic: masks, then clipping, then AdamW; from the gradient of the critic's own loss."""
-    config = MRQConfig(batch_size=16, critic_grad_clip=0.05)  # low enough to bind
-    agent, buffer = tiny(config=config), filled()
-    agent.refresh_targets(buffer)
-    for _ in range(5):  # crosses topology updates at 3; moments are not zero
-        agent.update_critic_and_actor(buffer)
-    before = copy.deepcopy(agent.critic)
-    names = [name for name, _ in agent.critic.named_parameters()]
-    moments = {n: {k: v.clone() for k, v in agent.optimizers["critic"].state[p].items()} for n, p in agent.critic.named_parameters()}
-    torch.manual_seed(7)
-    batch = buffer.sample(16, 3)
-    loss, _, _ = agent.critic_loss(batch, agent.encoder.zs(batch.obs[:, 0]).detach())
-    gradients = dict(zip(names, torch.autograd.grad(loss.mean(), list(agent.critic.parameters()))))
-    masks = agent.sparse["critic"].masks
-    for name in masks:  # the sixth update is a topology update: 6 is a multiple of 3
-        zeta = drop_fraction(6, 40, 0.5, 0.0)
-        masks[name] = masks[name].clone()
-    new_masks = {n: update_mask(dict(before.named_parameters())[n], gradients[n], masks[n], zeta) for n in masks}
-    torch.manual_seed(7)
-    agent.update_critic_and_actor(buffer)
-    for n in new_masks:
-        assert torch.equal(agent.sparse["critic"].masks[n], new_masks[n])
-        gradients[n] = gradients[n] * new_masks[n]
-    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    assert norm > 0.05 and agent.info["critic_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
-    for n, parameter in before.named_parameters():
-        stays = masks_and(masks, new_masks, n, parameter)
-        w, m, v = (t * stays for t in (parameter.detach(), moments[n]["exp_avg"], moments[n]["exp_avg_sq"]))
-        g = gradients[n] * 0.05 / (norm + 1e-6)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        w = w - 3e-4 * 1e-4 * w - 3e-4 * (m / (1 - 0.9 ** 6)) / ((v / (1 - 0.999 ** 6)).sqrt() + 1e-8)
-        torch.testing.assert_close(dict(agent.critic.named_parameters())[n].detach(), w, atol=1e-7, rtol=1e-5)
-
-
-def masks_and(old, new, name, parameter):
-    return (old[name] & new[name]) if name in new else torch.ones_like(parameter, dtype=torch.bool)
-
-
-def test_growth_is_ranked_by_the_modules_own_loss(monkeypatch):
-    agent, buffer = tiny(), filled()
-    agent.update(buffer)
-    frozen, frozen_buffer, seen = copy.deepcopy(agent), copy.deepcopy(buffer), {}
-    for name, sparse in agent.sparse.items():
-        monkeypatch.setattr(sparse, "update_topology", lambda step, name=name: seen.update(
-            {name: [p.grad.clone() for p in agent.networks[name].parameters()]}))
-    torch.manual_seed(1)
-    agent.update_critic_and_actor(buffer)
-    torch.manual_seed(1)
-    batch = frozen_buffer.sample(16, 3)
-    zs = frozen.encoder.zs(batch.obs[:, 0]).detach()
-    own = torch.autograd.grad(frozen.critic_loss(batch, zs)[0].mean(), list(frozen.critic.parameters()))
-    torch.testing.assert_close(seen["critic"], list(own))  # nothing of the actor's loss in it, and not masked yet
-    action, pre_activation = frozen.actor(zs)  # the actor follows the critic as just updated
-    loss = -agent.critic(agent.encoder(zs, action)).mean() + 1e-5 * pre_activation.square().mean()
-    torch.testing.assert_close(seen["actor"], list(torch.autograd.grad(loss, list(frozen.actor.parameters()))))
-
-
 @pytest.mark.parametrize("algo, name", [("mrq", "encoder"), ("mrq", "critic"), ("mrq", "actor"), ("sac", "critic"), ("sac", "actor"),
                                         ("ddpg", "actor"), ("mrsac", "actor")])
 def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatch):
@@ -1344,39 +1294,6 @@ def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
     way = products(agent.critic) + products(agent.encoder.zsa_mlp) + products(agent.encoder.za_linear)
     first = 2 * 16 * agent.actor.mlp.projection.weight.numel()  # z_s needs no gradient
     assert counter.get_total_flops() <= 2 * way + 3 * products(agent.actor) - first
-
-
-def test_order_of_an_update():
-    agent, buffer = tiny(), filled()
-    events = []
-    for name in ("refresh_targets", "update_encoder", "update_critic_and_actor"):
-        def spy(replay, name=name, original=getattr(agent, name)):
-            events.append(name)
-            return original(replay)
-        setattr(agent, name, spy)
-    for _ in range(9):
-        agent.update(buffer)
-    period = ["refresh_targets"] + ["update_encoder"] * 4 + ["update_critic_and_actor"] * 4
-    assert events == (period * 3)[:len(period) * 2 + 6]
-    assert agent.updates == {"encoder": 12, "critic": 9, "actor": 9}
-
-
-def test_targets_and_reward_scales_follow_every_period():
-    agent, buffer = tiny(), filled()
-    same = lambda name: all(torch.equal(a, b) for a, b in zip(agent.networks[name].parameters(), agent.targets[name].parameters()))
-    assert all(same(name) for name in agent.networks) and agent.reward_scale == agent.target_reward_scale == 1
-    agent.update(buffer)
-    mean = buffer.mean_absolute_reward()
-    assert agent.reward_scale == mean and agent.target_reward_scale == 1  # the first target scale is 1
-    assert not any(same(name) for name in agent.networks)
-    for _ in range(3):
-        agent.update(buffer)
-    held = {name: [p.clone() for p in agent.networks[name].parameters()] for name in ("critic", "actor")}
-    buffer.add(np.zeros(4), np.zeros(2), 500.0, np.zeros(4), False, True)
-    agent.update(buffer)
-    assert agent.target_reward_scale == mean and agent.reward_scale == buffer.mean_absolute_reward() > mean
-    for name in ("critic", "actor"):  # copied before this update's step
-        assert all(torch.equal(a, b) for a, b in zip(held[name], agent.targets[name].parameters()))
 
 
 def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
@@ -1486,16 +1403,6 @@ def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=
     return agent, buffer
 
 
-def in_float64(agent):
-    for network in (*agent.networks.values(), *agent.targets.values()):
-        for parameter in network.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        network.double()
-    if hasattr(agent, "temperature"):
-        agent.temperature.log.data = agent.temperature.log.data.double() + 3.0
-    return agent
-
-
 def exact_log_prob(mean, raw, noise):
     """log π by PyTorch's own change of variables, in float64."""
     log_std = -10 + 6 * (1 + raw.tanh())
@@ -1555,148 +1462,6 @@ def test_the_log_std_stays_between_its_bounds():
         assert action.clamp(-1 + 1e-15, 1 - 1e-15).atanh().std().item() == pytest.approx(std, rel=0.05)
 
 
-def sac_batch(agent, buffer, size=24):
-    torch.manual_seed(5)
-    batch = buffer.sample(size, 1)
-    assert 0 < batch.terminated.sum() < size
-    return Batch(batch.index, agent.normalizer(batch.obs.double()), batch.action.double(), batch.reward.double(), batch.terminated.double())
-
-
-@pytest.mark.parametrize("algo", ["sac", "ddpg"])
-@pytest.mark.parametrize("twin, target_q, actor_q", [(False, "min", "min"), (True, "min", "mean"), (True, "mean", "min")])
-def test_simba_losses_against_a_loop_over_samples(algo, twin, target_q, actor_q):
-    agent, buffer = tiny_of(algo, twin_critics=twin, target_q=target_q, actor_q=actor_q)
-    batch = sac_batch(in_float64(agent), buffer)
-    alpha = agent.temperature.log.exp().item() if algo == "sac" else None
-    pick = {"min": min, "mean": lambda q: sum(q) / len(q)}
-
-    def policy(i, obs, noise):
-        output = agent.actor(obs)
-        if algo == "sac":
-            action, log_prob = exact_log_prob(output[:2], output[2:], noise[i])
-            return action, alpha * log_prob
-        return (output.tanh() + 0.1 * noise[i]).clamp(-1, 1), 0.0
-
-    torch.manual_seed(6)
-    noise = torch.randn(24, 2, dtype=torch.float64)
-    targets, critic_losses, actor_losses = [], [], []
-    for i in range(24):
-        action, cost = policy(i, batch.obs[i, 1], noise)
-        x = torch.cat([batch.obs[i, 1], action])
-        value = pick[target_q]([q(x)[0] for q in agent.targets["critic"].children()]) - cost
-        y = batch.reward[i, 0] + (0 if batch.terminated[i, 0] else 0.99 * value)
-        x = torch.cat([batch.obs[i, 0], batch.action[i, 0]])
-        critic_losses.append(sum((q(x)[0] - y.detach()) ** 2 for q in agent.critic.children())), targets.append(y)
-        action, cost = policy(i, batch.obs[i, 0], noise)
-        x = torch.cat([batch.obs[i, 0], action])
-        actor_losses.append(cost - pick[actor_q]([q(x)[0] for q in agent.critic.children()]))
-    same = lambda value, expected: torch.testing.assert_close(value, torch.stack(expected).detach())
-    torch.manual_seed(6)
-    same(agent.td_target(batch).flatten(), targets)
-    torch.manual_seed(6)
-    loss, _ = agent.critic_loss(batch)
-    same(loss.detach(), critic_losses)
-    torch.manual_seed(6)
-    actor_loss, info = agent.actor_loss(batch.obs[:, 0])
-    same(actor_loss.detach(), actor_losses)
-    for network, ours, theirs in ((agent.critic, loss, critic_losses), (agent.actor, actor_loss, actor_losses)):
-        parameters = list(network.parameters())
-        expected = torch.autograd.grad(torch.stack(theirs).mean(), parameters, retain_graph=True)
-        torch.testing.assert_close(torch.autograd.grad(ours.mean(), parameters, retain_graph=True), expected)
-    if algo == "sac":
-        torch.manual_seed(6)
-        _, log_prob = exact_log_prob(*agent.actor(batch.obs[:, 0]).chunk(2, 1), torch.randn(24, 2, dtype=torch.float64))
-        assert info["entropy"].item() == pytest.approx(-log_prob.mean().item())
-
-
-@pytest.mark.parametrize("target_policy, target_q, actor_q", [("target", "min", "min"), ("online", "mean", "min"), ("target", "min", "mean")])
-def test_mrsac_losses_against_a_loop_over_samples(target_policy, target_q, actor_q):
-    agent, buffer = tiny_of("mrsac", target_policy=target_policy, target_q=target_q, actor_q=actor_q)
-    in_float64(agent)
-    agent.reward_scale, agent.target_reward_scale = torch.tensor(2.5).double(), torch.tensor(0.7).double()
-    batch, alpha = batch_of(buffer), agent.temperature.log.exp().item()
-    pick = {"min": torch.min, "mean": torch.mean}
-    target_actor = agent.targets["actor"] if target_policy == "target" else agent.actor
-    target_encoder, target_critic = agent.targets["encoder"], agent.targets["critic"]
-    torch.manual_seed(6)
-    noise = torch.randn(12, 2, dtype=torch.float64)
-    zs = agent.encoder.zs(batch.obs[:, 0]).detach()
-    targets, losses = [], []
-    for i in range(12):
-        y, alive = 0.0, True
-        for k in range(3):
-            if alive:
-                y, alive = y + 0.99 ** k * batch.reward[i, k], not batch.terminated[i, k]
-        if alive:
-            next_zs = target_encoder.zs(batch.obs[i, 3])
-            action, log_prob = exact_log_prob(*target_actor(next_zs).chunk(2), noise[i])
-            value = pick[target_q](target_critic(target_encoder(next_zs, action))) - alpha * log_prob
-            y = y + 0.99 ** 3 * 0.7 * value
-        targets.append(y / 2.5)  # in units of the reward scale
-        action, log_prob = exact_log_prob(*agent.actor(zs[i]).chunk(2), noise[i])
-        losses.append(alpha * log_prob - pick[actor_q](agent.critic(agent.encoder(zs[i], action))))
-    torch.manual_seed(6)
-    torch.testing.assert_close(agent.td_target(batch)[:, 0], torch.stack(targets).detach())
-    torch.manual_seed(6)
-    torch.testing.assert_close(agent.actor_loss(zs)[0], torch.stack(losses))
-    # One temperature update an actor update: Adam's first step is its learning rate, against the slope α·(H - H̄).
-    agent, buffer = tiny_of("mrsac")
-    log = agent.temperature.log.item()
-    agent.update_critic_and_actor(buffer)
-    slope = agent.info["entropy"].item() - -0.5 * 2
-    assert agent.temperature.log.item() - log == pytest.approx(-3e-4 * np.sign(slope), rel=1e-2)
-    # The rest is MR.Q's own, not a copy.
-    assert all(getattr(MRSAC, name) is getattr(MRQ, name) for name in
-               ("encoder_loss", "critic_loss", "td_target", "refresh_targets", "update_encoder", "update_critic_and_actor", "update"))
-
-
-def test_the_temperature_against_adam_by_hand():
-    temperature = Temperature(SACConfig(initial_temperature=0.2, temperature_lr=0.01, target_entropy=-0.5), 6, torch.device("cpu"))
-    log, m, v = math.log(0.2), 0.0, 0.0
-    for step, entropy in enumerate((-4.0, -5.0, 1.0, -3.0, -2.5), start=1):
-        g = math.exp(log) * (entropy - -3.0)  # d/d(log α) of α·(H - H̄), H̄ = -0.5 · 6
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        log -= 0.01 * (m / (1 - 0.9 ** step)) / (math.sqrt(v / (1 - 0.999 ** step)) + 1e-8)
-        before = temperature.value().item()
-        temperature.update(torch.tensor(entropy))
-        assert temperature.value().item() == pytest.approx(math.exp(log), rel=1e-5)
-        if step <= 2:  # too little entropy: its price rises
-            assert temperature.value().item() > before
-
-
-def test_order_of_a_simba_update_and_its_soft_target():
-    agent, buffer = tiny_of("sac", regimes_dense("sac"))
-    events = []
-    for owner, name in ((agent, "actor_loss"), (agent.temperature, "update"), (agent, "critic_loss"), (agent, "update_target")):
-        def spy(*arguments, name=name, original=getattr(owner, name)):
-            events.append(name)
-            return original(*arguments)
-        setattr(owner, name, spy)
-    target = [p.clone() for p in agent.targets["critic"].parameters()]
-    for _ in range(3):
-        agent.update(buffer)
-        target = [0.995 * t + 0.005 * p.detach() for t, p in zip(target, agent.critic.parameters())]
-        torch.testing.assert_close(list(agent.targets["critic"].parameters()), target)
-    assert events == ["actor_loss", "update", "critic_loss", "update_target"] * 3
-    assert agent.updates == {"critic": 3, "actor": 3} and agent.updates_per_step == 2
-
-
-@pytest.mark.parametrize("algo", ["sac", "ddpg"])
-def test_the_simba_actors_loss_computes_nothing_for_the_critic(algo):
-    agent, buffer = tiny_of(algo)
-    spared = {}
-
-    def spy(name, loss, clip=None, original=agent._step):
-        result = original(name, loss, clip)
-        spared[name] = all(parameter.grad is None for parameter in agent.critic.parameters())
-        return result
-
-    agent._step = spy
-    agent.update(buffer)
-    assert spared == {"actor": True, "critic": False}
-    assert all(parameter.requires_grad for parameter in agent.critic.parameters())
-
-
 def regimes_dense(algo, *regimes):
     presets = AGENTS[algo].Config.presets["default"]
     return {name: dataclasses.replace(m, regime=regime) for (name, m), regime in
@@ -1723,21 +1488,6 @@ def test_raw_observations_are_stored_and_normalised_when_drawn():
     for algo in AGENTS:
         with pytest.raises(FloatingPointError, match="nan"):
             tiny_of(algo)[0].observe(np.array([1.0, float("nan"), 0, 0], np.float32))
-
-
-@pytest.mark.parametrize("algo", ["sac", "ddpg"])
-def test_metrics_look_at_normalised_observations(algo):
-    agent, buffer = tiny_of(algo)
-    batch = buffer.sample(8)
-    obs = agent.normalizer(batch.obs)
-    features = agent.probe(batch)
-    torch.testing.assert_close(features["critic"]["q1"], agent.critic.q1.features(torch.cat([obs[:, 0], batch.action[:, 0]], 1)))
-    torch.testing.assert_close(features["actor"]["pi"], agent.actor.features(obs[:, 0]))
-    torch.manual_seed(0)
-    losses = agent.probe_losses(batch, buffer)
-    torch.manual_seed(0)
-    torch.testing.assert_close(losses["critic"], agent.critic_loss(batch._replace(obs=obs))[0])
-    torch.testing.assert_close(losses["actor"], agent.actor_loss(obs[:, 0])[0])
 
 
 def test_soft_targets_stay_sparse_through_thousands_of_updates():
@@ -1799,6 +1549,447 @@ def test_reductions_and_wrong_choices_are_told():
                                     ("mrsac", {"target_policy": "both"}, "choose target or online")):
         with pytest.raises(ValueError, match=message):
             tiny_of(algo, **settings)
+
+
+# ------------------------------------------------------------------------------- the agents' whole updates, a second time
+
+class Noise:
+    """Stands in for torch.randn_like: numbers that depend on the order of the calls alone, the same for both sides."""
+
+    def __init__(self, monkeypatch):
+        self.calls = 0
+        monkeypatch.setattr(torch, "randn_like", self)
+
+    def __call__(self, like):
+        self.calls += 1
+        return 1.7 * torch.sin(12.9898 * torch.arange(like.numel()) + 78.233 * self.calls).to(like).view(like.shape)
+
+
+def naive_counts(sizes, sparsity):
+    """ER by bisection of ε, then whole numbers by largest remainders. sizes: (out, in) of each layer."""
+    numbers, low, high = [a * b for a, b in sizes], 0.0, 1e6
+    wanted = (1 - sparsity) * sum(numbers)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(min(n, middle * (a + b)) for n, (a, b) in zip(numbers, sizes)) < wanted else (low, middle)
+    shares = [min(n, low * (a + b)) for n, (a, b) in zip(numbers, sizes)]
+    counts = [math.floor(share + 1e-6) for share in shares]
+    for layer in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])[:math.floor(wanted + 0.5) - sum(counts)]:
+        counts[layer] += 1
+    return counts
+
+
+def naive_adam(p, g, m, v, t, lr, decay=0.0):
+    """AdamW as its paper writes it: new (p, m, v)."""
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    return p - lr * decay * p - lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)) ** 0.5 + 1e-8), m, v
+
+
+class Naive:
+    """An agent a second time: forward passes, losses, topology, AdamW, targets and temperature written out, in float64.
+
+    It starts from the first one's weights and masks, and shares nothing with it afterwards.
+    """
+
+    def __init__(self, agent, modules, total_updates):
+        self.config, self.modules, self.total = agent.config, modules, total_updates
+        self.networks, self.targets = copy.deepcopy((agent.networks, agent.targets))
+        self.normalizer = getattr(agent, "normalizer", None)
+        for network in (*self.networks.values(), *self.targets.values()):
+            network.double().requires_grad_(True)
+        self.masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
+        self.moments = {name: {n: [torch.zeros_like(p)] * 2 for n, p in network.named_parameters()} for name, network in self.networks.items()}
+        self.updates, self.scale, self.target_scale, self.info = dict.fromkeys(self.networks, 0), 1.0, 1.0, {}
+        self.gaussian = hasattr(self.config, "initial_temperature")
+        if self.gaussian:
+            self.log_alpha, self.alpha_moments = math.log(self.config.initial_temperature), (0.0, 0.0)
+            self.target_entropy = self.config.target_entropy * self.networks["actor"].output.out_features
+
+    # ---- networks: `seen` takes what leaves each activation
+
+    def mlp(self, name, model, x, seen):
+        """The model's features and its output."""
+        if self.modules[name].arch_type == "simba":
+            return naive_simba(model, x, seen)
+        y = naive_block_mlp(model, x, networks.ARCH_CONFIGS[self.modules[name].arch_type], self.modules[name].residual, seen)
+        return seen[-1], y
+
+    def zs(self, encoder, obs, seen=None):
+        seen = [] if seen is None else seen
+        config = networks.ARCH_CONFIGS[self.modules["encoder"].arch_type]
+        x = self.mlp("encoder", encoder.zs_mlp, obs, seen)[1]
+        seen.append(naive_activation(config)(layer_norm(x) if config["use_layer_norm"] else x))
+        return seen[-1]
+
+    def zsa(self, encoder, zs, action, seen=None):
+        seen = [] if seen is None else seen
+        act = naive_activation(networks.ARCH_CONFIGS[self.modules["encoder"].arch_type])
+        seen.append(act(action @ encoder.za_linear.weight.T + encoder.za_linear.bias))
+        return self.mlp("encoder", encoder.zsa_mlp, torch.cat([zs, seen[-1]], -1), seen)[1]
+
+    def q(self, critic, x, seen=None):
+        return torch.cat([self.mlp("critic", q, x, [] if seen is None else seen)[1] for q in critic.children()], -1)
+
+    def policy(self, actor, x, noise=None, clip=math.inf):
+        """An action, its log-probability (0 where there is none) and what went into tanh. noise: its std; None for no noise."""
+        features, mean = self.mlp("actor", actor, x, []) if not hasattr(actor, "mlp") else self.mlp("actor", actor.mlp, x, [])
+        if not self.gaussian:
+            action = mean.tanh()
+            action = action if noise is None else (action + (noise * torch.randn_like(action)).clamp(-clip, clip)).clamp(-1, 1)
+            return action, torch.zeros(len(x), dtype=x.dtype), mean
+        log_std = -10 + 6 * (1 + (features @ actor.log_std.weight.T + actor.log_std.bias).tanh())
+        draw = torch.randn_like(mean)
+        x = mean + log_std.exp() * draw
+        log_slope = 2 * (math.log(2) - torch.logaddexp(x, -x))  # log(1 - tanh²) = -2 log cosh
+        return x.tanh(), (-draw ** 2 / 2 - log_std - math.log(2 * math.pi) / 2 - log_slope).sum(-1), mean
+
+    def act(self, obs, explore):
+        x = self.normalized(obs) if self.normalizer else self.zs(self.networks["encoder"], obs)
+        action, _, mean = self.policy(self.networks["actor"], x, getattr(self.config, "exploration_noise", None) if explore else None)
+        return action if explore or not self.gaussian else mean.tanh()
+
+    def normalized(self, obs):
+        return (obs - self.normalizer.mean) / (self.normalizer.var + 1e-8).sqrt()
+
+    # ---- losses, one value a sample
+
+    def encoder_loss(self, batch, seen):
+        c, encoder = self.config, self.networks["encoder"]
+        bins = [math.copysign(math.expm1(abs(x)), x) for x in np.linspace(-c.reward_range, c.reward_range, c.reward_bins)]
+        bins = torch.tensor(bins, dtype=torch.float64)
+        zs, alive = self.zs(encoder, batch.obs[:, 0]), torch.ones(len(batch.obs), dtype=torch.float64)
+        parts = dict.fromkeys(("reward_loss", "dynamics_loss", "terminal_loss"), 0.0)
+        for k in range(c.encoder_horizon):
+            out = self.zsa(encoder, zs, batch.action[:, k]) @ encoder.model.weight.T + encoder.model.bias
+            done, zs, logits = out[:, 0], out[:, 1:-c.reward_bins], out[:, -c.reward_bins:]
+            two_hot = torch.stack([dense_two_hot(r, bins) for r in batch.reward[:, k]])
+            parts["reward_loss"] += alive * -(two_hot * logits.log_softmax(-1)).sum(-1)
+            with torch.no_grad():
+                target = self.zs(self.targets["encoder"], batch.obs[:, k + 1])
+            parts["dynamics_loss"] += alive * ((zs - target) ** 2).mean(-1)
+            parts["terminal_loss"] += alive * seen * (done - batch.terminated[:, k]) ** 2
+            alive = alive * (batch.terminated[:, k] == 0)
+        loss = c.reward_weight * parts["reward_loss"] + c.dynamics_weight * parts["dynamics_loss"] + c.terminal_weight * parts["terminal_loss"]
+        return loss, {"encoder_loss": loss} | parts
+
+    def td_target(self, batch):
+        """y: MR.Q's by Eq. (11), MR.SAC's and the one-step targets, of shape (batch,)."""
+        c, steps = self.config, getattr(self.config, "q_horizon", 1)
+        y, discount = torch.zeros(len(batch.obs), dtype=torch.float64), torch.ones(len(batch.obs), dtype=torch.float64)
+        for k in range(steps):
+            y, discount = y + discount * batch.reward[:, k], discount * c.discount * (batch.terminated[:, k] == 0)
+        if self.normalizer:
+            x = batch.obs[:, 1]
+            action, log_prob, _ = self.policy(self.networks["actor"], x, getattr(c, "exploration_noise", None))
+            x = torch.cat([x, action], -1)
+        else:
+            actor = self.networks["actor"] if getattr(c, "target_policy", "target") == "online" else self.targets["actor"]
+            zs = self.zs(self.targets["encoder"], batch.obs[:, steps])
+            action, log_prob, _ = self.policy(actor, zs, getattr(c, "target_noise", None), getattr(c, "target_noise_clip", math.inf))
+            x = self.zsa(self.targets["encoder"], zs, action)
+        value = self.reduced(self.q(self.targets["critic"], x), getattr(c, "target_q", "min"))
+        value = value - math.exp(self.log_alpha) * log_prob if self.gaussian else value
+        return (y + discount * self.target_scale * value) / self.scale
+
+    def reduced(self, q, how):
+        return q.min(1).values if how == "min" else q.mean(1)
+
+    def critic_loss(self, batch):
+        with torch.no_grad():
+            y = self.td_target(batch)[:, None]
+            x = torch.cat([batch.obs[:, 0], batch.action[:, 0]], -1) if self.normalizer else self.zsa(
+                self.networks["encoder"], self.zs(self.networks["encoder"], batch.obs[:, 0]), batch.action[:, 0])
+        q = self.q(self.networks["critic"], x)
+        error = (q - y).abs()
+        loss = (error ** 2).sum(1) if self.normalizer else torch.where(error < 1, error ** 2 / 2, error - 0.5).mean(1)
+        info = {"critic_loss": loss, "q": q, "td_target": y} | ({} if self.normalizer else {"td_error": error.max(1).values})
+        return loss, info
+
+    def actor_loss(self, obs):
+        c, actor = self.config, self.networks["actor"]
+        if self.normalizer:
+            action, log_prob, pre = self.policy(actor, obs, getattr(c, "exploration_noise", None))
+            x = torch.cat([obs, action], -1)
+        else:
+            zs = self.zs(self.networks["encoder"], obs).detach()
+            action, log_prob, pre = self.policy(actor, zs)
+            x = self.zsa(self.networks["encoder"], zs, action)
+        loss = -self.reduced(self.q(self.networks["critic"], x), getattr(c, "actor_q", "mean"))
+        info = {}
+        if self.gaussian:
+            loss = loss + math.exp(self.log_alpha) * log_prob
+            info = {"entropy": -log_prob}
+        elif not self.normalizer:
+            loss = loss + c.pre_activation_weight * (pre ** 2).mean(1)
+            info = {"pre_activation": pre.abs()}
+        return loss, {"actor_loss": loss} | info | ({"action_size": action.abs()} if self.gaussian or self.normalizer else {})
+
+    # ---- updates
+
+    def step(self, name, loss, info, clip=math.inf):
+        parameters = dict(self.networks[name].named_parameters())
+        gradients = dict(zip(parameters, torch.autograd.grad(loss.mean(), list(parameters.values()))))
+        self.updates[name] += 1
+        self.move(name, parameters, gradients, self.updates[name])
+        for n, mask in self.masks[name].items():
+            gradients[n] = gradients[n] * mask
+        norm = math.sqrt(sum((g ** 2).sum().item() for g in gradients.values()))
+        for n, p in parameters.items():
+            p.data, *self.moments[name][n] = naive_adam(p.data, gradients[n] * min(1.0, clip / (norm + 1e-6)), *self.moments[name][n], self.updates[name],
+                                                        getattr(self.config, f"{name}_lr"), self.config.weight_decay)
+        self.info |= {key: value.mean().item() for key, value in info.items()} | {f"{name}_grad_norm": norm}
+
+    def move(self, name, parameters, gradients, t):
+        """Algorithm 1 with Eqs. (1) and (2), where the regime moves and a boundary, or the schedule's end, has come."""
+        regime, sparsity, o = self.modules[name].regime, self.modules[name].sparsity, self.modules[name].sparse_options
+        first, last = round(o["schedule_start"] * self.total), round(o["schedule_end"] * self.total)
+        moving = regime in ("s2d", "d2s")
+        if regime in ("dense", "sst") or not (t % o["update_interval"] == 0 or moving and t == last):
+            return
+        share = min(max((t - first) / (last - first), 0.0), 1.0)
+        left = (1 - share) ** o["power"]
+        wanted = {"dst": sparsity, "s2d": sparsity * left, "d2s": sparsity * (1 - left)}[regime]
+        zeta = o["drop_final"] + (o["drop_initial"] - o["drop_final"]) / 2 * (1 + math.cos(math.pi * min(t, self.total) / self.total))
+        masks = self.masks[name]
+        for (n, mask), count in zip(masks.items(), naive_counts([tuple(parameters[n].shape) for n in masks], wanted)):
+            masks[n] = naive_update_mask(parameters[n].detach(), gradients[n], mask, zeta, count)
+            stays = mask & masks[n]
+            parameters[n].data = parameters[n].data * stays
+            self.moments[name][n] = [moment * stays for moment in self.moments[name][n]]
+
+    def temper(self, entropy):
+        gradient = math.exp(self.log_alpha) * (entropy - self.target_entropy)
+        self.log_alpha, *self.alpha_moments = naive_adam(self.log_alpha, gradient, *self.alpha_moments, self.updates["actor"], self.config.temperature_lr)
+        self.info["temperature"] = math.exp(self.log_alpha)
+
+    def update(self, batches, rewards, seen):
+        """One agent update. batches: drawn for it, in order. Returns |δ| of each sample of the last batch, or None."""
+        batches = iter(batches)
+        if self.normalizer:
+            batch = next(batches)
+            batch = batch._replace(obs=self.normalized(batch.obs))
+            self.step("actor", *self.actor_loss(batch.obs[:, 0]))
+            if self.gaussian:
+                self.temper(self.info["entropy"])
+            self.step("critic", *self.critic_loss(batch))
+            for (n, target), source in zip(self.targets["critic"].named_parameters(), self.networks["critic"].parameters()):
+                target.data = (1 - self.config.target_rate) * target.data + self.config.target_rate * source.data
+                target.data = target.data * self.masks["critic"].get(n, 1)
+            return None
+        if self.updates["critic"] % self.config.target_update_freq == 0:
+            self.targets = copy.deepcopy(self.networks)
+            self.target_scale, self.scale = self.scale, float(np.mean(np.abs(rewards)))
+            self.info["reward_scale"] = self.scale
+            for _ in range(self.config.target_update_freq):
+                self.step("encoder", *self.encoder_loss(next(batches), seen))
+        batch = next(batches)
+        loss, info = self.critic_loss(batch)
+        self.step("critic", loss, info, self.config.critic_grad_clip)
+        self.step("actor", *self.actor_loss(batch.obs[:, 0]))
+        if self.gaussian:
+            self.temper(self.info["entropy"])
+        return info["td_error"]
+
+
+UNEQUAL = {  # no two alike that could be mistaken for one another
+    "batch_size": 12, "discount": 0.9, "target_update_freq": 4, "dynamics_weight": 0.7, "reward_weight": 0.3, "terminal_weight": 0.5,
+    "encoder_lr": 1e-3, "critic_lr": 2e-3, "actor_lr": 3e-3, "weight_decay": 0.05, "critic_grad_clip": 0.3, "reward_bins": 31,
+    "reward_range": 3.0, "exploration_noise": 0.15, "target_noise": 0.35, "target_noise_clip": 0.25, "pre_activation_weight": 0.2,
+    "target_rate": 0.1, "initial_temperature": 0.3, "temperature_lr": 4e-3, "target_entropy": -0.8}
+MOVING = {"update_interval": 3, "drop_initial": 0.4, "drop_final": 0.15, "schedule_start": 0.1, "schedule_end": 0.75, "power": 3.0}
+
+
+def unequal_agent(algo, regimes, **settings):
+    """An agent with unequal settings, moved away from its targets, its modules, T, and a buffer."""
+    agent_class = AGENTS[algo]
+    presets = agent_class.Config.presets["mst"]
+    modules = {name: dataclasses.replace(m, regime=regime, width_scale=width / (16 if m.arch_type == "simba" else 64), depth_scale=depth,
+                                         residual="post" if name == "critic" else "pre", sparsity=sparsity, sparse_options=MOVING)
+               for (name, m), regime, width, depth, sparsity in zip(presets.items(), regimes, (1, 1.5, 2), (1, 2, 1), (0.5, 0.6, 0.7))}
+    fields = {spec.name for spec in dataclasses.fields(agent_class.Config)}
+    config = agent_class.Config(**{name: value for name, value in UNEQUAL.items() if name in fields} | settings)
+    torch.manual_seed(3)
+    agent = agent_class(4, 2, modules, config, 14, seed=3)
+    for network in agent.networks.values():  # biases and LayerNorms that matter
+        for parameter in network.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter) * (parameter != 0 if parameter.ndim > 1 else 1)
+    buffer, episodes = play(3, 400, agent.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.prioritized)
+    for obs in buffer.obs[:50].numpy():
+        agent.observe(2 * obs + 1)
+    return agent, modules, buffer, episodes
+
+
+WHOLE_UPDATES = [  # algorithm, regimes, settings
+    ("mrq", ("s2d", "dst", "d2s"), {"encoder_horizon": 2, "q_horizon": 3}),
+    ("sac", ("d2s", "dst"), {"twin_critics": True, "actor_q": "mean"}), ("sac", ("dst", "s2d"), {"twin_critics": True, "target_q": "mean"}),
+    ("ddpg", ("dst", "d2s"), {}),
+    ("mrsac", ("dst", "s2d", "d2s"), {"encoder_horizon": 3, "q_horizon": 2, "target_policy": "online", "target_q": "mean"}),
+    ("mrsac", ("d2s", "dst", "s2d"), {"encoder_horizon": 3, "q_horizon": 2, "actor_q": "mean"})]
+
+
+@pytest.mark.parametrize("algo, regimes, settings", WHOLE_UPDATES, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regimes, settings, monkeypatch):
+    """Weights, targets, masks, moments' effect, temperature, priorities and everything logged, over fourteen updates."""
+    agent, modules, buffer, episodes = unequal_agent(algo, regimes, **settings)
+    stored = [step[3] for episode in episodes for step in episode]
+    for network in (*agent.networks.values(), *agent.targets.values()):
+        network.double()
+    if hasattr(agent, "bins"):
+        agent.bins = agent.bins.double()
+    naive, noise, drawn = Naive(agent, modules, 14), Noise(monkeypatch), []
+    sample, update_priority, horizons = buffer.sample, buffer.update_priority, []
+
+    def double_sample(batch_size, horizon=None):
+        batch = sample(batch_size, horizon)
+        assert len(batch.index) == 12
+        horizons.append(batch.reward.shape[1])
+        drawn.append(Batch(batch.index, *(part.double() for part in batch[1:])))
+        return drawn[-1]
+
+    buffer.sample, buffer.update_priority = double_sample, lambda index, error: update_priority(index, error.float())
+    first_masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7, check_dtype=False)
+    for step in range(14):
+        buffer.add(np.ones(4), np.ones(2), 3.0 * step, np.ones(4), False, True)  # the reward scale moves
+        stored.append(3.0 * step)
+        drawn.clear()
+        noise.calls, before = 0, buffer.priority.clone()
+        agent.update(buffer)
+        noise.calls = 0
+        error = naive.update(drawn, stored, float(any(step[5] for episode in episodes for step in episode)))
+        assert {key: value.item() for key, value in agent.info.items()} == pytest.approx(naive.info, rel=1e-5, abs=1e-7)
+        assert agent.updates == naive.updates
+        if error is not None:  # LAP: at least 1, to the power 0.4; of a row drawn twice the larger one
+            for row, delta in sorted(zip(drawn[-1].index.tolist(), error.tolist()), key=lambda pair: pair[1]):
+                before[row] = max(delta, 1.0) ** 0.4
+            close(buffer.priority, before)
+        for name, network in naive.networks.items():
+            close(list(agent.networks[name].parameters()), list(network.parameters()))
+            assert all(torch.equal(mask, naive.masks[name][n]) for n, mask in agent.sparse[name].masks.items())
+        for name, network in naive.targets.items():
+            close(list(agent.targets[name].parameters()), list(network.parameters()))
+    for name, network in naive.networks.items():  # it was not in vain: topologies moved
+        assert modules[name].regime == "s2d" or any((first_masks[name][n] != mask).any() for n, mask in agent.sparse[name].masks.items())
+    own = getattr(agent.config, "encoder_horizon", 1), getattr(agent.config, "q_horizon", 1)
+    assert set(horizons) == set(own) and agent.horizon == max(own)
+    # Acting, in float32 as always.
+    for network in agent.networks.values():
+        network.float()
+    obs = torch.randn(5, 4)
+    for explore in (True, False):
+        noise.calls = 0
+        action = agent.act(obs.numpy(), explore)
+        noise.calls = 0
+        np.testing.assert_allclose(action, naive.act(obs.double(), explore).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("algo, regimes, settings", [WHOLE_UPDATES[0], WHOLE_UPDATES[1], WHOLE_UPDATES[3], WHOLE_UPDATES[5]], ids=AGENTS)
+def test_every_column_of_measure_against_a_naive_computation(algo, regimes, settings, monkeypatch):
+    """On the second implementation's networks: its activations, its losses, and gradients of one sample after the other."""
+    agent, modules, buffer, _ = unequal_agent(algo, regimes, **settings)
+    for _ in range(6):
+        agent.update(buffer)
+    naive, noise, drawn, sample = Naive(agent, modules, 14), Noise(monkeypatch), [], buffer.sample
+    if hasattr(agent, "reward_scale"):
+        naive.scale, naive.target_scale = agent.reward_scale.item(), agent.target_reward_scale.item()
+    if naive.gaussian:
+        naive.log_alpha = math.log(agent.info["temperature"].item())
+    buffer.sample = lambda *arguments: drawn.append((arguments, sample(*arguments))) or drawn[-1][1]
+    row = train.measure(agent, buffer)
+    ((arguments, batch),) = drawn
+    assert arguments == (2048,)
+    batch = Batch(batch.index, *(part.double() for part in batch[1:]))
+    batch = batch._replace(obs=naive.normalized(batch.obs)) if naive.normalizer else batch
+    few = Batch(*(part[:32] for part in batch))
+    seen, features, losses, expected = {name: [] for name in naive.networks}, {}, {}, {}
+    with torch.no_grad():
+        x = batch.obs[:, 0]
+        z = torch.cat([x, batch.action[:, 0]], -1)
+        if not naive.normalizer:
+            x = naive.zs(naive.networks["encoder"], batch.obs[:, 0], seen["encoder"])
+            features["encoder"] = {"zsa": (z := naive.zsa(naive.networks["encoder"], x, batch.action[:, 0], seen["encoder"]))}
+        features["critic"] = {name: naive.mlp("critic", q, z, seen["critic"])[0] for name, q in naive.networks["critic"].named_children()}
+        features["actor"] = {"pi": naive.mlp("actor", getattr(naive.networks["actor"], "mlp", naive.networks["actor"]), x, seen["actor"])[0]}
+    noise.calls = 0
+    if "encoder" in naive.networks:
+        losses["encoder"] = naive.encoder_loss(few, float(buffer.terminated.any()))[0]
+    losses["critic"], losses["actor"] = naive.critic_loss(few)[0], naive.actor_loss(few.obs[:, 0])[0]
+    for name, network in naive.networks.items():
+        columns, parameters = {}, dict(network.named_parameters())
+        for key, values in features[name].items():
+            singular = np.linalg.svd(values.numpy(), compute_uv=False)
+            columns[f"srank_{key}"] = 1 + sum(singular[:k].sum() < 0.99 * singular.sum() for k in range(1, len(singular)))
+            columns[f"srank_{key}_cap"] = min(2048, values.shape[1])
+        dormant = [[score <= 0.025 * np.mean(scores) for score in scores] for scores in (v.abs().mean(0).numpy() for v in seen[name])]
+        columns["dormant"] = np.mean(np.concatenate(dormant))
+        gradients = [torch.cat([(g * naive.masks[name].get(n, 1)).flatten() for n, g in zip(
+            parameters, torch.autograd.grad(loss, list(parameters.values()), retain_graph=True))]) for loss in losses[name]]
+        cosines = [(a @ b / (a.norm() * b.norm())).item() for i, a in enumerate(gradients) for j, b in enumerate(gradients) if i != j]
+        cosines = [cosine for cosine in cosines if cosine == cosine]  # a gradient of zeros has no direction
+        columns["interference"], columns["interference_negative"] = np.mean(cosines), np.mean(np.array(cosines) < 0)
+        columns["parameter_norm"] = math.sqrt(sum((p ** 2).sum().item() for p in parameters.values()))
+        columns["gradient_norm"] = (sum(gradients) / 32).norm().item()
+        masks = torch.cat([m.flatten() for m in naive.masks[name].values()])
+        columns["density"] = masks.double().mean().item()
+        layers = [column for column in row if column.startswith(f"{name}/dormant/")]
+        assert [row.pop(layer) for layer in layers] == pytest.approx([np.mean(layer) for layer in dormant])
+        expected |= {f"{name}/{key}": value for key, value in columns.items()}
+    assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_no_loss_computes_a_gradient_for_another_modules_weights(algo):
+    """Between two optimiser steps, gradients arrive at the weights of the module that steps next, and at no other's."""
+    agent, buffer = tiny_of(algo)
+    arrived, seen = set(), []
+    for kind, parts in (("", agent.networks), ("target ", agent.targets)):
+        for name, network in parts.items():
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda _, name=kind + name: arrived.add(name))
+    for name in agent.networks:
+        def step(*arguments, name=name, original=agent.optimizers[name].step):
+            seen.append((name, set(arrived)))
+            arrived.clear()
+            return original(*arguments)
+        agent.optimizers[name].step = step
+    for _ in range(2):
+        agent.update(buffer)
+    assert len(seen) >= 4 and all(gradients == {name} for name, gradients in seen)
+    assert all(parameter.requires_grad for network in agent.networks.values() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_what_a_captured_graph_reads_changes_in_place(algo):
+    """Every tensor of agent, buffer, optimisers, masks and targets lies where it lay, whatever happens; and most have changed."""
+    agent, buffer = tiny_of(algo)
+    for _ in range(2):
+        agent.update(buffer)
+
+    def tensors(owner, path, depth=7):
+        if torch.is_tensor(owner):
+            yield path, owner
+        elif isinstance(owner, nn.Module):
+            yield from ((f"{path}.{name}", value) for name, value in owner.state_dict(keep_vars=True).items())
+        elif depth and path.split(".")[-1] not in ("info", "module", "generator"):
+            parts = owner if isinstance(owner, dict) else vars(owner) if hasattr(owner, "__dict__") else {}
+            for key, value in parts.items():
+                yield from tensors(value, f"{path}.{key if isinstance(key, str) else id(key)}", depth - 1)
+
+    before = {path: (tensor, tensor.data_ptr(), tensor.detach().clone()) for path, tensor in (*tensors(agent, "agent"), *tensors(buffer, "buffer"))}
+    watched = " ".join(before)
+    assert all(name in watched for name in ("max_priority", "termination_seen", "broken", "masks", "exp_avg", "projection.weight"))
+    assert ("reward_scale" in watched and "target_reward_scale" in watched) == ("encoder" in agent.networks)
+    reward = 5.0
+    for step in range(12):  # bursts, topology changes and new targets among them
+        agent.observe(np.full(4, step, np.float32))
+        buffer.add(np.ones(4), np.ones(2), reward, np.ones(4), step == 5, step == 11)
+        agent.update(buffer)
+    after = dict([*tensors(agent, "agent"), *tensors(buffer, "buffer")])
+    for path, (tensor, address, value) in before.items():
+        assert after[path] is tensor and tensor.data_ptr() == address, f"{path} was bound anew"
+    changed = {path for path, (tensor, _, value) in before.items() if not torch.equal(tensor.detach(), value)}
+    assert len(changed) > len(before) / 2
 
 
 # ---------------------------------------------------------------------------------------------------- learning, small
@@ -2263,6 +2454,52 @@ def test_evaluation_episodes_depend_on_their_seed_alone():
     assert returns[4] == pytest.approx(total)
 
 
+class ScriptedEnv:
+    """Stands in for Env: from each seed an episode of another length, and a reward for each action taken."""
+    made = []
+
+    def __init__(self, name, seed, action_repeat):
+        self.made.append((name, seed, action_repeat))
+
+    def reset(self, seed):
+        self.left, self.total = 3 + seed % 5, 0
+        return np.array([self.left, 0], np.float32)
+
+    def step(self, action):
+        assert self.left > 0, "stepped after its end"
+        self.left -= 1
+        return np.array([self.left, float(action[0])], np.float32), float(action[0]), self.left == 0 and action[0] > 2, self.left == 0 and action[0] <= 2
+
+
+def test_episodes_of_an_evaluation_end_each_at_its_own_time(monkeypatch):
+    monkeypatch.setattr(envs, "Env", ScriptedEnv)
+    evaluation, seen = LockstepEvaluation("task", 4, seed=2, action_repeat=3), []
+
+    def act(obs):
+        seen.append(obs.copy())
+        return np.full((4, 1), len(seen), np.float32)
+
+    returns = evaluation(act, step=9)
+    assert ScriptedEnv.made == [("task", 2, 3)] * 4
+    lengths = [3 + int(np.random.SeedSequence([2, 9, episode]).generate_state(1)[0]) % 5 for episode in range(4)]
+    assert len(set(lengths)) > 1 and returns.tolist() == [sum(range(1, n + 1)) for n in lengths]  # the k-th action pays k
+    assert len(seen) == max(lengths)
+    for k, obs in enumerate(seen):  # who has ended stays where it ended
+        assert obs.tolist() == [[n - min(k, n), min(k, n)] for n in lengths]
+
+
+def test_lqr_takes_unit_actions_and_random_actions_are_uniform():
+    from dm_control import suite
+    env, raw = Env("lqr-lqr_2_1", seed=3), suite.load("lqr", "lqr_2_1", task_kwargs={"random": 3})  # its bounds are ±1e10
+    raw.reset()
+    env.reset(), raw.reset()
+    reward = env.step(np.array([0.75]))[1]
+    assert reward == pytest.approx(raw.step(np.array([0.75])).reward + raw.step(np.array([0.75])).reward)
+    actions = np.array([env.random_action() for _ in range(2000)])
+    assert actions.dtype == np.float32 and actions.min() < -0.99 and actions.max() > 0.99 and abs(actions.mean()) < 0.05
+    assert Env("lqr-lqr_2_1").random_action() != Env("lqr-lqr_2_1", seed=1).random_action()
+
+
 def test_a_worker_that_dies_is_told_in_one_line():
     evaluation = LockstepEvaluation("cartpole-swingup", 2, workers=1)
 
@@ -2424,6 +2661,137 @@ def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
         found.load()
 
 
+# ------------------------------------------------------------------------------------------------------- settings.py
+
+READ_ELSEWHERE = {"eval_every", "eval_episodes", "log_every", "buffer_size",  # by the loop and what is built around it
+                  "compile", "cuda_graphs"}  # speed alone
+IN_PLACES_OF_THEIR_OWN = {"mst", "reward_bins", "twin_critics", "precision"}  # everything else that shows in one module shows in all
+
+
+def other_values(kind, value):
+    """Values of the type that no setting has by default."""
+    if type(None) in get_args(kind):
+        return [other for part in get_args(kind) if part is not type(None) for other in other_values(part, value)]
+    return {float: [0.0731, 2.731], int: [7, 1007], bool: [not value]}.get(kind) or [v for v in get_args(kind) if v != value]
+
+
+def with_setting(args, group, name, value):
+    return dataclasses.replace(args, **{group: dataclasses.replace(getattr(args, group), **{name: value})} if group else {name: value})
+
+
+def what_it_builds(agent):
+    """By module: its layers' widths and what they compute, its optimiser's options, its sparse training's settings."""
+    built = {name: {"optimizer": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]}
+             for name, optimizer in agent.optimizers.items()}
+    for name, network in agent.networks.items():
+        network = copy.deepcopy(network)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.copy_(0.3 * torch.sin(1.0 + torch.arange(parameter.numel())).view_as(parameter))
+            if name == "encoder":
+                output = network(network.zs(torch.zeros(1, 4)), torch.zeros(1, 2))
+            elif "encoder" in agent.networks:  # zeros: how wide another module is must not show here
+                output = network(torch.zeros(1, agent.encoder.zs_dim))
+            else:
+                output = network(torch.zeros(1, 4), torch.zeros(1, 2)) if name == "critic" else network(torch.zeros(1, 4))
+        output = output[1] if isinstance(output, tuple) else output
+        built[name] |= {"widths": [(n, len(p)) for n, p in network.named_parameters()], "output": output.tolist(),
+                        "sparse": {k: v for k, v in vars(agent.sparse[name]).items() if isinstance(v, (bool, int, float, str))}}
+    return built
+
+
+def what_it_does(agent):
+    """What an update leaves in each module's moments, in the order of the updates; and what acting and two updates leave."""
+    buffer = play(0, 400, agent.horizon, 120, obs_dim=4, action_dim=2, prioritized=agent.prioritized)[0]
+    obs = np.random.RandomState(0).randn(5, 4).astype(np.float32)
+    for row in obs:
+        agent.observe(row)
+    torch.manual_seed(0)
+    actions = [agent.act(obs, explore=explore).tolist() for explore in (True, False)]
+    agent.update(buffer)
+    order = ("encoder", "critic", "actor", "temperature") if "encoder" in agent.networks else ("actor", "temperature", "critic")
+    moments = {name: [value.sum().item() for state in agent.optimizers[name].state.values() for value in state.values()]
+               for name in order if name in agent.optimizers}
+    agent.update(buffer)  # by now the targets are not the networks themselves
+    tensors = [value.sum().item() for network in agent.targets.values() for value in network.parameters()]
+    rest = [value.tolist() for value in (*agent.tensors().values(), *agent.info.values())]
+    return moments, (actions, tensors, rest, agent.updates, agent.updates_per_step, buffer.priority.tolist())
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_every_setting_does_something_and_does_it_in_its_own_place(algo):
+    """Changed alone, by its type alone, it shows in what is built or in what an update does; and in the run's name."""
+    own = ("--twin-critics",) if algo in ("sac", "ddpg") else ("--encoder-regime", "s2d", "--target-update-freq", "4")
+    base = flags_to_args("--algo", algo, "--mst", "--critic-regime", "d2s", "--scale", "0.05", "--total-steps", "60", "--learning-starts",
+                         "20", "--batch-size", "12", "--update-interval", "3", "--schedule-start", "0.02", *own)
+    build = lambda args: (torch.manual_seed(0), build_agent(args, 4, 2, torch.device("cpu")))[1]
+    base_built, (base_moments, base_rest) = what_it_builds(build(base)), what_it_does(build(base))
+    modules = list(module_configs(base))
+    for group, name in flag_names(base):
+        if name == "algo":  # comes with settings of its own
+            continue
+        holder = getattr(base, group) if group else base
+        spec = next(spec for spec in dataclasses.fields(holder) if spec.name == name)
+        place, refusal, shown = name.split("_")[0], "", False
+        for value in other_values(spec.type, getattr(holder, name)):
+            args = with_setting(base, group, name, value)
+            try:
+                check(args)
+                agent = None if name in READ_ELSEWHERE else build(args)
+            except ValueError as error:
+                refusal = str(error)
+                continue
+            assert run_name(args) != run_name(base), f"{name} is no part of the name {run_name(args)}"
+            if agent is None:
+                shown = True
+                break
+            built = what_it_builds(agent)
+            places = [part for part in built if built[part] != base_built[part]]
+            if places and place in built:
+                assert places == [place], f"{name} shows in {places}"
+            elif places:
+                assert set(modules) <= set(places) or name in IN_PLACES_OF_THEIR_OWN, f"{name} shows in {places} alone"
+            else:
+                moments, rest = what_it_does(agent)
+                places = [part for part in moments if moments[part] != base_moments[part]] + ["rest"] * (rest != base_rest)
+                assert not places or place not in modules or places[0] == place, f"{name} shows first in {places}"
+            shown = shown or bool(places)
+            if shown:
+                break
+        # Else it must be one that this algorithm refuses, by name.
+        assert shown or f"--{name.replace('_', '-')}" in refusal, f"{name} does nothing"
+
+
+def test_defaults_are_those_of_the_papers():
+    tables = {  # Tables 1 and 2 of the paper, and what the published SimBa uses for DeepMind Control
+        "mrq": {"batch_size": 256, "discount": 0.99, "encoder_horizon": 5, "q_horizon": 3, "target_update_freq": 250, "dynamics_weight": 1,
+                "reward_weight": 0.1, "terminal_weight": 0.1, "encoder_lr": 1e-4, "critic_lr": 3e-4, "actor_lr": 3e-4, "weight_decay": 1e-4,
+                "critic_grad_clip": 20, "reward_bins": 65, "reward_range": 10, "exploration_noise": 0.2, "target_noise": 0.2,
+                "target_noise_clip": 0.3, "pre_activation_weight": 1e-5},
+        "ddpg": {"batch_size": 256, "discount": 0.99, "target_rate": 0.005, "actor_lr": 1e-4, "critic_lr": 1e-4, "weight_decay": 0.01,
+                 "twin_critics": False, "target_q": "min", "actor_q": "min", "exploration_noise": 0.1}}
+    temperature = {"initial_temperature": 0.01, "temperature_lr": 1e-4, "target_entropy": -0.5}
+    policy = ("exploration_noise", "target_noise", "target_noise_clip", "pre_activation_weight")
+    without = lambda algo: {name: value for name, value in tables[algo].items() if name not in policy}
+    tables["sac"] = without("ddpg") | temperature
+    tables["mrsac"] = without("mrq") | temperature | {"temperature_lr": 3e-4, "target_policy": "target", "target_q": "min", "actor_q": "min"}
+    for algo, table in tables.items():
+        args = defaults(algo)
+        assert dataclasses.asdict(args.agent) == table
+        assert (args.learning_starts, args.agent.updates_per_step, args.agent.horizon) == (
+            (5000, 2, 1) if algo in ("sac", "ddpg") else (10_000, 1, 5))
+        sparse = {"sparsity": 0.8 if algo in ("sac", "ddpg") else 0.6, "distribution": "er", "growth": "gradient", "update_interval": 1000,
+                  "drop_initial": 0.5, "drop_final": 0.0, "schedule_start": 0.2, "schedule_end": 0.8, "schedule_power": 2.0}
+        assert dataclasses.asdict(args.sparse) == sparse
+        # SparseTraining by itself has the same.
+        own = {name: p.default for name, p in inspect.signature(SparseTraining).parameters.items() if p.default is not p.empty}
+        renamed = {"growth": "grow", "schedule_power": "power"}
+        assert {renamed.get(name, name): value for name, value in sparse.items()} | {"sparsity": 0.6, "seed": 0} == {
+            name: value for name, value in own.items() if name != "total_steps"}
+    assert (args.total_steps, args.eval_every, args.eval_episodes, args.buffer_size, args.log_every, args.scale, args.seed, args.mst) == (
+        500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)
+
+
 # --------------------------------------------------------------------------------------------------------- runlog.py
 
 def test_a_full_disk_leaves_whole_rows_and_loses_none(tmp_path):
@@ -2466,6 +2834,32 @@ def test_two_processes_never_train_one_run(tmp_path):
     (tmp_path / "run" / "final.pt").touch()
     with pytest.raises(Finished):
         RunLog(str(tmp_path / "run"), {}, resume=True)
+
+
+def test_rows_are_on_disk_at_once_with_six_digits(tmp_path, monkeypatch):
+    told = []
+    fake = lambda **methods: type("Fake", (), {name: staticmethod(method) for name, method in methods.items()})
+    tell = lambda what: lambda *arguments, **named: told.append((what, *arguments, *sorted(named.items())))
+    monkeypatch.setitem(sys.modules, "wandb", fake(init=tell("init"), log=tell("log"), finish=tell("finish")))
+    writer = fake(add_scalar=tell("scalar"), close=tell("close"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake(SummaryWriter=lambda folder: (told.append(folder), writer)[1]))
+    folder = str(tmp_path / "run")
+    log = RunLog(folder, {"seed": 1, "scale": 0.5}, tensorboard=True, wandb_project="project")
+    log.write("eval", {"agent_step": 1234567, "return": 1 / 3, "text": "a"})
+    assert open(tmp_path / "run" / "eval.csv").read().split() == ["agent_step,return,text", "1234567,0.333333,a"]
+    log.write("train", {"agent_step": 2, "loss": 123456.789})
+    log.write("eval", {"agent_step": 3, "return": math.nan, "text": "b"})
+    assert [row["return"] for row in table(tmp_path / "run", "eval.csv")] == ["0.333333", "nan"]
+    assert table(tmp_path / "run", "train.csv") == [{"agent_step": "2", "loss": "123457"}]
+    assert json.load(open(tmp_path / "run" / "config.json")) == {"seed": 1, "scale": 0.5}
+    with pytest.raises(ValueError):
+        log.write("train", {"agent_step": 3, "other": 1.0})  # another column than the first row's
+    log.close()
+    assert ("scalar", "train/loss", 123456.789, 2) in told and ("log", {"train/agent_step": 2, "train/loss": 123456.789}) in told
+    assert ("init", ("config", {"seed": 1, "scale": 0.5}), ("dir", folder), ("name", "run"), ("project", "project")) in told
+    assert folder in told and ("close",) in told and ("finish",) in told
+    with pytest.raises(FileExistsError, match="a run never overwrites another"):
+        RunLog(folder, {})
 
 
 # ---------------------------------------------------------------------------------------------------------- train.py
@@ -2610,6 +3004,157 @@ def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choice
         flags_to_args(flag, wrong)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and flag in said and all(f"'{choice}'" in said for choice in choices.split())
+
+
+class RecordedRun:
+    """Environment, agent, replay, evaluation and log in one, which note everything they are told. Each observation is a number."""
+    episodes = [(3, "terminated"), (2, "truncated"), (3, "truncated"), (1, "terminated"), (9, "truncated")]
+    obs_dim, action_dim, horizon, updates_per_step, prioritized, folder = 1, 1, 1, 2, False, "here"
+    device, networks, sparse, broken = torch.device("cpu"), {}, {}, {}
+
+    def __init__(self):
+        self.events, self.rows, self.time, self.episode, self.length, self.frames, self.actions = [], [], 0, -1, 0, 0, 0
+        self.info = {}
+
+    def note(self, *event):
+        self.events.append(event)
+
+    def observation(self):
+        self.time += 1
+        return np.array([self.time], np.float32)
+
+    # the environment
+    def reset(self):
+        self.episode, self.length = self.episode + 1, 0
+        obs = self.observation()
+        self.note("reset", obs[0])
+        return obs
+
+    def random_action(self):
+        self.actions += 1
+        self.note("random action")
+        return np.array([-self.actions], np.float32)
+
+    def step(self, action):
+        self.note("step", action[0])
+        self.length, self.frames = self.length + 1, self.frames + 2
+        ended = self.episodes[self.episode][1] if self.length == self.episodes[self.episode][0] else ""
+        return self.observation(), 10.0 ** self.length, ended == "terminated", ended == "truncated"
+
+    # the agent
+    def observe(self, obs):
+        self.note("observe", obs[0])
+
+    def act(self, obs, explore):
+        self.actions += 1
+        self.note("act", obs.ravel().tolist(), explore, torch.rand(()).item())
+        return np.full((*obs.shape[:-1], 1), self.actions, np.float32)
+
+    def update(self, replay):
+        assert replay is self
+        self.note("update")
+        self.info = {"loss": torch.tensor(float(len(self.events)))}
+
+    def fault(self):
+        return None
+
+    # replay, evaluation and log
+    def add(self, obs, action, reward, next_obs, terminated, truncated):
+        self.note("add", obs[0], action[0], reward, next_obs[0], terminated, truncated)
+
+    def __call__(self, act, step):
+        self.note("evaluate", step)
+        before = self.actions
+        act(np.array([[-1.0], [-2.0]]))
+        self.actions = before
+        return np.array([1.0, 4.0])
+
+    def write(self, table, row):
+        self.note("write", table)
+        self.rows.append((table, row))
+
+
+def recorded_run(monkeypatch, run, **settings):
+    """The loop on a recorded run: all events without the random numbers in them, and those of acting in training."""
+    monkeypatch.setattr(train, "measure", lambda agent, replay: run.note("measure") or {"metric": 0.5})
+    args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6} | settings))
+    torch.manual_seed(args.seed)
+    train.train(args, torch.device("cpu"), run, run, run, run, run)
+    return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
+
+
+def test_the_order_of_events_in_a_run(monkeypatch):
+    """Against a plain list of what must happen, step by step."""
+    run = RecordedRun()
+    events, draws = recorded_run(monkeypatch, run)
+    expected, obs, action = [("reset", 1.0)], 1.0, 0
+    evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False), ("measure",), ("write", "eval")]
+    ends = {2: "terminated", 4: "truncated", 7: "truncated", 8: "terminated"}  # after these steps
+    length = 0
+    for t in range(11):
+        length, action = length + 1, action + 1
+        expected += evaluation(t) if t in (0, 5, 10) else []
+        expected += [("observe", obs), ("act", [obs], True) if t >= 4 else ("random action",)]
+        expected += [("update",)] * 2 if t >= 4 else []
+        chosen = action if t >= 4 else -action
+        expected += [("step", chosen), ("add", obs, chosen, 10.0 ** length, obs + 1, ends.get(t) == "terminated", ends.get(t) == "truncated")]
+        obs += 1
+        if t in ends:
+            obs, length = obs + 1, 0
+            expected += [("reset", obs)]
+        expected += [("write", "train")] if t in (5, 8, 10) else []
+    assert events == expected + evaluation(11)
+    rows = {table: [row for name, row in run.rows if name == table] for table in ("eval", "train")}
+    timeless = lambda row: {key: value for key, value in row.items() if "second" not in key}
+    assert [timeless(row) for row in rows["eval"]] == [
+        {"agent_step": t, "frames": 2 * t, "return": 2.5, "return_std": 1.5, "metric": 0.5} for t in (0, 5, 10, 11)]
+    assert [(row["agent_step"], row["frames"], row["episode_return"]) for row in rows["train"]] == [
+        (6, 12, 110.0), (9, 18, 10.0), (11, 22, 10.0)]  # of the last episode that has ended
+    assert all(row["loss"] == 1 + max(i for i, event in enumerate(run.events[:mark]) if event == ("update",))  # of the last update
+               for row, mark in zip(rows["train"], [i for i, event in enumerate(run.events) if event == ("write", "train")]))
+    assert all(row["steps_per_second"] > 0 and row["seconds"] >= 0 for row in rows["train"])
+    # Evaluations draw random numbers of their own, the same whenever they come, and leave the training's alone.
+    evaluated = [(event[1], run.events[i + 1][3]) for i, event in enumerate(run.events) if event[0] == "evaluate"]
+    assert all(draw == (torch.manual_seed(6 + step), torch.rand(()).item())[1] for step, draw in evaluated)
+    assert recorded_run(monkeypatch, RecordedRun(), eval_every=1000)[1] == draws
+    torch.manual_seed(6)
+    assert draws == [torch.rand(()).item() for _ in draws]
+
+
+def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
+    run = RecordedRun()
+    run.fault = lambda: ("the actor's loss", 1) if run.time > 8 else None
+    with pytest.raises(FloatingPointError, match="the actor's loss was not finite at agent step 5; stopped.*here"):
+        recorded_run(monkeypatch, run)
+    assert [row["agent_step"] for table, row in run.rows if table == "train"] == [6, 9][:1 + (run.rows[-1][1]["agent_step"] == 9)]
+    run = RecordedRun()
+    act = run.act
+    run.act = lambda obs, explore: act(obs, explore) * (math.nan if run.time > 8 else 1)
+    with pytest.raises(FloatingPointError, match=r"the action is \[nan\] at agent step 6"):
+        recorded_run(monkeypatch, run)
+    assert not any(event[0] == "step" and event[1] != event[1] for event in run.events)
+
+
+def test_what_a_run_is_built_from(tmp_path):
+    """Seeds, sizes and numbers of the settings reach environment, evaluation, buffer, networks and masks."""
+    build = lambda *flags: train.build(flags_to_args("--mst", *SHORT, "--runs", str(tmp_path / "_".join(flags)), *flags))
+    device, env, agent, replay, evaluation, log = build("--seed", "7", "--eval-episodes", "3")
+    log.close()
+    same = Env("cartpole-swingup", seed=7)
+    assert np.array_equal(env.random_action(), same.random_action()) and np.array_equal(env.reset(), same.reset())
+    hold = lambda obs: np.sin(7 * obs[:, :1])
+    np.testing.assert_array_equal(evaluation(hold, 20), LockstepEvaluation("cartpole-swingup", 3, seed=7)(hold, 20))
+    assert (replay.capacity, replay.horizon, replay.prioritized, replay.obs.shape[1], replay.action.shape[1]) == (272, 5, True, 5, 1)
+    torch.manual_seed(7)
+    alike = build_agent(flags_to_args("--mst", *SHORT, "--seed", "7"), 5, 1, device)
+    masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
+    for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
+        assert torch.equal(a, b)
+    *_, small, _, log = build("--buffer-size", "90", "--seed", "8")
+    log.close()
+    assert small.capacity == 90
+    other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, device)
+    assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
 
 
 def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
@@ -2971,6 +3516,26 @@ def test_a_timed_phase_adds_to_no_earlier_gradient(algo, phases):
                 phase()
                 seen.append([p.grad.clone() for p in agent.networks[name].parameters()])
             torch.testing.assert_close(*seen, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("algo", ["mrq", "sac"])
+def test_the_benchmarks_own_factors(algo, monkeypatch):
+    """With a clock to which everything takes a millisecond, each phase shows how often an agent step has it."""
+    class Clock:
+        def __init__(self, device):
+            pass
+
+        def __call__(self, function):
+            function()
+            return 1.0
+
+    monkeypatch.setattr(bench, "Clock", Clock)
+    monkeypatch.setattr(torch, "mm", lambda a, b: a), monkeypatch.setattr(fast, "product", lambda a, b: a)
+    (row,) = bench.bench_scale(0.05, bench.Args(algo=algo, variants=["mst"], env="cartpole-swingup", steps=3), torch.device("cpu"))
+    often = {"mrq": 1, "sac": 2}[algo]
+    assert row["update"] == 2  # two captures a step, or two updates
+    assert [row[phase] for phase in bench.PHASES] == [often, 1 if algo == "mrq" else "", often, often, often, often, often / 1000, 1, 1]
+    assert row["tflop_per_s"] == pytest.approx(2 * 2048 ** 3 / 1e-3 / 1e12) and row["gb_per_s"] == pytest.approx(8 * 2 ** 25 / 1e-3 / 1e9)
 
 
 @pytest.mark.parametrize("flags, message", [
