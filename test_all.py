@@ -61,7 +61,7 @@ from agents import AGENTS, build_agent
 from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
 from replay import Batch, ReplayBuffer, multi_step_return
 from runlog import Busy, Finished, RunLog
-from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
+from sac import SAC, reduce_q, tanh_gaussian
 from settings import (CONFIGS, DDPGConfig, MRQConfig, MR_DEFAULT, MR_MST, ModuleConfig, NOT_IN_NAME, SACConfig, check, defaults,
                       differences, effective, flag_names, from_config, module_configs, notes, parse, run_name)
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
