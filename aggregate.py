@@ -75,7 +75,7 @@ def mean_sd(strata):
     return centre, centre - spread, centre + spread
 
 
-STATISTICS = {"iqm": (iqm, "IQM and 95 % bootstrap interval"), "mean-sd": (mean_sd, "mean ± one standard deviation")}
+STATISTICS = {"iqm": (iqm, "IQM and 95 % bootstrap interval"), "mean-sd": (mean_sd, "Mean ± one standard deviation")}
 
 
 # ---- reading ----

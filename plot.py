@@ -58,7 +58,8 @@ def shown(series):
 
 
 def draw_curves(axes, lines, published):
-    """lines: [(series, number, _, frames, centre, low, high)]; published: [(label, frames, centre, low, high)], as far as ours"""
+    """lines: [(series, number, _, frames, centre, low, high)]; published: [(label, frames, centre, low, high)], drawn no
+    further than ours."""
     furthest = max((line[3][-1] for line in lines), default=np.inf)
     for number, (_, x, *values) in enumerate(published):
         x, centre, low, high = (part[x <= furthest] for part in (x, *values))
@@ -100,7 +101,8 @@ def sheet(rows, columns, width, height, caption, legend, title_lines, tick_lines
     total = max(columns * width + 0.75, 7.0)
     lines = [part for text in caption for part in textwrap.wrap(text, int(total * 18.5)) or [""]]
     per_row = max(1, int((total - 0.5) / (0.75 + 0.07 * max(len(label) for label, _ in legend))))
-    above, below = 0.3 + 0.22 * -(-len(legend) // per_row) + 0.15 * title_lines, 0.48 + 0.13 * tick_lines + 0.145 * len(lines)
+    above = 0.3 + 0.22 * -(-len(legend) // per_row) + 0.15 * title_lines
+    below = 0.48 + 0.13 * tick_lines + 0.145 * len(lines)
     page, grid = plt.subplots(rows, columns, figsize=(total, rows * height + above + below), squeeze=False)
     tall = page.get_figheight()
     page.subplots_adjust(left=0.75 / total, right=1 - 0.15 / total, top=1 - above / tall, bottom=below / tall, hspace=0.16,
@@ -173,7 +175,8 @@ def draw_figure(name, options):
     tasks = list(dict.fromkeys(run.task for run in found))
     rows = [BOTH, *tasks] if len(tasks) > 1 else tasks
     series = list(dict.fromkeys(cell.series for cell in figure.cells))
-    panels = [(panel, measure) for panel in dict.fromkeys(cell.panel for cell in figure.cells) for measure in figure.measures]
+    places = dict.fromkeys(cell.panel for cell in figure.cells)
+    panels = [(panel, measure) for panel in places for measure in figure.measures]
     cells, ticks = {}, {}  # (panel, series, x) -> task -> runs; panel -> x -> label
     for run in found:
         cell = run.cell
@@ -205,7 +208,7 @@ def draw_figure(name, options):
     titles = [(f"{panel}\n{measure.label}" if several and panel else panel or measure.label * several, measure.label)
               for panel, measure in panels]
     laid = [published[row] for row in rows if row in published]
-    page = lay_out(titles, rows, draw, caption(name, figure, options, found, wrong),
+    page = lay_out(titles, rows, draw, caption(name, figure, options, found, wrong) + reference_note(options, laid),
                    legend_of(series, shown, laid, figure.kind == "curves" or figure.joined), x_label(figure),
                    1 + max(label.count("\n") for labels in ticks.values() for label in labels.values()))
     if options.reference and not laid:
@@ -258,6 +261,10 @@ def caption(name, figure, options, found, wrong):
     return lines
 
 
+def reference_note(options, laid):
+    return [f"Published: {os.path.basename(options.reference)}, the same statistic over its seeds."] if laid else []
+
+
 def references(path, statistic):
     """Published curves: task -> [(label, frames, centre, low, high)]. Columns env, seed, return, agent_step (of two
     frames) or env_step (a frame), and, if there are several, algo."""
@@ -272,10 +279,12 @@ def references(path, statistic):
         for row in reader:
             frames = float(row["env_step"]) if "env_step" in known else 2 * float(row["agent_step"])
             label = f"published {row['algo']}" if "algo" in known else "published"
-            runs.setdefault((row["env"], label), {}).setdefault(row["seed"], []).append((frames / 2, frames, float(row["return"])))
+            seeds = runs.setdefault((row["env"], label), {})
+            seeds.setdefault(row["seed"], []).append((frames / 2, frames, float(row["return"])))
     lines = {}
     for (task, label), seeds in runs.items():
-        tables = [Run(label, dict(zip(("agent_step", "frames", "return"), np.array(sorted(rows)).T))) for rows in seeds.values()]
+        names = ("agent_step", "frames", "return")
+        tables = [Run(label, dict(zip(names, np.array(sorted(rows)).T))) for rows in seeds.values()]
         lines.setdefault(task, []).append((label, *curve([tables], ("return",), statistic, False)))
     return lines
 
@@ -323,15 +332,15 @@ def draw_runs(options):
             + (f" All: {', '.join(sorted(common - {''}))}." if common - {""} else "")]
     laid = [published[task] for task in groups if task in published]
     page = lay_out([(column if len(options.columns) > 1 else "", column) for column in options.columns], list(groups), draw,
-                   text, legend_of(names, labels.get, laid), "environment frames")
+                   text + reference_note(options, laid), legend_of(names, labels.get, laid), "environment frames")
     return page, told
 
 
 def command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", help="fig2 ... fig26, all, or curves")
-    parser.add_argument("paths", nargs="*", default=["runs"], help="folders of runs, or files that --save wrote; after curves: "
-                        "the runs themselves")
+    parser.add_argument("paths", nargs="*", default=["runs"], help="folders of runs, or files that --save wrote; "
+                        "after curves: the runs themselves")
     parser.add_argument("--statistic", choices=STATISTICS, default="iqm")
     parser.add_argument("--episodes", action="store_true", help="pool single episodes' returns in the IQM, not their means")
     parser.add_argument("--columns", nargs="+", default=["return"], help="curves: columns of eval.csv")
