@@ -308,7 +308,7 @@ def size(figure, cell):
 # Milliseconds of an agent step of the laptop studies, on one thread of the machine of estimate.py; two fit two cores.
 LAPTOP_MS = {"fig2": 46, "fig3": 46, "fig6": 99, "fig7": 99, "fig8": 80, "fig9": 80, "fig10": 80, "fig11": 130,
              "fig12": 130}  # Fig. 13: not timed
-SMOKE_SECONDS = 15  # a run, start included
+SMOKE_SECONDS = 6  # of one core: a run, start included
 
 
 

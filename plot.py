@@ -40,8 +40,8 @@ STYLES = {  # colour (Okabe and Ito's, and grey), marker (the paper's), line
     "MR.Q": ("#7f7f7f", "o", "--"), "MR.Q + Res": ("#0072B2", "s", "-."), "MR.Q + Res + MST": ("#009E73", "D", "-"),
     "MST (ER, RigL, 0.6)": ("#009E73", "D", "-"), "critic DST, actor SST (MST)": ("#009E73", "D", "-"),
 }
-OTHERS = [("#0072B2", "s", "--"), ("#E69F00", "<", ":"), ("#7f7f7f", "o", "-"), ("#D55E00", ">", "-."), ("#CC79A7", "v", "--"),
-          ("#56B4E9", "^", "-"), ("#000000", "P", ":"), ("#009E73", "D", "-")]
+OTHERS = [("#0072B2", "s", "--"), ("#E69F00", "<", ":"), ("#7f7f7f", "o", "-"), ("#D55E00", ">", "-."),
+          ("#CC79A7", "v", "--"), ("#56B4E9", "^", "-"), ("#000000", "P", ":"), ("#009E73", "D", "-")]
 
 
 # ---- drawing ----
@@ -164,7 +164,8 @@ def draw_figure(name, options):
     """Reads, aggregates and draws one figure. Returns (the page, lines to tell)."""
     figure, found = figures.selected(name, options)
     statistic, _ = STATISTICS[options.statistic]
-    columns = sorted({column for measure in figure.measures for column in measure.columns}) + ["returns"] * options.episodes
+    columns = sorted({column for measure in figure.measures for column in measure.columns})
+    columns += ["returns"] * options.episodes
     runs, wrong, told = gather({run.name: run.args for run in found}, options.paths, columns)
     if not runs:
         raise ValueError(f"{' '.join(options.paths)}: none of the {len(wrong)} runs of {name} is there; their commands: "
@@ -331,7 +332,8 @@ def draw_runs(options):
     text = [f"{said}, over {' to '.join(map(str, sorted({counts[0], counts[-1]})))} runs a line."
             + (f" All: {', '.join(sorted(common - {''}))}." if common - {""} else "")]
     laid = [published[task] for task in groups if task in published]
-    page = lay_out([(column if len(options.columns) > 1 else "", column) for column in options.columns], list(groups), draw,
+    titles = [(column if len(options.columns) > 1 else "", column) for column in options.columns]
+    page = lay_out(titles, list(groups), draw,
                    text + reference_note(options, laid), legend_of(names, labels.get, laid), "environment frames")
     return page, told
 
@@ -342,7 +344,8 @@ def command_line():
     parser.add_argument("paths", nargs="*", default=["runs"], help="folders of runs, or files that --save wrote; "
                         "after curves: the runs themselves")
     parser.add_argument("--statistic", choices=STATISTICS, default="iqm")
-    parser.add_argument("--episodes", action="store_true", help="pool single episodes' returns in the IQM, not their means")
+    parser.add_argument("--episodes", action="store_true",
+                        help="pool single episodes' returns in the IQM, not their means")
     parser.add_argument("--columns", nargs="+", default=["return"], help="curves: columns of eval.csv")
     parser.add_argument("--reference", metavar="FILE.csv", help="published curves to lay under ours")
     parser.add_argument("--save", metavar="FILE.csv", help="also write the values that were drawn")
