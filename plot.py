@@ -98,7 +98,7 @@ def draw_points(axes, points, ticks, joined, count):
 
 def sheet(rows, columns, width, height, caption, legend, title_lines, tick_lines):
     """A page of panels with the legend above and the caption below, each with the room that it needs, in inches."""
-    total = max(columns * width + 0.75, 7.0)
+    total = max(columns * width + 0.75, 7.0, min(14.0, 1 + 0.08 * max(len(label) for label, _ in legend)))
     lines = [part for text in caption for part in textwrap.wrap(text, int(total * 18.5)) or [""]]
     per_row = max(1, int((total - 0.5) / (0.75 + 0.07 * max(len(label) for label, _ in legend))))
     above = 0.3 + 0.22 * -(-len(legend) // per_row) + 0.15 * title_lines
@@ -131,7 +131,7 @@ def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
                 axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", fontsize=8, color="0.5")
                 axes.set_yticks([])
             else:
-                tops[y_label] = max(tops.get(y_label, 0), axes.get_ylim()[1])
+                tops[y_label] = max(tops.get(y_label, 0), axes.dataLim.y1)
                 bottoms[y_label] = min(bottoms.get(y_label, 0), axes.dataLim.y0)
             if across:
                 axes.set_title(f"{title}, {row}" if title else row, fontsize=9)
@@ -145,7 +145,8 @@ def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
                 axes.tick_params(labelbottom=False)
         for column, (_, y_label) in enumerate(panels):
             if y_label in tops:
-                (grid[0, number] if across else grid[number, column]).set_ylim(bottoms[y_label], tops[y_label])
+                bottom, span = bottoms[y_label], (tops[y_label] - bottoms[y_label]) or 1
+                (grid[0, number] if across else grid[number, column]).set_ylim(bottom - 0.03 * span, bottom + 1.06 * span)
     return page
 
 
@@ -314,8 +315,9 @@ def draw_runs(options):
     if not groups:
         raise ValueError("; ".join(told))
     names = list(dict.fromkeys(name for by_name in groups.values() for name in by_name))
-    common = set.intersection(*(set(name.split("__")) for name in names)) if len(names) > 1 else set()
-    labels = {name: ", ".join(part for part in name.split("__") if part not in common) or "default" for name in names}
+    common = set.intersection(*(set(name.split("__")) for name in names))
+    plain = "default" if len(names) > 1 else "these runs"
+    labels = {name: ", ".join(part for part in name.split("__") if part not in common) or plain for name in names}
     statistic, said = STATISTICS[options.statistic]
     published = references(options.reference, statistic)
 
@@ -329,7 +331,7 @@ def draw_runs(options):
         return bool(drawn)
 
     counts = sorted({len(runs) for by_name in groups.values() for runs in by_name.values()})
-    text = [f"{said}, over {' to '.join(map(str, sorted({counts[0], counts[-1]})))} runs a line."
+    text = [f"{said}, over {' to '.join(map(str, sorted({counts[0], counts[-1]})))} run{'s' * (counts[-1] > 1)} a line."
             + (f" All: {', '.join(sorted(common - {''}))}." if common - {""} else "")]
     laid = [published[task] for task in groups if task in published]
     titles = [(column if len(options.columns) > 1 else "", column) for column in options.columns]

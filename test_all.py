@@ -2374,6 +2374,7 @@ def test_a_figure_shows_its_runs_and_names_the_rest(tmp_path, monkeypatch, capsy
     assert list(x) == [0, 12000, 24000] and list(y) == [26, 86, 146]  # the IQM of three is their mean: 16 + 10 + step / 100
     (x, y), = [line.get_data() for line in page.axes[1].get_lines() if line.get_color() == plot.STYLES["MR.Q"][0]]
     assert list(y) == [55.0, 55.0, 55.0]  # both Q's SRank, of seed 0 alone
+    assert first.get_ylim()[0] < 0 and first.get_ylim()[1] > 150  # no marker is cut
     assert first.get_xlabel() == "environment frames" and "return" in first.get_ylabel()
     assert [text.get_text() for text in page.legends[0].get_texts()] == ["MR.Q", "MR.Q + Res", "MR.Q + Res + MST"]
     said = page.texts[-1].get_text().replace("\n", " ")
