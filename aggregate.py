@@ -7,8 +7,8 @@ used; intervals called 95 % cover about 95 %, also with five or eight seeds.
     frames, centre, low, high = curve([list(runs.values())], ["return"], iqm)
 
 The centre is the interquartile mean (IQM) over seeds, for several tasks over all their runs (Agarwal et al., 2021); the
-interval is a stratified percentile bootstrap, widened for few seeds (Hesterberg, 2015). `mean_sd` is the paper's mean ± one
-standard deviation. It needs no PyTorch.
+interval is a stratified percentile bootstrap, widened for few seeds (Hesterberg, 2015). `mean_sd` is the paper's mean
+± one standard deviation. It needs no PyTorch.
 """
 
 import csv
@@ -75,7 +75,7 @@ def mean_sd(strata):
     return centre, centre - spread, centre + spread
 
 
-STATISTICS = {"iqm": (iqm, "IQM and 95 % bootstrap interval"), "mean-sd": (mean_sd, "mean ± one standard deviation")}
+STATISTICS = {"iqm": (iqm, "IQM and 95 % bootstrap interval"), "mean-sd": (mean_sd, "Mean ± one standard deviation")}
 
 
 # ---- reading ----
@@ -166,7 +166,9 @@ def save(path, runs, columns):
 
 
 def gather(wanted, paths, columns):
-    """Reads the runs that are there. wanted: run's name -> settings.Args. Returns ({name: Run}, {name: what is wrong}, lines to tell)."""
+    """Reads the runs that are there. wanted: run's name -> settings.Args.
+
+    Returns ({name: Run}, {name: what is wrong}, lines to tell)."""
     saved = {}
     for path in paths:
         if os.path.isfile(path):
@@ -219,7 +221,7 @@ def difference(config, args):
 # ---- aggregation ----
 
 def curve(tasks, columns, statistic, episodes):
-    """tasks: a list of runs each. Returns frames and the statistic at every step, (points,) each; None if there is nothing.
+    """tasks: a list of runs each. Returns frames and the statistic at every step, (points,) each; None for nothing.
 
     A step counts the seeds that have it: unfinished runs are drawn as far as they got, and named.
     """

@@ -15,7 +15,8 @@ import math
 
 from settings import module_configs
 
-SHAPES = {"dog-run": (223, 38), "humanoid-run": (67, 21), "walker-walk": (24, 6), "cartpole-balance": (5, 1)}  # obs, action
+SHAPES = {"dog-run": (223, 38), "humanoid-run": (67, 21), "walker-walk": (24, 6),  # observation, action
+          "cartpole-balance": (5, 1)}
 # Milliseconds of an agent step at millions of parameters, as README's "Speed" has them: two cores of an AMD EPYC, fp32.
 TIMED = {"encoder": ((2.09, 51), (36.97, 595), (154.69, 2420)), "critic": ((1.58, 20), (33.06, 267), (144.24, 1140)),
          "actor": ((0.81, 13), (16.58, 191), (72.16, 808)), "agent": ((4.39, 85), (207.96, 3100))}  # "agent": SAC, DDPG
@@ -36,11 +37,12 @@ def _sizes(algo, obs, action, twin, *modules):
     def simba(inputs, outputs, hidden, blocks):  # networks.SimbaMLP: its LayerNorms have parameters
         return hidden * (inputs + 1) + blocks * (8 * hidden ** 2 + 7 * hidden) + 2 * hidden + outputs * (hidden + 1)
 
-    width = {name: max(1, round((128 if algo in ("sac", "ddpg") and name == "actor" else 512) * w)) for name, w, _ in modules}
-    base = {"critic": 2, "actor": 1} if algo in ("sac", "ddpg") else {"encoder": 1, "critic": 1, "actor": 1}
-    blocks = {name: max(1, round(base[name] * depth)) for name, _, depth in modules}
+    on_simba = algo in ("sac", "ddpg")
+    base = {"critic": (512, 2), "actor": (128, 1)} if on_simba else dict.fromkeys(("encoder", "critic", "actor"), (512, 1))
+    width = {name: max(1, round(base[name][0] * scale)) for name, scale, _ in modules}
+    blocks = {name: max(1, round(base[name][1] * scale)) for name, _, scale in modules}
     heads = 2 if algo in ("sac", "mrsac") else 1  # mean and log-std
-    if algo in ("sac", "ddpg"):
+    if on_simba:
         return {"critic": (1 + twin) * simba(obs + action, 1, width["critic"], blocks["critic"]),
                 "actor": simba(obs, heads * action, width["actor"], blocks["actor"])}
     z = width["encoder"]

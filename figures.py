@@ -24,8 +24,8 @@ from settings import _set, check, defaults, flag_names, parse, run_name, telling
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
 TYPES = (1, 2, 3, 4, 5, 6)
-TYPE_LABELS = {1: "Type 1\nReLU", 2: "Type 2\nELU", 3: "Type 3\nLN, ReLU", 4: "Type 4\nLN, ELU", 5: "Type 5\nLN, ReLU,\nresidual",
-               6: "Type 6\nLN, ELU,\nresidual"}
+TYPE_LABELS = {1: "Type 1\nReLU", 2: "Type 2\nELU", 3: "Type 3\nLN, ReLU", 4: "Type 4\nLN, ELU",
+               5: "Type 5\nLN, ReLU,\nresidual", 6: "Type 6\nLN, ELU,\nresidual"}
 TASKS = ("dog-run", "humanoid-run")  # Section 3, Setup
 SMOKE_TASK, LAPTOP_TASK = "cartpole-balance", "walker-walk"
 
@@ -207,7 +207,7 @@ def _laptop(figure, cells, **changes):
 
 def _types(module, types, **others):
     """Dense networks of these types as the curves of one panel."""
-    return (Cell("types, dense", f"Type {t}", {f"{module}_type": t, **others}) for t in types)
+    return (Cell("types, dense", TYPE_LABELS[t].replace("\n", " "), {f"{module}_type": t, **others}) for t in types)
 
 
 def _regimes(module, arch_type, **others):
@@ -223,17 +223,23 @@ def _simba_laptop(algo):
                 yield Cell(f"{algo.upper()}, {name}", series, {"algo": algo, **_NARROW, **flags, **mst}, f"×{scale}")
 
 
+_DEEP_CRITIC = tuple(_regimes("critic", 6, critic_scale=5, **_LAPTOP_STRONG))
+_DEEP_ACTOR = tuple(_regimes("actor", 5, actor_scale=5, **_LAPTOP_STRONG))
 LAPTOP = {
-    "fig2": _laptop("fig2", _types("encoder", (1, 2, 3, 4, 6), **_NARROW), kind="curves"),
+    "fig2": _laptop("fig2", _types("encoder", (1, 2, 3, 4, 6), **_NARROW), kind="curves",
+                    shows="encoder: architecture types"),
     "fig3": _laptop("fig3", _types("encoder", (1, 2, 3, 4, 6), **_NARROW)),
-    "fig6": _laptop("fig6", _regimes("critic", 6, critic_scale=5, **_LAPTOP_STRONG), kind="curves"),
-    "fig7": _laptop("fig7", _regimes("critic", 6, critic_scale=5, **_LAPTOP_STRONG)),
-    "fig8": _laptop("fig8", _types("actor", (3, 4, 5, 6), actor_scale=5, **_LAPTOP_STRONG), kind="curves"),
-    "fig9": _laptop("fig9", _regimes("actor", 5, actor_scale=5, **_LAPTOP_STRONG), kind="curves"),
-    "fig10": _laptop("fig10", _regimes("actor", 5, actor_scale=5, **_LAPTOP_STRONG)),
+    "fig6": _laptop("fig6", _DEEP_CRITIC, kind="curves", shows="critic five times as deep: training regimes"),
+    "fig7": _laptop("fig7", _DEEP_CRITIC, shows="critic five times as deep: SRank and dormant neurons"),
+    "fig8": _laptop("fig8", _types("actor", (3, 4, 5, 6), actor_scale=5, **_LAPTOP_STRONG), kind="curves",
+                    shows="actor five times as deep: architecture types"),
+    "fig9": _laptop("fig9", _DEEP_ACTOR, kind="curves", shows="actor five times as deep: training regimes"),
+    "fig10": _laptop("fig10", _DEEP_ACTOR, shows="actor five times as deep: dormant neurons"),
     "fig11": _laptop("fig11", (Cell("", "MR.Q", {"depth_scale": 5, **_NARROW}), Cell("", "MR.Q + Res", _LAPTOP_RES),
-                               Cell("", "MR.Q + Res + MST", _LAPTOP_MST))),
-    "fig12": _laptop("fig12", (cell for cell in _mst_ablation(_LAPTOP_MST, _LAPTOP_RES, ()))),
+                               Cell("", "MR.Q + Res + MST", _LAPTOP_MST)),
+                     shows="all modules five times as deep: MR.Q, with residual connections, with MST"),
+    "fig12": _laptop("fig12", _mst_ablation(_LAPTOP_MST, _LAPTOP_RES, ()),
+                     shows="MST, all modules five times as deep: distribution and growth"),
     "fig13": _laptop("fig13", (*_simba_laptop("sac"), *_simba_laptop("ddpg"))),
 }
 
@@ -300,18 +306,19 @@ def size(figure, cell):
 
 
 # Milliseconds of an agent step of the laptop studies, on one thread of the machine of estimate.py; two fit two cores.
-LAPTOP_MS = {}
-SMOKE_SECONDS = 15  # a run, start included
+LAPTOP_MS = {"fig2": 46, "fig3": 46, "fig6": 99, "fig7": 99, "fig8": 80, "fig9": 80, "fig10": 80, "fig11": 130,
+             "fig12": 130}  # Fig. 13: not timed
+SMOKE_SECONDS = 6  # of one core: a run, start included
 
 
 
 def hours(name, found, options):
-    """Of two CPU cores, for all these runs."""
+    """Of two CPU cores, for all these runs; None where no step was timed."""
     if options.smoke:
         return len(found) * SMOKE_SECONDS / 2 / 3600
     steps = [run.args.total_steps - run.args.learning_starts for run in found]
     if options.laptop:
-        return sum(steps) * LAPTOP_MS[name] / 2 / 3.6e6
+        return sum(steps) * LAPTOP_MS[name] / 2 / 3.6e6 if name in LAPTOP_MS else None
     return sum(count * step_ms(run.args) for count, run in zip(steps, found)) / 3.6e6
 
 
@@ -322,8 +329,10 @@ def table(options, names):
         found = list({run.name: run for run in found}.values())
         counts = [millions(count) for count in sorted({round(size(figure, cell), 3) for cell in figure.cells})]
         span = dict.fromkeys(counts if len(set(counts)) <= 3 else [counts[0], "...", counts[-1]])
-        yield {"figure": name, "shows": figure.shows, "runs": f"{len(found):,}", "parameters": f"{figure.sized} {' / '.join(span)}",
-               "hours": f"{float(f'{hours(name, found, options):.2g}'):,g}",
+        time = hours(name, found, options)
+        yield {"figure": name, "shows": figure.shows, "runs": f"{len(found):,}",
+               "parameters": f"{figure.sized} {' / '.join(span)}",
+               "hours": "not timed" if time is None else f"{float(f'{time:.2g}'):,g}",
                "columns": ", ".join(column for measure in figure.measures for column in measure.columns)}
 
 

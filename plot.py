@@ -40,8 +40,8 @@ STYLES = {  # colour (Okabe and Ito's, and grey), marker (the paper's), line
     "MR.Q": ("#7f7f7f", "o", "--"), "MR.Q + Res": ("#0072B2", "s", "-."), "MR.Q + Res + MST": ("#009E73", "D", "-"),
     "MST (ER, RigL, 0.6)": ("#009E73", "D", "-"), "critic DST, actor SST (MST)": ("#009E73", "D", "-"),
 }
-OTHERS = [("#0072B2", "s", "--"), ("#E69F00", "<", ":"), ("#7f7f7f", "o", "-"), ("#D55E00", ">", "-."), ("#CC79A7", "v", "--"),
-          ("#56B4E9", "^", "-"), ("#000000", "P", ":"), ("#009E73", "D", "-")]
+OTHERS = [("#0072B2", "s", "--"), ("#E69F00", "<", ":"), ("#7f7f7f", "o", "-"), ("#D55E00", ">", "-."),
+          ("#CC79A7", "v", "--"), ("#56B4E9", "^", "-"), ("#000000", "P", ":"), ("#009E73", "D", "-")]
 
 
 # ---- drawing ----
@@ -58,7 +58,8 @@ def shown(series):
 
 
 def draw_curves(axes, lines, published):
-    """lines: [(series, number, _, frames, centre, low, high)]; published: [(label, frames, centre, low, high)], as far as ours"""
+    """lines: [(series, number, _, frames, centre, low, high)]; published: [(label, frames, centre, low, high)], drawn no
+    further than ours."""
     furthest = max((line[3][-1] for line in lines), default=np.inf)
     for number, (_, x, *values) in enumerate(published):
         x, centre, low, high = (part[x <= furthest] for part in (x, *values))
@@ -97,10 +98,11 @@ def draw_points(axes, points, ticks, joined, count):
 
 def sheet(rows, columns, width, height, caption, legend, title_lines, tick_lines):
     """A page of panels with the legend above and the caption below, each with the room that it needs, in inches."""
-    total = max(columns * width + 0.75, 7.0)
+    total = max(columns * width + 0.75, 7.0, min(14.0, 1 + 0.08 * max(len(label) for label, _ in legend)))
     lines = [part for text in caption for part in textwrap.wrap(text, int(total * 18.5)) or [""]]
     per_row = max(1, int((total - 0.5) / (0.75 + 0.07 * max(len(label) for label, _ in legend))))
-    above, below = 0.3 + 0.22 * -(-len(legend) // per_row) + 0.15 * title_lines, 0.48 + 0.13 * tick_lines + 0.145 * len(lines)
+    above = 0.3 + 0.22 * -(-len(legend) // per_row) + 0.15 * title_lines
+    below = 0.48 + 0.13 * tick_lines + 0.145 * len(lines)
     page, grid = plt.subplots(rows, columns, figsize=(total, rows * height + above + below), squeeze=False)
     tall = page.get_figheight()
     page.subplots_adjust(left=0.75 / total, right=1 - 0.15 / total, top=1 - above / tall, bottom=below / tall, hspace=0.16,
@@ -129,7 +131,7 @@ def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
                 axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", fontsize=8, color="0.5")
                 axes.set_yticks([])
             else:
-                tops[y_label] = max(tops.get(y_label, 0), axes.get_ylim()[1])
+                tops[y_label] = max(tops.get(y_label, 0), axes.dataLim.y1)
                 bottoms[y_label] = min(bottoms.get(y_label, 0), axes.dataLim.y0)
             if across:
                 axes.set_title(f"{title}, {row}" if title else row, fontsize=9)
@@ -143,7 +145,8 @@ def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
                 axes.tick_params(labelbottom=False)
         for column, (_, y_label) in enumerate(panels):
             if y_label in tops:
-                (grid[0, number] if across else grid[number, column]).set_ylim(bottoms[y_label], tops[y_label])
+                bottom, span = bottoms[y_label], (tops[y_label] - bottoms[y_label]) or 1
+                (grid[0, number] if across else grid[number, column]).set_ylim(bottom - 0.03 * span, bottom + 1.06 * span)
     return page
 
 
@@ -162,7 +165,8 @@ def draw_figure(name, options):
     """Reads, aggregates and draws one figure. Returns (the page, lines to tell)."""
     figure, found = figures.selected(name, options)
     statistic, _ = STATISTICS[options.statistic]
-    columns = sorted({column for measure in figure.measures for column in measure.columns}) + ["returns"] * options.episodes
+    columns = sorted({column for measure in figure.measures for column in measure.columns})
+    columns += ["returns"] * options.episodes
     runs, wrong, told = gather({run.name: run.args for run in found}, options.paths, columns)
     if not runs:
         raise ValueError(f"{' '.join(options.paths)}: none of the {len(wrong)} runs of {name} is there; their commands: "
@@ -173,7 +177,8 @@ def draw_figure(name, options):
     tasks = list(dict.fromkeys(run.task for run in found))
     rows = [BOTH, *tasks] if len(tasks) > 1 else tasks
     series = list(dict.fromkeys(cell.series for cell in figure.cells))
-    panels = [(panel, measure) for panel in dict.fromkeys(cell.panel for cell in figure.cells) for measure in figure.measures]
+    places = dict.fromkeys(cell.panel for cell in figure.cells)
+    panels = [(panel, measure) for panel in places for measure in figure.measures]
     cells, ticks = {}, {}  # (panel, series, x) -> task -> runs; panel -> x -> label
     for run in found:
         cell = run.cell
@@ -205,7 +210,7 @@ def draw_figure(name, options):
     titles = [(f"{panel}\n{measure.label}" if several and panel else panel or measure.label * several, measure.label)
               for panel, measure in panels]
     laid = [published[row] for row in rows if row in published]
-    page = lay_out(titles, rows, draw, caption(name, figure, options, found, wrong),
+    page = lay_out(titles, rows, draw, caption(name, figure, options, found, wrong) + reference_note(options, laid),
                    legend_of(series, shown, laid, figure.kind == "curves" or figure.joined), x_label(figure),
                    1 + max(label.count("\n") for labels in ticks.values() for label in labels.values()))
     if options.reference and not laid:
@@ -258,6 +263,10 @@ def caption(name, figure, options, found, wrong):
     return lines
 
 
+def reference_note(options, laid):
+    return [f"Published: {os.path.basename(options.reference)}, the same statistic over its seeds."] if laid else []
+
+
 def references(path, statistic):
     """Published curves: task -> [(label, frames, centre, low, high)]. Columns env, seed, return, agent_step (of two
     frames) or env_step (a frame), and, if there are several, algo."""
@@ -272,10 +281,12 @@ def references(path, statistic):
         for row in reader:
             frames = float(row["env_step"]) if "env_step" in known else 2 * float(row["agent_step"])
             label = f"published {row['algo']}" if "algo" in known else "published"
-            runs.setdefault((row["env"], label), {}).setdefault(row["seed"], []).append((frames / 2, frames, float(row["return"])))
+            seeds = runs.setdefault((row["env"], label), {})
+            seeds.setdefault(row["seed"], []).append((frames / 2, frames, float(row["return"])))
     lines = {}
     for (task, label), seeds in runs.items():
-        tables = [Run(label, dict(zip(("agent_step", "frames", "return"), np.array(sorted(rows)).T))) for rows in seeds.values()]
+        names = ("agent_step", "frames", "return")
+        tables = [Run(label, dict(zip(names, np.array(sorted(rows)).T))) for rows in seeds.values()]
         lines.setdefault(task, []).append((label, *curve([tables], ("return",), statistic, False)))
     return lines
 
@@ -304,8 +315,9 @@ def draw_runs(options):
     if not groups:
         raise ValueError("; ".join(told))
     names = list(dict.fromkeys(name for by_name in groups.values() for name in by_name))
-    common = set.intersection(*(set(name.split("__")) for name in names)) if len(names) > 1 else set()
-    labels = {name: ", ".join(part for part in name.split("__") if part not in common) or "default" for name in names}
+    common = set.intersection(*(set(name.split("__")) for name in names))
+    plain = "default" if len(names) > 1 else "these runs"
+    labels = {name: ", ".join(part for part in name.split("__") if part not in common) or plain for name in names}
     statistic, said = STATISTICS[options.statistic]
     published = references(options.reference, statistic)
 
@@ -319,21 +331,23 @@ def draw_runs(options):
         return bool(drawn)
 
     counts = sorted({len(runs) for by_name in groups.values() for runs in by_name.values()})
-    text = [f"{said}, over {' to '.join(map(str, sorted({counts[0], counts[-1]})))} runs a line."
+    text = [f"{said}, over {' to '.join(map(str, sorted({counts[0], counts[-1]})))} run{'s' * (counts[-1] > 1)} a line."
             + (f" All: {', '.join(sorted(common - {''}))}." if common - {""} else "")]
     laid = [published[task] for task in groups if task in published]
-    page = lay_out([(column if len(options.columns) > 1 else "", column) for column in options.columns], list(groups), draw,
-                   text, legend_of(names, labels.get, laid), "environment frames")
+    titles = [(column if len(options.columns) > 1 else "", column) for column in options.columns]
+    page = lay_out(titles, list(groups), draw,
+                   text + reference_note(options, laid), legend_of(names, labels.get, laid), "environment frames")
     return page, told
 
 
 def command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", help="fig2 ... fig26, all, or curves")
-    parser.add_argument("paths", nargs="*", default=["runs"], help="folders of runs, or files that --save wrote; after curves: "
-                        "the runs themselves")
+    parser.add_argument("paths", nargs="*", default=["runs"], help="folders of runs, or files that --save wrote; "
+                        "after curves: the runs themselves")
     parser.add_argument("--statistic", choices=STATISTICS, default="iqm")
-    parser.add_argument("--episodes", action="store_true", help="pool single episodes' returns in the IQM, not their means")
+    parser.add_argument("--episodes", action="store_true",
+                        help="pool single episodes' returns in the IQM, not their means")
     parser.add_argument("--columns", nargs="+", default=["return"], help="curves: columns of eval.csv")
     parser.add_argument("--reference", metavar="FILE.csv", help="published curves to lay under ours")
     parser.add_argument("--save", metavar="FILE.csv", help="also write the values that were drawn")
