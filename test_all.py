@@ -3613,8 +3613,8 @@ class Sweeps:
         self.folder, self.runs, self.processes = folder, folder / "runs", []
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "CUDA_", "SLURM_"))}
         self.env |= {"PYTHON": sys.executable}
-        for name in ("sweep.sh", "figures.py", "settings.py"):
-            shutil.copy(HERE / name, folder)
+        for file in [HERE / "sweep.sh", *HERE.glob("*.py")]:
+            shutil.copy(file, folder)
         (folder / "train.py").write_text(FAKE_TRAIN)
         self.names, self.commands = (subprocess.run([sys.executable, "figures.py", what, *GRID], cwd=folder, text=True,
                                                     capture_output=True).stdout.splitlines() for what in ("names", "commands"))
