@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 from random import Random
 from typing import get_args
@@ -876,10 +877,10 @@ def test_the_normalizer_against_numpy():
 
 # --------------------------------------------------------------------------------------------------------- replay.py
 
-def play(seed, capacity, horizon, steps, obs_dim=2, action_dim=1, prioritized=True):
+def play(seed, capacity, horizon, steps, obs_dim=2, action_dim=1, prioritized=True, device="cpu"):
     """A buffer of random episodes, and the same episodes as plain lists, each step with the row it went to."""
     rng = np.random.RandomState(seed)
-    buffer = ReplayBuffer(obs_dim, action_dim, capacity, horizon, prioritized)
+    buffer = ReplayBuffer(obs_dim, action_dim, capacity, horizon, prioritized, device=device)
     episodes, row, obs = [[]], 0, rng.randn(obs_dim)
     for t in range(steps):
         action, reward, next_obs = rng.randn(action_dim), rng.randn(), rng.randn(obs_dim)
@@ -1408,9 +1409,10 @@ def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=
                for name, m in (modules or agent_class.Config.presets["mst"]).items()}
     period = {"target_update_freq": 4} if issubclass(agent_class, MRQ) else {}
     agent = agent_class(4, 2, modules, agent_class.Config(**({"batch_size": 16} | period | settings)), total_updates, device, seed)
-    buffer = play(seed, 400, agent.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.prioritized)[0]
-    if device == "cpu":
-        for obs in buffer.obs[:50].numpy():
+    buffer = play(seed, 400, agent.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.prioritized,
+                  device="cpu" if device == "meta" else device)[0]
+    if device != "meta":
+        for obs in buffer.obs[:50].cpu().numpy():
             agent.observe(2 * obs + 1)  # a normaliser that does something
     return agent, buffer
 
@@ -2253,6 +2255,117 @@ def test_recorded_updates_equal_plain_ones(algo):
             assert all(torch.equal(a, b) for a, b in zip(network.parameters(), getattr(agent, kind)[name].parameters()))
     assert all(torch.equal(value, agent.tensors()[name]) for name, value in plain.tensors().items())
     assert all(sparse.last_step > 3 * 3 for sparse in plain.sparse.values())  # several of them were topology updates
+
+
+# On a GPU: `pytest test_all.py -k cuda`, some minutes. Whoever sees them pass may set fast.PROVEN_ON_CUDA.
+
+GPU = "cuda"
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def on_gpu(algo, precision="tf32", compile=False, captured=True):
+    """An agent on the GPU whose topology moves every 60 updates, and its buffer."""
+    agent, buffer = tiny_of(algo, device=GPU, interval=60, total_updates=3000)
+    fast.speed_up(agent, precision, compile)
+    if captured:
+        fast.captured(agent)
+    return agent, buffer
+
+
+def weights_of(agent):
+    return [p for network in (*agent.networks.values(), *agent.targets.values()) for p in network.parameters()]
+
+
+def moved_by_updates(agent, buffer):
+    """Every tensor that an update writes."""
+    moments = [value for optimizer in agent.optimizers.values() for state in optimizer.state.values() for value in state.values()]
+    masks = [mask for sparse in agent.sparse.values() for mask in sparse.masks.values()]
+    return [*weights_of(agent), *moments, *masks, *agent.tensors().values(), buffer.priority, buffer.max_priority]
+
+
+def distance(one, other):
+    return torch.cat([(a.detach() - b.detach()).flatten() for a, b in zip(one, other, strict=True)]).norm().item()
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision, compile", [("fp32", False), ("tf32", False), ("bf16", False), ("tf32", True), ("bf16", True)])
+@pytest.mark.parametrize("algo", AGENTS)
+def test_cuda_captured_updates_equal_eager_ones(algo, precision, compile):
+    """1,000 updates, 16 topology changes among them, in rounds of 50 that begin alike, so that rounding does not add up. A
+    number frozen in the graph (noise, a scale, a target) would send the two ways that differ as much as either is long."""
+    (eager, one), (graphed, other) = on_gpu(algo, precision, captured=False), on_gpu(algo, precision, compile)
+    for number in range(20):
+        before = [weight.detach().clone() for weight in weights_of(eager)]
+        for agent, buffer in ((eager, one), (graphed, other)):
+            torch.manual_seed(number)
+            for _ in range(50):
+                agent.update(buffer)
+        assert eager.updates == graphed.updates and eager.fault() is None is graphed.fault()
+        way = distance(before, weights_of(eager))
+        assert 0 < way and distance(weights_of(eager), weights_of(graphed)) <= (0.3 if compile else 1e-3) * way
+        with torch.no_grad():
+            for theirs, ours in zip(moved_by_updates(graphed, other), moved_by_updates(eager, one), strict=True):
+                theirs.copy_(ours)
+
+
+@needs_cuda
+@pytest.mark.parametrize("algo", AGENTS)
+def test_cuda_loop_waits_for_nothing_but_the_action(algo):
+    agent, buffer = on_gpu(algo)
+    obs = np.ones(4, np.float32)
+    for _ in range(10):
+        agent.update(buffer)  # warmed up and recorded
+    agent.act(obs, explore=True)
+    try:
+        for step in range(130):  # topology changes, bursts, ends of both kinds
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                action = agent.act(obs, explore=True)
+            assert sum("synchronizing" in str(wait.message) for wait in waits) == 1
+            torch.cuda.set_sync_debug_mode("error")
+            agent.observe(obs)
+            agent.update(buffer)
+            buffer.add(obs, action, 0.5, obs, step % 50 == 19, step % 50 == 49)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            agent.info["critic_loss"].item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("algo", AGENTS)
+def test_cuda_memory_stands_still(algo):
+    agent, buffer = on_gpu(algo)
+    seen = []
+    for _ in range(4):
+        for _ in range(120):
+            agent.update(buffer)
+        torch.cuda.synchronize()
+        seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert seen[1] == seen[2] == seen[3]
+
+
+@needs_cuda
+@pytest.mark.parametrize("algo", AGENTS)
+def test_cuda_resume_and_evaluation_between_replays_change_nothing(algo):
+    (plain, one), (watched, other) = on_gpu(algo), on_gpu(algo)
+    for step in range(70):
+        for agent, buffer in ((plain, one), (watched, other)):
+            torch.manual_seed(step)
+            agent.update(buffer)
+        watched.act(np.ones((10, 4), np.float32), explore=False)
+        watched.probe(other.gather(torch.arange(8, device=GPU)))
+    assert distance(weights_of(plain), weights_of(watched)) == 0
+    resumed, third = on_gpu(algo, captured=False)[0], copy.deepcopy(one)
+    resumed.load_state_dict(copy.deepcopy(plain.state_dict()))
+    fast.captured(resumed)  # after loading, which replaces the optimisers' tensors
+    before = [weight.detach().clone() for weight in weights_of(plain)]
+    for agent, buffer in ((plain, one), (resumed, third)):
+        torch.manual_seed(1)
+        for _ in range(60):
+            agent.update(buffer)
+    assert distance(weights_of(plain), weights_of(resumed)) <= 1e-3 * distance(before, weights_of(plain))
 
 
 @pytest.mark.skipif(not fast.onednn_available(), reason="this PyTorch or processor has no use for oneDNN's products")
