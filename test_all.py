@@ -520,9 +520,13 @@ def test_modules_against_their_definitions():
 
 
 def test_initialisation_and_bad_arguments():
-    layer = networks.Critic(512, 4).q1.blocks[0].linear1
-    bound = math.sqrt(2) * math.sqrt(6 / 1024)  # Xavier uniform with ReLU's gain
-    assert 0.99 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+    torch.manual_seed(0)
+    for module in (networks.Encoder(40, 30, 4), networks.Critic(512, 4), networks.Actor(512, 30), networks.GaussianActor(512, 30)):
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear):
+                bound = math.sqrt(2) * math.sqrt(6 / sum(layer.weight.shape))  # Xavier uniform with ReLU's gain
+                assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any(), name
+                assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     for bad in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="scale must be above 0"):
             networks.Critic(8, 4, scale=bad)
@@ -572,14 +576,17 @@ def test_simba_networks_against_their_definition_and_sizes():
 
 def test_simba_initialisation():
     torch.manual_seed(0)
-    q = networks.SimbaCritic(40, 10, 64, 2).q1
-    torch.testing.assert_close(q.projection.weight.T @ q.projection.weight, torch.eye(50), atol=1e-5, rtol=0)
+    q, actor = networks.SimbaCritic(40, 10, 64, 2).q1, networks.SimbaGaussian(50, 10, 64, 2)
+    for layer in (q.projection, actor.projection):
+        torch.testing.assert_close(layer.weight.T @ layer.weight, torch.eye(50), atol=1e-5, rtol=0)
     assert q.output.weight.norm().item() == pytest.approx(1, abs=1e-5)  # orthogonal, gain 1
+    for layer in (actor.output, actor.log_std):
+        torch.testing.assert_close(layer.weight @ layer.weight.T, torch.eye(10), atol=1e-5, rtol=0)
     for layer in (q.blocks[0].linear1, q.blocks[1].linear2):
         std = math.sqrt(2 / layer.in_features)  # He; the cut is at two standard deviations of the normal before it
         assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
         assert 0.99 * 2 < layer.weight.abs().max().item() / (std / 0.8796257) <= 2
-        assert not layer.bias.any()
+    assert not any(layer.bias.any() for module in (q, actor) for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def test_the_normalizer_against_numpy():
@@ -1888,6 +1895,25 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
         assert not calls
 
 
+def test_devices_and_precisions_by_name(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fast.pick_device("auto") == fast.pick_device("cpu") == cpu
+    assert [fast.pick_precision("auto", device) for device in (cpu, cuda)] == ["fp32", "tf32"]
+    assert [fast.pick_precision(name, cuda) for name in fast.PRECISIONS] == ["fp32", "tf32", "bf16"]
+    with pytest.raises(ValueError, match="unknown precision"):
+        fast.pick_precision("fp16", cuda)
+    chosen = []
+    for name, answer in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", chosen.append)):
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert fast.pick_device("auto") == torch.device("cuda") and fast.pick_device("cuda:1") == cuda and chosen == [cuda]
+    with pytest.raises(ValueError, match="this machine has 2 CUDA devices"):
+        fast.pick_device("cuda:2")
+    for precision, setting in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
+        fast.set_precision(precision)
+        assert torch.get_float32_matmul_precision() == setting
+
+
 def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
     agent, plain, buffer = tiny(MR_DEFAULT), tiny(MR_DEFAULT), filled()
     fast.speed_up(agent, "bf16")
@@ -2549,7 +2575,7 @@ def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
 
 def test_what_a_run_is_built_from(tmp_path):
     """Seeds, sizes and numbers of the settings reach environment, evaluation, buffer, networks and masks."""
-    build = lambda *flags: train.build(flags_to_args("--mst", *SHORT, "--runs", str(tmp_path / "_".join(flags)), *flags))
+    build = lambda *flags: train.build(flags_to_args("--mst", *SHORT[:-2], "--runs", str(tmp_path / "_".join(flags)), *flags))
     device, env, agent, replay, evaluation, log = build("--seed", "7", "--eval-episodes", "3")
     log.close()
     same = Env("cartpole-swingup", seed=7)
@@ -2562,9 +2588,9 @@ def test_what_a_run_is_built_from(tmp_path):
     masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
     for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
         assert torch.equal(a, b)
-    *_, small, _, log = build("--buffer-size", "90", "--seed", "8")
+    *_, agent_of_sac, small, _, log = build("--algo", "sac", "--buffer-size", "90")
     log.close()
-    assert small.capacity == 90
+    assert (small.capacity, small.horizon, small.prioritized, agent_of_sac.sparse["critic"].total_steps) == (90, 1, False, 140)
     other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, device)
     assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
 
