@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import agents
 import bench
 import envs
 import fast
@@ -909,12 +911,13 @@ def test_encoder_loss_against_a_loop_over_samples():
 @pytest.mark.parametrize("algo, name", [("mrq", "encoder"), ("mrq", "critic"), ("mrq", "actor"), ("sac", "critic"), ("sac", "actor"),
                                         ("ddpg", "actor"), ("mrsac", "actor")])
 def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatch):
-    """One NaN loss: that module's weights stay, the others go on, and who broke, and when, is known at the end."""
+    """One loss that is NaN or infinite: that module's weights stay, the others go on, and who broke, and when, is known at the end."""
     agent, buffer = tiny_of(algo, interval=100)
     original, calls = getattr(agent, f"{name}_loss"), itertools.count(1)
     bad = 6 if name == "encoder" else 3  # the encoder's sixth update belongs to the burst of step 4
+    wrong = math.inf if algo == "mrq" and name == "critic" else math.nan
     monkeypatch.setattr(agent, f"{name}_loss", lambda *arguments: (
-        (lambda losses, *rest: (losses * (math.nan if next(calls) == bad else 1.0), *rest))(*original(*arguments))))
+        (lambda losses, *rest: (losses + (wrong if next(calls) == bad else 0.0), *rest))(*original(*arguments))))
     weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n, network in agent.networks.items()}
     while agent.fault() is None:
         agent.update(buffer)
@@ -948,7 +951,6 @@ def test_the_reward_scale_waits_for_a_reward():
 
 
 def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
-    from torch.utils.flop_counter import FlopCounterMode
     agent, buffer = tiny(modules=MR_DEFAULT), filled()
     agent.refresh_targets(buffer)
     agent.update(buffer)
@@ -2738,6 +2740,32 @@ def test_a_long_name_is_shortened_and_stays_its_own():
     assert sum(name.endswith("__seed=1") for name in names) == 2
 
 
+@pytest.mark.parametrize("algo, blocks", [("mrq", (2, 3, 1)), ("sac", (6, 1))])
+def test_memory_is_checked_against_the_hidden_layers_themselves(algo, blocks, monkeypatch):
+    """Sixteen bytes for each weight of the blocks, counted in the networks."""
+    presets = AGENTS[algo].Config.presets["mst"]
+    modules = {name: dataclasses.replace(m, width_scale=0.1 * (k + 1), depth_scale=depth) for k, ((name, m), depth) in enumerate(zip(presets.items(), blocks))}
+    with torch.device("meta"):
+        agent = AGENTS[algo](4, 2, modules, device="meta")
+    weights = sum(p.numel() for network in agent.networks.values() for n, p in network.named_parameters() if ".linear" in n and p.ndim == 2)
+    monkeypatch.setattr(agents, "free_memory", lambda device: 16 * weights)
+    agents.check_memory(modules, torch.device("cpu"))
+    monkeypatch.setattr(agents, "free_memory", lambda device: 16 * weights - 1)
+    with pytest.raises(MemoryError, match=f"{16 * weights / 1e9:.3g} GB to train, but cpu has .* choose a smaller --scale"):
+        agents.check_memory(modules, torch.device("cpu"))
+
+
+def test_what_is_said_of_a_run_is_true_of_its_networks():
+    agent, modules = tiny(), {name: dataclasses.replace(m, width_scale=1 / 32) for name, m in MR_MST.items()}
+    said = train.describe(agent, modules, flags_to_args("--seed", "4", "--total-steps", "12345"), "cpu", "folder").splitlines()
+    assert said[0] == "mrq on dog-run, seed 4, 12,345 agent steps on cpu" and said[-1].split() == ["writes", "folder"] and len(said) == 5
+    head = count(agent.encoder.model)
+    for line, (name, network), millions in zip(said[1:], agent.networks.items(), (count(agent.encoder) - head, count(agent.critic), count(agent.actor))):
+        density = np.mean(np.concatenate([mask.flatten() for mask in agent.sparse[name].masks.values()] or [[1]]))
+        assert line.split() == [name, "type", str(modules[name].arch_type), modules[name].regime, "width", "×0.03125,", "depth", "×1", f"{millions / 1e6:.3f}",
+                                "M", *(["+", f"{head / 1e6:.2f}", "M", "head"] if name == "encoder" else []), "density", f"{density:.3f}"]
+
+
 def test_large_networks_without_residuals_are_named(tmp_path):
     agent = tiny()
     modules = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in MR_DEFAULT.items()}
@@ -2783,6 +2811,11 @@ def test_the_benchmarks_own_factors(algo, monkeypatch):
     often = {"mrq": 1, "sac": 2}[algo]
     assert row["update"] == 2  # two captures a step, or two updates
     assert [row[phase] for phase in bench.PHASES] == [often, 1 if algo == "mrq" else "", often, often, often, often, often / 1000, 1, 1]
+    agent, env = bench.plain_agent("mst", 0.05, Env("cartpole-swingup"), torch.device("cpu"), bench.Args(algo=algo)), Env("cartpole-swingup")
+    with FlopCounterMode(display=False) as counter:
+        for update in [agent.update] * 2 if algo == "sac" else [agent.update_encoder, agent.update_critic_and_actor]:  # an agent step has
+            update(bench.filled_replay(env, agent, 20))
+    assert row["gflop"] == counter.get_total_flops() / 1e9
     assert row["tflop_per_s"] == pytest.approx(2 * 2048 ** 3 / 1e-3 / 1e12) and row["gb_per_s"] == pytest.approx(8 * 2 ** 25 / 1e-3 / 1e9)
 
 
