@@ -3,18 +3,16 @@
     python mutate.py --number 400 --seed 0             # a random sample over all files; survivors are listed at the end
     python mutate.py --number 50 --files sparsity.py   # of one file
 
-Mutants change one comparison, one operator of arithmetic or logic, one constant or one argument, or delete one statement;
-texts, types and what is only said (errors, docstrings) stay as they are. First the suite runs once, with a note of which
-test touches which line; then each mutant, in a copy of the project, meets the tests that touch its line, fast ones first,
-until one fails or takes far too long. A line that runs on import meets every test that touches its file. Tests that start
-processes of their own come last: what runs there cannot be seen. A smaller number is a prefix of a larger one's sample.
+A mutant changes one comparison, one operator, one constant or one argument, or deletes one statement; texts and types stay.
+First the suite runs once, with a note of which test runs which line. Then each mutant, in a copy of the project, meets the
+tests that run its line (a line that runs on import: its file), fast ones first, until one fails or takes far too long. Tests
+that start processes of their own come last: what runs there cannot be seen. A smaller sample is the beginning of a larger one.
 """
 
 import ast
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -26,9 +24,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-HERE = Path(__file__).resolve().parent
-SUITE = "test_all.py"
-PATIENCE, MEMORY = 4.0, 24 * 2 ** 30  # times what the tests took unchanged; bytes a mutant may ask for
+HERE, SUITE = Path(__file__).resolve().parent, "test_all.py"
 SWAPS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub, ast.Sub: ast.Add,
          ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
@@ -40,7 +36,7 @@ class Args:
     number: int = 400  # mutants in the sample
     seed: int = 0  # of the sample
     files: list[str] = field(default_factory=list)  # of these alone; default: all but the tests
-    map: str = ""  # keep the note of which test touches which line here, and read it from here if it is there
+    map: str = ""  # a file to keep the note of which test runs which line in; read if it is there
 
 
 # ---- what may be changed ----
@@ -48,25 +44,24 @@ class Args:
 def variants(node):
     """(operator, mutated node) for every way to change this one node."""
     def changed(**fields):
-        return ast.copy_location(type(node)(**{name: fields.get(name, getattr(node, name)) for name in node._fields}), node)
+        return type(node)(**{name: fields.get(name, getattr(node, name)) for name in node._fields})
     if isinstance(node, ast.Compare):
         for i, op in enumerate(node.ops):
             yield "comparison", changed(ops=[*node.ops[:i], SWAPS[type(op)](), *node.ops[i + 1:]])
     elif isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
-        yield "arithmetic", changed(op=SWAPS[type(node.op)]())
+        yield "operator", changed(op=SWAPS[type(node.op)]())
     elif isinstance(node, ast.UnaryOp):
-        yield "arithmetic", node.operand
+        yield "operator", node.operand
     elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
-        value = node.value
-        yield "constant", changed(value=not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 2 * value or 1.0)
+        other = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: 2 * x or 1.0}[type(node.value)]
+        yield "constant", changed(value=other(node.value))
     elif isinstance(node, ast.Call):
         for i, keyword in enumerate(node.keywords):
-            if keyword.arg:
-                yield "argument", changed(keywords=node.keywords[:i] + node.keywords[i + 1:])
-        if len(node.args) > 1 and not any(isinstance(argument, ast.Starred) for argument in node.args):
+            yield "argument", changed(keywords=node.keywords[:i] + node.keywords[i + 1:])
+        if len(node.args) > 1:
             yield "argument", changed(args=[node.args[1], node.args[0], *node.args[2:]])
-    elif isinstance(node, (ast.AugAssign, ast.Raise)) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) or (
-            isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Attribute, ast.Subscript))):
+    elif (isinstance(node, (ast.AugAssign, ast.Raise)) or isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+          or isinstance(node, ast.Assign) and isinstance(node.targets[0], (ast.Attribute, ast.Subscript))):
         yield "deletion", ast.Pass()
 
 
@@ -74,17 +69,16 @@ def nodes(node):
     """Every node whose change could matter: no texts, no types, no messages, no script's last lines."""
     yield node
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns") or isinstance(node, ast.Raise):
-            continue
         for child in value if isinstance(value, list) else [value]:
-            script = isinstance(child, ast.If) and ast.unparse(child.test) == "__name__ == '__main__'"
-            literal = isinstance(child, ast.Subscript) and ast.unparse(child.value) == "Literal"
-            if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr) and not script and not literal:
+            left_alone = (name in ("annotation", "returns") or isinstance(node, ast.Raise) or isinstance(child, ast.JoinedStr)
+                          or isinstance(child, ast.If) and ast.unparse(child.test) == "__name__ == '__main__'"
+                          or isinstance(child, ast.Subscript) and ast.unparse(child.value) == "Literal")
+            if isinstance(child, ast.AST) and not left_alone:
                 yield from nodes(child)
 
 
 def mutants(path):
-    """(line, operator, old text, new text, the whole mutated source) of one file, in the order of the file."""
+    """(path, line, what changes, the whole mutated source) of one file, in the order of the file."""
     source = path.read_bytes()
     starts = [0]
     for line in source.splitlines(keepends=True):
@@ -92,55 +86,50 @@ def mutants(path):
     for node in nodes(ast.parse(source)):
         for operator, new in variants(node):
             first, last = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
-            text = ast.unparse(new)
-            text = f"({text})" if isinstance(node, (ast.Compare, ast.BinOp, ast.BoolOp, ast.UnaryOp)) else text
-            yield node.lineno, operator, ast.unparse(node), text, source[:first] + text.encode() + source[last:]
+            old, new = ast.unparse(node), ast.unparse(new)
+            text = f"({new})" if isinstance(node, (ast.Compare, ast.BinOp, ast.BoolOp, ast.UnaryOp)) else new
+            yield path, node.lineno, f"{operator}: {old} -> {new}", source[:first] + text.encode() + source[last:]
 
 
 # ---- running tests, each time in a process forked from this one, which has imported all that is slow to import ----
 
 class Recorder:
-    """A plugin that notes, by test: its seconds, the lines of the project that it ran, and whether it started processes."""
+    """A plugin that notes, by test: its seconds, the project's lines that it runs, whether it starts processes or is red."""
 
     def __init__(self):
-        self.tests, self.lines = {}, set()
+        self.tests, self.lines, self.processes, self.red = {}, set(), [], set()
+
+    def pytest_sessionstart(self):
+        sys.addaudithook(lambda event, _: self.processes.append(1) if event == "subprocess.Popen" else None)
 
     def trace(self, frame, event, argument):
         file = frame.f_code.co_filename
-        if not file.startswith(os.getcwd()) or file.endswith(SUITE):
-            return None
-        return self.trace_line(frame, event, argument)
-
-    def trace_line(self, frame, event, argument):
-        self.lines.add(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
-        return self.trace_line
+        if file.startswith(os.getcwd()) and not file.endswith(SUITE):
+            self.lines.add(f"{os.path.basename(file)}:{frame.f_lineno}")
+            return self.trace
+        return None
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        self.lines.clear()
-        began, started = time.time(), len(self.processes)
+        self.lines.clear(), self.processes.clear()
+        began = time.time()
         sys.settrace(self.trace)
-        try:
-            return (yield)
-        finally:
-            sys.settrace(None)
-            self.tests[item.name] = {"seconds": time.time() - began, "lines": sorted(self.lines),
-                                     "processes": len(self.processes) > started, "passed": item.name not in self.failed}
+        yield
+        sys.settrace(None)
+        self.tests[item.name] = {"seconds": time.time() - began, "lines": sorted(self.lines), "processes": bool(self.processes),
+                                 "red": item.name in self.red}
+        return True
 
     def pytest_runtest_logreport(self, report):
-        if not report.passed:
-            self.failed.add(report.nodeid.split("::", 1)[1])
-
-    def pytest_sessionstart(self):
-        self.processes, self.failed = [], set()
-        sys.addaudithook(lambda event, _: self.processes.append(1) if event == "subprocess.Popen" else None)
+        if report.failed:
+            self.red.add(report.nodeid.split("::", 1)[1])
 
     def pytest_sessionfinish(self):
         Path("map.json").write_text(json.dumps(self.tests))
 
 
 class Chosen:
-    """A plugin that runs the named tests in the given order, and notes the first that fails."""
+    """A plugin that runs the named tests in the given order, and notes the one that fails."""
 
     def __init__(self, names):
         self.names = names
@@ -154,22 +143,21 @@ class Chosen:
             Path("killer").write_text(report.nodeid.split("::", 1)[1])
 
 
-def run_tests(folder, plugin, limit=None):
-    """Runs the folder's suite. Returns pytest's exit status, or None where the limit (seconds) was passed."""
+def run_tests(folder, plugin, limit=1e9):
+    """Runs the folder's suite until a test fails. Returns pytest's exit status; 124 where the limit (seconds) was passed."""
     child = os.fork()
     if child == 0:
         os.setsid()
         os.chdir(folder)
         output = os.open("output", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1), os.dup2(output, 2)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        sys.path[0] = folder
-        status = 70
+        sys.path[0], status = folder, 70
         try:
-            status = int(pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", SUITE, *(["-x"] if limit else [])], plugins=[plugin]))
+            first = [] if isinstance(plugin, Recorder) else ["-x"]
+            status = int(pytest.main(["-q", "-p", "no:cacheprovider", "--assert=plain", *first, SUITE], plugins=[plugin]))
         finally:
             os._exit(status)
-    until = time.time() + (limit or 1e9)
+    until = time.time() + limit
     while time.time() < until:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -177,54 +165,48 @@ def run_tests(folder, plugin, limit=None):
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return None
+    return 124
 
 
-def copy_project(folder):
-    for path in HERE.iterdir():
-        if path.is_file() and not path.name.startswith("."):
-            shutil.copy(path, folder)
-
-
-def touching(tests, file, line):
-    """The tests to run for a mutant there, in order."""
+def tests_for(tests, file, line):
+    """The names of the tests to run for a mutant there, in order."""
     chosen = [name for name, test in tests.items() if f"{file}:{line}" in test["lines"]]
-    if not chosen:  # it runs on import, or nowhere
-        chosen = [name for name, test in tests.items() if any(touched.startswith(f"{file}:") for touched in test["lines"])]
-    chosen = sorted({*chosen, *(name for name, test in tests.items() if test["processes"])})
-    return sorted((name for name in chosen if tests[name]["passed"]), key=lambda name: (tests[name]["processes"], tests[name]["seconds"]))
+    chosen = chosen or [name for name, test in tests.items() if any(other.startswith(f"{file}:") for other in test["lines"])]
+    chosen = {*chosen, *(name for name, test in tests.items() if test["processes"])}
+    return sorted((name for name in chosen if not tests[name]["red"]), key=lambda name: (tests[name]["processes"], tests[name]["seconds"]))
+
+
+def in_a_copy(plugin, limit=1e9, changes=()):
+    """(exit status, what the plugin left) of the suite in a copy of the project. changes: (file's name, its content)."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in HERE.iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                shutil.copy(path, folder)
+        for name, content in changes:
+            Path(folder, name).write_bytes(content)
+        status = run_tests(folder, plugin, limit)
+        left = Path(folder, "map.json" if isinstance(plugin, Recorder) else "killer")
+        return status, left.read_text() if left.exists() else ""
 
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    import dm_control.suite, hypothesis, torch.utils.flop_counter, tqdm  # noqa: slow to import; each child has them already
-    files = [HERE / name for name in args.files] or sorted(path for path in HERE.glob("*.py") if path.name not in (SUITE, "mutate.py"))
-    everything = [(path, *mutant) for path in files for mutant in mutants(path)]
+    import dm_control.suite, hypothesis, torch, tqdm  # slow to import: the children have them already
+    files = [HERE / name for name in args.files] or sorted({*HERE.glob("*.py")} - {HERE / SUITE, Path(__file__).resolve()})
+    everything = [mutant for path in files for mutant in mutants(path)]
     random.Random(args.seed).shuffle(everything)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.map and os.path.exists(args.map):
-            tests = json.loads(Path(args.map).read_text())
-        else:
-            copy_project(folder)
-            run_tests(folder, Recorder())
-            tests = json.loads(Path(folder, "map.json").read_text())
-            if args.map:
-                shutil.copy(Path(folder, "map.json"), args.map)
-    red = [name for name, test in tests.items() if not test["passed"]]
-    print(f"{len(everything)} mutants, {len(tests)} tests" + (f"; red or skipped unchanged: {', '.join(red)}" if red else ""), flush=True)
-    survivors = []
-    for number, (path, line, operator, old, new, source) in enumerate(everything[:args.number], start=1):
-        chosen = touching(tests, path.name, line)
-        with tempfile.TemporaryDirectory() as folder:
-            copy_project(folder)
-            Path(folder, path.name).write_bytes(source)
-            limit = 60 + PATIENCE * sum(tests[name]["seconds"] for name in chosen)
-            began, status = time.time(), run_tests(folder, Chosen(chosen), limit) if chosen else 0
-            killer = Path(folder, "killer").read_text() if Path(folder, "killer").exists() else "import" if status else "time"
-        verdict = f"caught by {killer}" if status != 0 else "SURVIVED"
-        what = f"{path.name}:{line} {operator}: {old[:90]} -> {new[:90]}".replace("\n", " ")
+    known = Path(args.map).read_text() if args.map and os.path.exists(args.map) else in_a_copy(Recorder())[1]
+    if args.map:
+        Path(args.map).write_text(known)
+    tests, survivors = json.loads(known), []
+    print(f"{len(everything)} mutants, {len(tests)} tests; red: {', '.join(n for n in tests if tests[n]['red']) or 'none'}", flush=True)
+    for number, (path, line, change, source) in enumerate(everything[:args.number], start=1):
+        chosen, began = tests_for(tests, path.name, line), time.time()
+        limit = 60 + 4 * sum(tests[name]["seconds"] for name in chosen)
+        status, killer = in_a_copy(Chosen(chosen), limit, [(path.name, source)])
+        what = " ".join(f"{path.name}:{line} {change}".split())
         survivors += [what] if status == 0 else []
-        print(f"{number} {what} | {verdict}, {time.time() - began:.0f} s", flush=True)
+        print(f"{number} {what[:200]} | {f'caught by {killer or status}' if status else 'SURVIVED'}, {time.time() - began:.0f} s", flush=True)
     print(f"\n{args.number - len(survivors)} of {args.number} caught. Survivors:", *survivors, sep="\n  ")
 
 

@@ -44,7 +44,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import agents
 import aggregate
 import bench
 import checkpoint
@@ -282,6 +284,7 @@ OPTIMIZERS = sorted(name for name, value in vars(torch.optim).items()
 @pytest.mark.parametrize("name, options", [(name, {}) for name in OPTIMIZERS] + [
     ("AdamW", {"weight_decay": 0.1, "fused": True}), ("Adam", {"amsgrad": True}), ("SGD", {"momentum": 0.9, "nesterov": True}),
     ("RMSprop", {"momentum": 0.5, "centered": True}), ("Adagrad", {"initial_accumulator_value": 0.1})])
+@pytest.mark.slow
 def test_pruned_weights_stay_exactly_zero_with_every_optimiser_of_torch_or_it_is_refused(name, options):
     assert re.search(rf"\b{name}\b", SparseTraining.__doc__)
     model = nn.Sequential(nn.Linear(6, 32, bias=False), nn.ELU(), nn.Linear(32, 32, bias=False), nn.ELU(),
@@ -379,7 +382,7 @@ def test_every_argument_of_sparse_training_is_read(regime, arguments):
     sizes = [p.numel() for p in weights.values()]
     make = lambda m=model, **other: SparseTraining(m, torch.optim.SGD(m.parameters(), lr=0.1), regime, total_steps=total, **a | other)
     assert regime == "d2s" or any((x != y).any() for x, y in zip(make(seed=7).masks.values(), make(seed=8).masks.values()))
-    sparse, twin, moved = make(), make(copy.deepcopy(model)), 0
+    sparse, twin, moved, drawn = make(), make(copy.deepcopy(model)), 0, 0
     first, last = a["schedule_start"] * total, a["schedule_end"] * total
     for step in range(1, total + 1):
         torch.manual_seed(step)
@@ -404,9 +407,11 @@ def test_every_argument_of_sparse_training_is_read(regime, arguments):
             assert sum(counts.values()) == math.floor((1 - wanted) * sum(sizes) + 0.5)
             assert all(abs(count - (1 - wanted) * size) < 1 for count, size in zip(counts.values(), sizes))
         for name, mask in sparse.masks.items():
+            by_gradient = naive_update_mask(magnitudes[name], weights[name].grad, before[name], zeta, counts[name])
             if a["grow"] == "gradient":
-                assert torch.equal(mask, naive_update_mask(magnitudes[name], weights[name].grad, before[name], zeta, counts[name]))
+                assert torch.equal(mask, by_gradient)
             else:  # what is kept is known; what grows is drawn
+                drawn += not torch.equal(mask, by_gradient)
                 dropped = max(math.floor(zeta * before[name].sum().item()), before[name].sum().item() - counts[name])
                 kept = magnitudes[name].abs().masked_fill(~before[name], -1).flatten().argsort(descending=True)[:before[name].sum().item() - dropped]
                 assert mask.flatten()[kept].all()
@@ -415,7 +420,7 @@ def test_every_argument_of_sparse_training_is_read(regime, arguments):
                 expected = (counts[name] - len(kept)) * (mask.numel() - before[name].sum().item()) / free if free else 0
                 assert abs(grown - expected) <= 5 * math.sqrt(expected + 1)
             moved += (mask != before[name]).sum().item()
-    assert moved > 100
+    assert moved > 100 and (drawn > 5) == (a["grow"] == "random")
 
 
 def test_updates_happen_when_a_boundary_is_crossed_and_never_at_step_0():
@@ -794,9 +799,13 @@ def test_modules_against_their_definitions():
 
 
 def test_initialisation_and_bad_arguments():
-    layer = networks.Critic(512, 4).q1.blocks[0].linear1
-    bound = math.sqrt(2) * math.sqrt(6 / 1024)  # Xavier uniform with ReLU's gain
-    assert 0.99 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+    torch.manual_seed(0)
+    for module in (networks.Encoder(40, 30, 4), networks.Critic(512, 4), networks.Actor(512, 30), networks.GaussianActor(512, 30)):
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear):
+                bound = math.sqrt(2) * math.sqrt(6 / sum(layer.weight.shape))  # Xavier uniform with ReLU's gain
+                assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any(), name
+                assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     for bad in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="scale must be above 0"):
             networks.Critic(8, 4, scale=bad)
@@ -846,14 +855,17 @@ def test_simba_networks_against_their_definition_and_sizes():
 
 def test_simba_initialisation():
     torch.manual_seed(0)
-    q = networks.SimbaCritic(40, 10, 64, 2).q1
-    torch.testing.assert_close(q.projection.weight.T @ q.projection.weight, torch.eye(50), atol=1e-5, rtol=0)
+    q, actor = networks.SimbaCritic(40, 10, 64, 2).q1, networks.SimbaGaussian(50, 10, 64, 2)
+    for layer in (q.projection, actor.projection):
+        torch.testing.assert_close(layer.weight.T @ layer.weight, torch.eye(50), atol=1e-5, rtol=0)
     assert q.output.weight.norm().item() == pytest.approx(1, abs=1e-5)  # orthogonal, gain 1
+    for layer in (actor.output, actor.log_std):
+        torch.testing.assert_close(layer.weight @ layer.weight.T, torch.eye(10), atol=1e-5, rtol=0)
     for layer in (q.blocks[0].linear1, q.blocks[1].linear2):
         std = math.sqrt(2 / layer.in_features)  # He; the cut is at two standard deviations of the normal before it
         assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
         assert 0.99 * 2 < layer.weight.abs().max().item() / (std / 0.8796257) <= 2
-        assert not layer.bias.any()
+    assert not any(layer.bias.any() for module in (q, actor) for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def test_the_normalizer_against_numpy():
@@ -932,6 +944,7 @@ def latest_row(episodes):
 
 
 @pytest.mark.parametrize("shape", [(1000,), (10, 100)])  # batch by batch, or a burst at once
+@pytest.mark.slow
 def test_draws_follow_the_priorities(shape):
     buffer = ReplayBuffer(1, 1, 5000, horizon=1)
     rng = np.random.RandomState(0)
@@ -1249,12 +1262,13 @@ def test_encoder_loss_against_a_loop_over_samples():
 @pytest.mark.parametrize("algo, name", [("mrq", "encoder"), ("mrq", "critic"), ("mrq", "actor"), ("sac", "critic"), ("sac", "actor"),
                                         ("ddpg", "actor"), ("mrsac", "actor")])
 def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatch):
-    """One NaN loss: that module's weights stay, the others go on, and who broke, and when, is known at the end."""
+    """One loss that is NaN or infinite: that module's weights stay, the others go on, and who broke, and when, is known at the end."""
     agent, buffer = tiny_of(algo, interval=100)
     original, calls = getattr(agent, f"{name}_loss"), itertools.count(1)
     bad = 6 if name == "encoder" else 3  # the encoder's sixth update belongs to the burst of step 4
+    wrong = math.inf if algo == "mrq" and name == "critic" else math.nan
     monkeypatch.setattr(agent, f"{name}_loss", lambda *arguments: (
-        (lambda losses, *rest: (losses * (math.nan if next(calls) == bad else 1.0), *rest))(*original(*arguments))))
+        (lambda losses, *rest: (losses + (wrong if next(calls) == bad else 0.0), *rest))(*original(*arguments))))
     weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n, network in agent.networks.items()}
     while agent.fault() is None:
         agent.update(buffer)
@@ -1288,7 +1302,6 @@ def test_the_reward_scale_waits_for_a_reward():
 
 
 def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
-    from torch.utils.flop_counter import FlopCounterMode
     agent, buffer = tiny(modules=MR_DEFAULT), filled()
     agent.refresh_targets(buffer)
     agent.update(buffer)
@@ -1504,6 +1517,7 @@ def test_raw_observations_are_stored_and_normalised_when_drawn():
             tiny_of(algo)[0].observe(np.array([1.0, float("nan"), 0, 0], np.float32))
 
 
+@pytest.mark.slow
 def test_soft_targets_stay_sparse_through_thousands_of_updates():
     for regime, updates in (("dst", 2500), ("d2s", 600), ("s2d", 600)):
         agent, buffer = tiny_of("sac", regimes_dense("sac", regime, "sst"), interval=updates // 50, total_updates=updates)
@@ -2048,6 +2062,7 @@ def play_corridor(env, agent, x, first_action=None):
     return rewards
 
 
+@pytest.mark.slow
 def test_all_five_losses_are_needed_and_learn():
     """Learns a task where each loss has something of its own to show: what it predicts is held against the truth."""
     torch.manual_seed(0)
@@ -2094,6 +2109,7 @@ def test_all_five_losses_are_needed_and_learn():
 
 
 @pytest.mark.parametrize("algo", ["sac", "ddpg"])
+@pytest.mark.slow
 def test_simba_agents_learn_a_small_task(algo):
     torch.manual_seed(0)
     rng, agent_class = np.random.RandomState(0), AGENTS[algo]
@@ -2147,6 +2163,7 @@ class NoNumbers(NoSynchronisation):
 
 @pytest.mark.parametrize("algo, growth", [("mrq", "gradient"), ("mrq", "random"), ("sac", "gradient"), ("ddpg", "random"),
                                           ("mrsac", "gradient")])
+@pytest.mark.slow
 def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
     modules = regimes_dense(algo, *(("s2d", "dst", "d2s") if algo in ("mrq", "mrsac") else ("dst", "d2s")))
     agent, buffer = tiny_of(algo, modules)
@@ -2414,6 +2431,25 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
         assert not calls
 
 
+def test_devices_and_precisions_by_name(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fast.pick_device("auto") == fast.pick_device("cpu") == cpu
+    assert [fast.pick_precision("auto", device) for device in (cpu, cuda)] == ["fp32", "tf32"]
+    assert [fast.pick_precision(name, cuda) for name in fast.PRECISIONS] == ["fp32", "tf32", "bf16"]
+    with pytest.raises(ValueError, match="unknown precision"):
+        fast.pick_precision("fp16", cuda)
+    chosen = []
+    for name, answer in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", chosen.append)):
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert fast.pick_device("auto") == torch.device("cuda") and fast.pick_device("cuda:1") == cuda and chosen == [cuda]
+    with pytest.raises(ValueError, match="this machine has 2 CUDA devices"):
+        fast.pick_device("cuda:2")
+    for precision, setting in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
+        fast.set_precision(precision)
+        assert torch.get_float32_matmul_precision() == setting
+
+
 def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
     agent, plain, buffer = tiny(MR_DEFAULT), tiny(MR_DEFAULT), filled()
     fast.speed_up(agent, "bf16")
@@ -2454,6 +2490,7 @@ def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
 
 
 @pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.slow
 def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is
     PyTorch's own affair and is left out."""
@@ -2478,6 +2515,7 @@ def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------- envs.py
 
+@pytest.mark.slow
 def test_action_repeat_rewards_observations_and_the_time_limit():
     from dm_control import suite
     env = Env("quadruped-walk", seed=4)  # its actions reach from -1 to 1.1 in places
@@ -2497,6 +2535,7 @@ def test_action_repeat_rewards_observations_and_the_time_limit():
 
 
 @pytest.mark.parametrize("name, repeat, steps", [("cartpole-swingup", 2, 500), ("cartpole-swingup", 3, 334), ("lqr-lqr_2_1", 2, 500)])
+@pytest.mark.slow
 def test_a_time_limit_truncates_and_an_episode_stops_where_it_ends(name, repeat, steps):
     env = Env(name, action_repeat=repeat)
     env.reset()
@@ -2514,6 +2553,7 @@ def test_a_termination_is_told_from_a_time_limit():
     assert env.step(np.zeros(1))[2:] == (True, False) and env.frames == 1
 
 
+@pytest.mark.slow
 def test_every_task_of_the_suite_starts_or_says_why_not():
     assert {"dog-run", "ball_in_cup-catch", "humanoid_CMU-stand", "lqr-lqr_6_2"} <= set(task_names())
     for name in task_names():
@@ -2527,6 +2567,7 @@ def test_every_task_of_the_suite_starts_or_says_why_not():
         Env("dog_run")
 
 
+@pytest.mark.slow
 def test_discrete_actions_and_broken_observations_are_refused(monkeypatch, tmp_path):
     from dm_control import suite
     from dm_control.rl import control
@@ -2550,6 +2591,7 @@ def test_discrete_actions_and_broken_observations_are_refused(monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("name", ["walker-walk", "finger-turn_hard", "fish-swim", "lqr-lqr_6_2"])
+@pytest.mark.slow
 def test_an_env_returns_exactly_to_a_saved_moment(name):
     env, other = Env(name, seed=1), Env(name, seed=1)
     env.reset(), env.reset()
@@ -2563,6 +2605,7 @@ def test_an_env_returns_exactly_to_a_saved_moment(name):
         assert np.array_equal(obs, obs2) and reward == reward2
 
 
+@pytest.mark.slow
 def test_evaluation_episodes_depend_on_their_seed_alone():
     act = lambda obs: np.sin(7 * obs[:, :1])
     five, two = LockstepEvaluation("cartpole-swingup", 5, seed=3), LockstepEvaluation("cartpole-swingup", 2, seed=3)
@@ -2613,6 +2656,7 @@ def test_episodes_of_an_evaluation_end_each_at_its_own_time(monkeypatch):
         assert obs.tolist() == [[n - min(k, n), min(k, n)] for n in lengths]
 
 
+@pytest.mark.slow
 def test_lqr_takes_unit_actions_and_random_actions_are_uniform():
     from dm_control import suite
     env, raw = Env("lqr-lqr_2_1", seed=3), suite.load("lqr", "lqr_2_1", task_kwargs={"random": 3})  # its bounds are ±1e10
@@ -2625,6 +2669,7 @@ def test_lqr_takes_unit_actions_and_random_actions_are_uniform():
     assert Env("lqr-lqr_2_1").random_action() != Env("lqr-lqr_2_1", seed=1).random_action()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_told_in_one_line():
     evaluation = LockstepEvaluation("cartpole-swingup", 2, workers=1)
 
@@ -2635,6 +2680,7 @@ def test_a_worker_that_dies_is_told_in_one_line():
         evaluation(act, step=0)
 
 
+@pytest.mark.slow
 def test_a_worker_for_every_four_cores(monkeypatch):
     monkeypatch.setattr(envs, "_RemoteGroup", envs._Group)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
@@ -3003,6 +3049,7 @@ def table(folder, name):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path):
     result = run_train(tmp_path, "--mst", *SHORT)
     assert result.returncode == 0, result.stderr
@@ -3037,6 +3084,7 @@ def test_a_run_from_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("algo", ["sac", "ddpg", "mrsac"])
+@pytest.mark.slow
 def test_every_algorithm_runs_from_the_command_line(tmp_path, algo):
     own = ("--target-update-freq", "20") if algo == "mrsac" else ()
     result = run_train(tmp_path, "--algo", algo, "--mst", "--precision", "bf16", *SHORT[:-2], *own)
@@ -3109,6 +3157,7 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+@pytest.mark.slow
 def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, flags, message):
     if flags == ("--device", "cuda") and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -3124,6 +3173,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, flags, message)
     ("--algo", "ppo", "mrq sac ddpg mrsac"), ("--critic-regime", "rigl", "dense sst dst s2d d2s"), ("--critic-type", "7", "1 2 3 4 5 6"),
     ("--growth", "momentum", "gradient random"), ("--distribution", "erk", "er uniform"), ("--residual", "none", "pre post"),
     ("--precision", "fp16", "auto fp32 tf32 bf16")])
+@pytest.mark.slow
 def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choices):
     with pytest.raises(SystemExit) as stopped:
         flags_to_args(flag, wrong)
@@ -3260,9 +3310,10 @@ def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
     assert not any(event[0] == "step" and event[1] != event[1] for event in run.events)
 
 
+@pytest.mark.slow
 def test_what_a_run_is_built_from(tmp_path):
     """Seeds, sizes and numbers of the settings reach environment, evaluation, buffer, networks and masks."""
-    build = lambda *flags: train.build(flags_to_args("--mst", *SHORT, "--runs", str(tmp_path / "_".join(flags)), *flags))
+    build = lambda *flags: train.build(flags_to_args("--mst", *SHORT[:-2], "--runs", str(tmp_path / "_".join(flags)), *flags))
     device, env, agent, replay, evaluation, log = build("--seed", "7", "--eval-episodes", "3")
     log.close()
     same = Env("cartpole-swingup", seed=7)
@@ -3275,13 +3326,14 @@ def test_what_a_run_is_built_from(tmp_path):
     masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
     for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
         assert torch.equal(a, b)
-    *_, small, _, log = build("--buffer-size", "90", "--seed", "8")
+    *_, agent_of_sac, small, _, log = build("--algo", "sac", "--buffer-size", "90")
     log.close()
-    assert small.capacity == 90
+    assert (small.capacity, small.horizon, small.prioritized, agent_of_sac.sparse["critic"].total_steps) == (90, 1, False, 140)
     other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, device)
     assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
 
 
+@pytest.mark.slow
 def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
     result = run_train(tmp_path, *SHORT, "--critic-lr", "1e30")
     assert result.returncode != 0 and re.search(r"(critic|actor)'s loss or gradient \(its update [12]\).* was not finite at agent step 6[01]; stopped", result.stderr)
@@ -3291,6 +3343,7 @@ def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("flags, package", [(("--tensorboard",), "tensorboard"), (("--wandb-project", "x"), "wandb")])
+@pytest.mark.slow
 def test_a_tracker_is_imported_only_if_asked_for(tmp_path, monkeypatch, flags, package):
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(package, package), None)  # not there
     monkeypatch.setattr(sys, "argv", ["train.py", "--runs", str(tmp_path / "runs"), *SHORT, *flags])
@@ -3367,6 +3420,7 @@ def test_every_algorithm_has_its_own_defaults():
 
 
 @pytest.mark.parametrize("algo, updates", [("mrq", 60), ("sac", 120)])
+@pytest.mark.slow
 def test_schedules_span_all_updates_of_a_run(algo, updates, tmp_path):
     _, _, agent, *_ = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
                                                 "--learning-starts", "40", "--runs", str(tmp_path)))
@@ -3394,6 +3448,7 @@ def test_what_changes_nothing_is_no_part_of_the_name(flags, name):
     assert run_name(flags_to_args(*flags)) == name
 
 
+@pytest.mark.slow
 def test_the_name_grows_by_what_is_needed_and_no_more():
     """Against the definition: two command lines share a name if and only if they build and train the same."""
     rng = np.random.RandomState(0)
@@ -3422,6 +3477,7 @@ def test_flags_that_change_nothing_are_told():
     assert "--scale changes nothing" in told("--scale", "3", "--encoder-scale", "1", "--critic-scale", "1", "--actor-scale", "1")
 
 
+@pytest.mark.slow
 def test_a_long_name_is_shortened_and_stays_its_own():
     numbers = [flag for name in ("critic_lr", "actor_lr", "encoder_lr", "weight_decay", "reward_weight", "terminal_weight",
                                  "dynamics_weight", "exploration_noise", "target_noise", "target_noise_clip", "reward_range")
@@ -3429,6 +3485,32 @@ def test_a_long_name_is_shortened_and_stays_its_own():
     names = {run_name(flags_to_args(*numbers, "--discount", discount, "--seed", seed)) for discount in ("0.9", "0.91") for seed in "01"}
     assert len(names) == 4 and all(len(name) == 200 and name.startswith("dog-run__") for name in names)
     assert sum(name.endswith("__seed=1") for name in names) == 2
+
+
+@pytest.mark.parametrize("algo, blocks", [("mrq", (2, 3, 1)), ("sac", (6, 1))])
+def test_memory_is_checked_against_the_hidden_layers_themselves(algo, blocks, monkeypatch):
+    """Sixteen bytes for each weight of the blocks, counted in the networks."""
+    presets = AGENTS[algo].Config.presets["mst"]
+    modules = {name: dataclasses.replace(m, width_scale=0.1 * (k + 1), depth_scale=depth) for k, ((name, m), depth) in enumerate(zip(presets.items(), blocks))}
+    with torch.device("meta"):
+        agent = AGENTS[algo](4, 2, modules, device="meta")
+    weights = sum(p.numel() for network in agent.networks.values() for n, p in network.named_parameters() if ".linear" in n and p.ndim == 2)
+    monkeypatch.setattr(agents, "free_memory", lambda device: 16 * weights)
+    agents.check_memory(modules, torch.device("cpu"))
+    monkeypatch.setattr(agents, "free_memory", lambda device: 16 * weights - 1)
+    with pytest.raises(MemoryError, match=f"{16 * weights / 1e9:.3g} GB to train, but cpu has .* choose a smaller --scale"):
+        agents.check_memory(modules, torch.device("cpu"))
+
+
+def test_what_is_said_of_a_run_is_true_of_its_networks():
+    agent, modules = tiny(), {name: dataclasses.replace(m, width_scale=1 / 32) for name, m in MR_MST.items()}
+    said = train.describe(agent, modules, flags_to_args("--seed", "4", "--total-steps", "12345"), "cpu", "folder").splitlines()
+    assert said[0] == "mrq on dog-run, seed 4, 12,345 agent steps on cpu" and said[-1].split() == ["writes", "folder"] and len(said) == 5
+    head = count(agent.encoder.model)
+    for line, (name, network), millions in zip(said[1:], agent.networks.items(), (count(agent.encoder) - head, count(agent.critic), count(agent.actor))):
+        density = np.mean(np.concatenate([mask.flatten() for mask in agent.sparse[name].masks.values()] or [[1]]))
+        assert line.split() == [name, "type", str(modules[name].arch_type), modules[name].regime, "width", "×0.03125,", "depth", "×1", f"{millions / 1e6:.3f}",
+                                "M", *(["+", f"{head / 1e6:.2f}", "M", "head"] if name == "encoder" else []), "density", f"{density:.3f}"]
 
 
 def test_large_networks_without_residuals_are_named(tmp_path):
@@ -3612,6 +3694,7 @@ def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
 # ----------------------------------------------------------------------------------------------------------- bench.py
 
 @pytest.mark.parametrize("algo", ["mrq", "ddpg"])
+@pytest.mark.slow
 def test_the_benchmark_counts_what_it_says(algo, capsys):
     args = bench.Args(algo=algo, variants=["dense", "mst"], env="cartpole-swingup", steps=1)
     dense, mst = rows = bench.bench_scale(0.05, args, torch.device("cpu"))
@@ -3644,6 +3727,7 @@ def test_a_timed_phase_adds_to_no_earlier_gradient(algo, phases):
 
 
 @pytest.mark.parametrize("algo", ["mrq", "sac"])
+@pytest.mark.slow
 def test_the_benchmarks_own_factors(algo, monkeypatch):
     """With a clock to which everything takes a millisecond, each phase shows how often an agent step has it."""
     class Clock:
@@ -3660,6 +3744,11 @@ def test_the_benchmarks_own_factors(algo, monkeypatch):
     often = {"mrq": 1, "sac": 2}[algo]
     assert row["update"] == 2  # two captures a step, or two updates
     assert [row[phase] for phase in bench.PHASES] == [often, 1 if algo == "mrq" else "", often, often, often, often, often / 1000, 1, 1]
+    agent, env = bench.plain_agent("mst", 0.05, Env("cartpole-swingup"), torch.device("cpu"), bench.Args(algo=algo)), Env("cartpole-swingup")
+    with FlopCounterMode(display=False) as counter:
+        for update in [agent.update] * 2 if algo == "sac" else [agent.update_encoder, agent.update_critic_and_actor]:  # an agent step has
+            update(bench.filled_replay(env, agent, 20))
+    assert row["gflop"] == counter.get_total_flops() / 1e9
     assert row["tflop_per_s"] == pytest.approx(2 * 2048 ** 3 / 1e-3 / 1e12) and row["gb_per_s"] == pytest.approx(8 * 2 ** 25 / 1e-3 / 1e9)
 
 
@@ -3672,6 +3761,7 @@ def test_the_benchmarks_own_factors(algo, monkeypatch):
     (("--csv", "nowhere/x.csv"), "No such file"),
     (("--steps", "0"), "--steps must be at least 1"), (("--csv", __file__), "exists"),
     (("--env", "dog_run"), "did you mean dog-run")])
+@pytest.mark.slow
 def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--scales", "0.05", *flags])
     if "dog_run" not in flags:
@@ -4330,6 +4420,7 @@ def test_plots_refuse_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------- copies
 
 @pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics", "checkpoint"])
+@pytest.mark.slow
 def test_a_file_runs_alone(name, tmp_path):
     """Its docstring's example, in an empty folder, with everything but torch and numpy out of reach."""
     source = (HERE / f"{name}.py").read_text()
