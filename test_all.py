@@ -212,6 +212,8 @@ def test_random_growth_is_drawn_where_the_weights_are():
     assert drawn.devices == ["meta"]
     draw = lambda *place: torch.rand(4, generator=sparse._generator(*place, torch.device("cpu"))).tolist()
     assert draw(1, 0) == draw(1, 0) and len({*map(tuple, (draw(1, 0), draw(1, 1), draw(2, 0), draw(0, 1)))}) == 4
+    one, sparse.seed = draw(1, 0), 1
+    assert one != draw(1, 0)
 
 
 def test_random_growth_ignores_gradients_and_keeps_the_count():
@@ -1113,9 +1115,17 @@ def test_channels_are_the_neurons_of_a_convolution(dims):
     assert [per_layer[name] for name in ("act", "act2", "sigmoid", "gelu")] == [0.5, 0.5, 0, 0]
     torch.testing.assert_close(recorded["act"][:, 2], F.relu(model.conv(x))[:, 2].flatten())
     assert per_layer["act3"] == 0.5
-    with metrics.record_activations(nn.ReLU()) as recorded:  # no layer that says: images have their channels first
-        nn.ReLU()(x)
-    assert recorded == {}
+    with metrics.record_activations(model) as recorded:  # one sample, not in a batch
+        model.act(model.conv(x[0]))
+    assert metrics.dormant_ratio(recorded)[1] == {"act": 0.5} and recorded["act"].shape == (8 ** dims, 4)
+    with metrics.record_activations(model.act) as recorded:  # no layer that says: channels first in images, not in sequences
+        model.act(x)
+    assert recorded[""].shape[1] == (8 if dims == 1 else 2)
+    model = nn.ModuleList([nn.Conv1d(2, 4, 3), nn.GRU(2, 5, batch_first=True), nn.ReLU()])
+    with metrics.record_activations(model) as recorded:
+        model[2](model[0](torch.randn(3, 2, 8)))
+        model[2](model[1](torch.randn(3, 8, 2))[0])
+    assert recorded["2"].shape == (3 * 8, 5)
 
 
 def test_every_kind_of_activation_is_seen_and_what_follows_leaves_the_record_alone():
