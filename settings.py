@@ -399,6 +399,8 @@ def check(args):
                          f"{args.learning_starts}")
     if args.name is not None and (not args.name or args.name in (".", "..") or re.search(r"[/\\\0]", args.name)):
         raise ValueError(f"--name {args.name!r} must be the name of one folder: where it lies is said by --runs")
+    if re.search(r"[/\\\0]", args.env):  # it is part of the folder's name
+        raise ValueError(f"--env {args.env!r} is no task: they are written domain-task, as dog-run is")
     if args.eval_only != (args.checkpoint is not None):
         raise ValueError("--eval-only and --checkpoint RUN go together: the one says what to do, the other with which run")
     if args.eval_only and args.resume:

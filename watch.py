@@ -4,12 +4,15 @@ What it claims: with as many episodes as the run's own evaluations had, a finish
 its eval.csv. A run that has not ended is evaluated as its newest checkpoint has it.
 
 Episodes, processes and the device are the command line's; everything else is the run's own. Frames are drawn by MuJoCo
-through OpenGL: a screen, a GPU (MUJOCO_GL=egl) or Mesa (MUJOCO_GL=osmesa).
+through OpenGL: of a screen, of a GPU or Mesa (MUJOCO_GL=egl), or of libOSMesa (MUJOCO_GL=osmesa).
 """
 
 import dataclasses
+import gc
 import json
 import os
+import sys
+import warnings
 
 import torch
 
@@ -28,6 +31,8 @@ def main(args):
     device = fast.pick_device(args.device)
     torch.set_num_threads(args.threads or fast.usable_cores())
     env = Env(run_args.env, run_args.seed)
+    if args.video:
+        check_drawing(env)
     agent = build_agent(run_args, env.obs_dim, env.action_dim, device)
     restore(agent, state, args.checkpoint)
 
@@ -74,18 +79,27 @@ def restore(agent, state, folder):
 def film(imageio, env, act, seed, path, height=480, width=640):
     """Plays one episode and writes it as it goes. Returns its return."""
     obs, total, done = env.reset(seed), 0.0, False
-    try:
-        frame = env.render(height, width)
-    except Exception as error:  # of many kinds: whatever OpenGL there is, or is not
-        raise ValueError(f"--video: nothing can be drawn here ({type(error).__name__}): with a GPU set MUJOCO_GL=egl, with "
-                         "Mesa installed MUJOCO_GL=osmesa") from None
     with imageio.get_writer(path, fps=round(1 / env.step_seconds)) as writer:
         while not done:
-            writer.append_data(frame)
+            writer.append_data(env.render(height, width))
             obs, reward, terminated, truncated = env.step(act(obs[None])[0])
             total, done = total + reward, terminated or truncated
-            frame = env.render(height, width)
     return total
+
+
+def check_drawing(env):
+    """ValueError, in one line, where there is no OpenGL."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # a half-made drawing context complains again as it goes
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            env.render(8, 8)
+    except Exception as error:  # of many kinds: whatever OpenGL there is, or is not
+        raise ValueError(f"--video: nothing can be drawn here ({type(error).__name__}): with a GPU or Mesa set MUJOCO_GL=egl, "
+                         "or MUJOCO_GL=osmesa with libOSMesa") from None
+    finally:
+        gc.collect()
+        sys.unraisablehook = hook
 
 
 def import_imageio():
