@@ -3023,9 +3023,10 @@ def test_rows_are_on_disk_at_once_with_six_digits(tmp_path, monkeypatch):
     tell = lambda what: lambda *arguments, **named: told.append((what, *arguments, *sorted(named.items())))
     monkeypatch.setitem(sys.modules, "wandb", fake(init=tell("init"), log=tell("log"), finish=tell("finish")))
     writer = fake(add_scalar=tell("scalar"), close=tell("close"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake(SummaryWriter=lambda folder: (told.append(folder), writer)[1]))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake(SummaryWriter=lambda folder, purge_step: (told.append(folder), writer)[1]))
     folder = str(tmp_path / "run")
     log = RunLog(folder, {"seed": 1, "scale": 0.5}, tensorboard=True, wandb_project="project")
+    log.start()
     log.write("eval", {"agent_step": 1234567, "return": 1 / 3, "text": "a"})
     assert open(tmp_path / "run" / "eval.csv").read().split() == ["agent_step,return,text", "1234567,0.333333,a"]
     log.write("train", {"agent_step": 2, "loss": 123456.789})
@@ -3258,13 +3259,25 @@ class RecordedRun:
         self.note("write", table)
         self.rows.append((table, row))
 
+    # what remains of a run that is not resumed
+    failure = None
+    updates = {}
+    start = close = lambda self: None
+    between_updates = lambda self, doing: None
+
 
 def recorded_run(monkeypatch, run, **settings):
     """The loop on a recorded run: all events without the random numbers in them, and those of acting in training."""
     monkeypatch.setattr(train, "measure", lambda agent, replay: run.note("measure") or {"metric": 0.5})
-    args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6} | settings))
+    monkeypatch.setattr(train, "StopSignals", lambda: argparse.Namespace(check=lambda: None))
+    monkeypatch.setattr(SavedRun, "save", lambda self: run.note("save", self.progress.step))
+    monkeypatch.setattr(SavedRun, "finish", lambda self: run.note("finish", self.progress.step))
+    args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6,
+                                              "save_every": 2} | settings))
     torch.manual_seed(args.seed)
-    train.train(args, torch.device("cpu"), run, run, run, run, run)
+    device = torch.device("cpu")
+    train.train(args, device, run, run, run, run, run,
+                SavedRun(argparse.Namespace(load=lambda: None, step=None, failure=None), args, device, run, run, run, run))
     return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
 
 
@@ -3278,6 +3291,7 @@ def test_the_order_of_events_in_a_run(monkeypatch):
     length = 0
     for t in range(11):
         length, action = length + 1, action + 1
+        expected += [("save", t)] if t in (2, 4, 6, 8, 10) else []
         expected += evaluation(t) if t in (0, 5, 10) else []
         expected += [("observe", obs), ("act", [obs], True) if t >= 4 else ("random action",)]
         expected += [("update",)] * 2 if t >= 4 else []
@@ -3288,11 +3302,11 @@ def test_the_order_of_events_in_a_run(monkeypatch):
             obs, length = obs + 1, 0
             expected += [("reset", obs)]
         expected += [("write", "train")] if t in (5, 8, 10) else []
-    assert events == expected + evaluation(11)
+    assert events == expected + evaluation(11) + [("finish", 11)]
     rows = {table: [row for name, row in run.rows if name == table] for table in ("eval", "train")}
     timeless = lambda row: {key: value for key, value in row.items() if "second" not in key}
     assert [timeless(row) for row in rows["eval"]] == [
-        {"agent_step": t, "frames": 2 * t, "return": 2.5, "return_std": 1.5, "metric": 0.5} for t in (0, 5, 10, 11)]
+        {"agent_step": t, "frames": 2 * t, "return": 2.5, "return_std": 1.5, "returns": "1 4", "metric": 0.5} for t in (0, 5, 10, 11)]
     assert [(row["agent_step"], row["frames"], row["episode_return"]) for row in rows["train"]] == [
         (6, 12, 110.0), (9, 18, 10.0), (11, 22, 10.0)]  # of the last episode that has ended
     assert all(row["loss"] == 1 + max(i for i, event in enumerate(run.events[:mark]) if event == ("update",))  # of the last update
@@ -3324,8 +3338,7 @@ def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
 def test_what_a_run_is_built_from(tmp_path):
     """Seeds, sizes and numbers of the settings reach environment, evaluation, buffer, networks and masks."""
     build = lambda *flags: train.build(flags_to_args("--mst", *SHORT[:-2], "--runs", str(tmp_path / "_".join(flags)), *flags))
-    device, env, agent, replay, evaluation, log = build("--seed", "7", "--eval-episodes", "3")
-    log.close()
+    device, env, agent, replay, evaluation, *_ = build("--seed", "7", "--eval-episodes", "3")
     same = Env("cartpole-swingup", seed=7)
     assert np.array_equal(env.random_action(), same.random_action()) and np.array_equal(env.reset(), same.reset())
     hold = lambda obs: np.sin(7 * obs[:, :1])
@@ -3336,8 +3349,7 @@ def test_what_a_run_is_built_from(tmp_path):
     masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
     for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
         assert torch.equal(a, b)
-    *_, agent_of_sac, small, _, log = build("--algo", "sac", "--buffer-size", "90")
-    log.close()
+    _, _, agent_of_sac, small, *_ = build("--algo", "sac", "--buffer-size", "90")
     assert (small.capacity, small.horizon, small.prioritized, agent_of_sac.sparse["critic"].total_steps) == (90, 1, False, 140)
     other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, device)
     assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())

@@ -209,7 +209,8 @@ def train(args, device, env, agent, replay, evaluation, log, saved):
                 stop.check()  # a signal to all processes has ended the workers too
                 raise
             log.write("eval", {"agent_step": step, "frames": env.frames, "return": returns.mean(),
-                               "return_std": returns.std(), "seconds": saved.seconds()} | measure(agent, replay))
+                               "return_std": returns.std(), "returns": " ".join(f"{value:.6g}" for value in returns),
+                               "seconds": saved.seconds()} | measure(agent, replay))
         bar.show(step, "learning", **{"return": f"{returns.mean():.1f}"})
         bar.write(f"step {step:>9,}  return {returns.mean():7.1f} ± {returns.std():.1f}")
 
