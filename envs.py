@@ -22,6 +22,7 @@ import contextlib
 import difflib
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 
@@ -124,24 +125,40 @@ class Env:
         """Uniform in [-1, 1], (action_dim,) float32."""
         return self._random.uniform(-1.0, 1.0, self.action_dim).astype(np.float32)
 
+    @property
+    def step_seconds(self):
+        """How long an agent step lasts in the simulated world."""
+        return self._env.control_timestep() * self.action_repeat
+
+    def render(self, height=480, width=640):
+        """What the task's first camera sees: (height, width, 3) uint8. Needs OpenGL."""
+        return self._env.physics.render(height, width, camera_id=0)
+
     def state(self):
         """What `restore` needs to come back to this very moment.
 
         The physics state alone does not do it: some tasks move the model itself at each reset, and solvers keep warm
         starts. Replaying the episode from the random state before its reset is exact on every task.
+        Plain values: numbers, lists and strings.
         """
-        return {"start": self._start, "actions": np.array(self._actions), "frames": self.frames,
-                "random": self._random.get_state()}
+        plain = lambda state: [part.tolist() if isinstance(part, np.ndarray) else part for part in state]
+        return {"start": plain(self._start), "actions": [action.tolist() for action in self._actions],
+                "frames": self.frames, "random": plain(self._random.get_state())}
 
     def restore(self, state):
         """Back to where `state` was taken, in an Env of the same name and seed; returns the observation there."""
-        self._env.task.random.set_state(state["start"])
+        self._env.task.random.set_state(tuple(state["start"]))
         obs = self.reset()
         for action in state["actions"]:
             obs = self.step(action)[0]
         self.frames = state["frames"]
-        self._random.set_state(state["random"])
+        self._random.set_state(tuple(state["random"]))
         return obs
+
+
+def episode_seed(seed, step, episode):
+    """What an evaluation's episode depends on, as one number."""
+    return int(np.random.SeedSequence([seed, step, episode]).generate_state(1)[0])
 
 
 class LockstepEvaluation:
@@ -163,8 +180,7 @@ class LockstepEvaluation:
 
     def __call__(self, act, step):
         """act: (episodes, obs_dim) -> (episodes, action_dim). Returns the episodes' returns, (episodes,)."""
-        seeds = [int(np.random.SeedSequence([self.seed, step, episode]).generate_state(1)[0])
-                 for episode in range(self.episodes)]
+        seeds = [episode_seed(self.seed, step, episode) for episode in range(self.episodes)]
         for part, group in self.groups:
             group.send("reset", [seeds[episode] for episode in part])
         obs, _, running = self._receive()
@@ -238,6 +254,7 @@ class _RemoteGroup:
 
 
 def _serve(pipe, arguments):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: it is the run's to answer
     group = _Group(*arguments)
     while True:
         try:

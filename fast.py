@@ -16,6 +16,7 @@ and of stochastic actors stay in float32:
 
 import functools
 import gc
+import os
 import platform
 import re
 from typing import Optional
@@ -313,3 +314,26 @@ class CapturedUpdate:
         with torch.cuda.graph(graph, stream=self.stream):  # a memory pool of its own; registers the default generator
             function()
         return graph.replay
+
+
+def usable_cores():
+    """Cores that this process may use: what OMP_NUM_THREADS says, or else those it is bound to, or fewer where a container
+    has a quota. More threads than that wait for one another."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or no quota ("max")
+        return cores
+
+
+def check_compiler(device):
+    """ValueError, in one line, where torch.compile does not work: before a run is begun rather than at its first update."""
+    try:
+        torch.compile(lambda x: x.sin() + 1.0)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds: no compiler, one that fails, no Python headers
+        needed = "a working C++ compiler (g++ or clang++)" if device.type == "cpu" else "Triton and a C compiler"
+        raise ValueError(f"--compile needs {needed}: a trial failed with {type(error).__name__}") from None

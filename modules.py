@@ -132,7 +132,9 @@ class ModularAgent:
             if state[kind].keys() != getattr(self, kind).keys():
                 raise ValueError(f"the saved {kind} are {', '.join(state[kind])}, this agent has "
                                  f"{', '.join(getattr(self, kind))}")
-        for kind in ("sparse", "networks", "targets"):  # the masks first: they refuse what does not fit
+        for name, sparse in self.sparse.items():  # the masks refuse what does not fit: all are asked first
+            sparse.check_state_dict(state["sparse"][name])
+        for kind in ("sparse", "networks", "targets"):
             for name, part in getattr(self, kind).items():
                 part.load_state_dict(state[kind][name])
         for name, optimizer in self.optimizers.items():

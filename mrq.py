@@ -31,6 +31,7 @@ class MRQ(ModularAgent):
     prioritized = True
     losses, passes = ("encoder_loss", "critic_loss", "actor_loss"), ("encode",)
     captures = {"update_encoder": ["encoder"], "update_critic_and_actor": ["critic", "actor"]}
+    between_updates = staticmethod(lambda doing: None)  # called in a burst: a safe point, where the training loop may stop
 
     def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=490_000, device="cpu", seed=0):
         modules = modules or MR_DEFAULT
@@ -69,11 +70,17 @@ class MRQ(ModularAgent):
     # ---- learning ----
 
     def update(self, replay):
-        """One agent step of learning. Every 250 of them: new targets, new scales, and a burst of encoder updates."""
+        """One agent step of learning. Every 250 of them: new targets, new scales, and a burst of encoder updates.
+
+        The counts of updates say how far a burst has come: an agent saved in the midst of one goes on from there.
+        """
         if self.updates["critic"] % self.config.target_update_freq == 0:
-            self.refresh_targets(replay)
-            for _ in range(self.config.target_update_freq):
+            if self.updates["encoder"] == self.updates["critic"]:
+                self.refresh_targets(replay)
+            while self.updates["encoder"] < self.updates["critic"] + self.config.target_update_freq:
                 self.update_encoder(replay)
+                done = self.updates["encoder"] - self.updates["critic"]
+                self.between_updates(f"encoder update {done} of {self.config.target_update_freq}")
         self.update_critic_and_actor(replay)
 
     @torch.no_grad()

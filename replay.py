@@ -68,10 +68,15 @@ class ReplayBuffer:
         # Device scalars, so that a captured graph sees them change.
         self.max_priority = torch.full((), float(min_priority ** alpha), device=device)
         self.termination_seen = torch.zeros((), device=device)  # 1.0 from the first termination on
-        self.row = 0  # where the current observation stands, or will stand
+        self.position = 0  # rows taken so far, over all rounds of the ring: the current observation's, counted from the start
         self.episode_length = 0  # transitions of the current episode so far
         # Which rows may be drawn, once more on the host, so that `sample` can tell an empty buffer without asking.
         self._offered, self.sampleable = bytearray(capacity), 0
+
+    @property
+    def row(self):
+        """Where the current observation stands, or will stand."""
+        return self.position % self.capacity
 
     obs, action, reward, terminated, transition = (
         property(lambda self, column=column: self._split(self.rows)[column]) for column in range(5))  # views, (capacity, ...)
@@ -99,7 +104,7 @@ class ReplayBuffer:
         else:  # the ring closes between the two
             self.rows[row].copy_(pair[0])
             self.rows[0].copy_(pair[1])
-        self.row = following
+        self.position += 1
         self.episode_length += 1
 
         if self.episode_length >= self.horizon:  # the subtrajectory that ends with this transition is complete
@@ -111,7 +116,7 @@ class ReplayBuffer:
                 self._make_sampleable((row - back) % self.capacity)
         if terminated or truncated:
             # After a time limit those starts stay out: their subtrajectory would need steps that were never taken.
-            self.row = (following + 1) % self.capacity
+            self.position += 1
             self.episode_length = 0
 
     def _withdraw(self, row):
@@ -169,6 +174,33 @@ class ReplayBuffer:
     def mean_absolute_reward(self):
         """r̄ of Eq. (11) over everything stored: a device scalar."""
         return self.reward.abs().sum(dtype=torch.float64).div(self.transition.sum()).float()
+
+    # ---- saving ----
+
+    def state_dict(self):
+        """All but the rows: tensors, live ones, and plain values."""
+        return {"position": self.position, "episode_length": self.episode_length, "priority": self.priority,
+                "max_priority": self.max_priority, "termination_seen": self.termination_seen}
+
+    def rows_since(self, first):
+        """(first, {"rows": tensor}) from row `first` to the current one, counted from the start as `position` is;
+        from the oldest that the ring still holds, if that is later."""
+        first = max(first, self.position + 1 - self.capacity)
+        index = torch.arange(first, self.position + 1, device=self.device) % self.capacity
+        return first, {"rows": self.rows[index]}
+
+    def load_rows(self, first, rows):
+        """Puts back what `rows_since` gave; the oldest first, as later rows may stand where earlier ones stood."""
+        index = torch.arange(first, first + len(rows["rows"]), device=self.device)[-self.capacity:] % self.capacity
+        self.rows[index] = rows["rows"][-self.capacity:].to(self.device)
+
+    def load_state_dict(self, state):
+        """Takes back what `state_dict` gave."""
+        self.position, self.episode_length = state["position"], state["episode_length"]
+        for name in ("priority", "max_priority", "termination_seen"):
+            getattr(self, name).copy_(state[name])
+        offered = self.priority[:self.capacity] > 0
+        self._offered, self.sampleable = bytearray(offered.cpu().numpy()), int(offered.sum())
 
 
 def to_device(values, device):

@@ -31,7 +31,8 @@ SPARSE_OPTIONS = {  # what a regime reads beside its sparsity; the rest does not
     "s2d": ("distribution", "grow", "update_interval", "drop_initial", "drop_final", "schedule_start", "schedule_end", "power"),
     "d2s": ("distribution", "grow", "update_interval", "drop_initial", "drop_final", "schedule_start", "schedule_end", "power"),
 }
-NOT_IN_NAME = ("env", "seed", "device", "runs", "name", "tensorboard", "wandb_project", "eval_workers")
+NOT_IN_NAME = ("env", "seed", "device", "runs", "name", "tensorboard", "wandb_project", "eval_workers", "threads", "resume",
+               "save_every", "eval_only", "checkpoint", "video")  # all but the first two may differ when a run is resumed
 LONGEST_NAME = 200  # bytes; file systems take 255, and a checkpoint's files want some of them
 
 
@@ -214,6 +215,7 @@ class Args:
     eval_episodes: int = 10  # episodes an evaluation
     eval_workers: int | None = None  # processes that step evaluations, without changing them; one for every four cores
     device: str = "auto"  # auto | cpu | cuda | cuda:N
+    threads: int = 0  # CPU threads of PyTorch; 0 is as many as the process may use: give 1 to each of several runs at once
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of products; auto is tf32 on CUDA, fp32 elsewhere
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the losses (needs a C++ compiler on a CPU); auto: off
     cuda_graphs: Literal["auto", "on", "off"] = "auto"  # capture updates as CUDA graphs; auto: off
@@ -231,6 +233,11 @@ class Args:
     buffer_size: int = 1_000_000  # replay rows; an episode takes its length + 1
     log_every: int = 500  # agent steps between two rows of train.csv
     runs: str = "runs"  # folder that runs are written into
+    resume: bool = False  # continue the run of this name at its last checkpoint, or start it if there is none
+    save_every: int = 25_000  # agent steps between two checkpoints; SIGTERM, SIGINT and SIGUSR1 save too, and stop the run
+    eval_only: bool = False  # train nothing: evaluate the run that --checkpoint names
+    checkpoint: str | None = None  # with --eval-only: a run's folder
+    video: str | None = None  # with --eval-only: also film an episode into this file (.mp4)
     name: str | None = None  # the run's folder; default: the task and every setting that is not its default
     tensorboard: bool = False  # also write TensorBoard event files
     wandb_project: str | None = None  # also log to this Weights & Biases project
@@ -276,14 +283,15 @@ def own_settings(args, name):
     return {part: getattr(getattr(args, name), f"{name}_{part}") for part in ("type", "regime", "scale", "sparsity")}
 
 
-def run_name(args):
+def run_name(args, telling=None):
     """The task, the algorithm if it is not MR.Q, and the settings that make this run another than the default one.
+    telling: `telling_flags(args)`, where that is known already: it is the same for all tasks and seeds.
 
     A setting that changes nothing (a default restated, `--sparsity` where every module is dense) is left out, one after
     the other, so that what remains still says all; two different runs never share a name.
     """
     algo = [] if args.algo == "mrq" else [args.algo]
-    said = [flag[2:] if value is True else f"{flag[2:]}={short(value)}" for flag, value in telling_flags(args)]
+    said = [flag[2:] if value is True else f"{flag[2:]}={short(value)}" for flag, value in telling or telling_flags(args)]
     name = "__".join([args.env, *algo, *said, f"seed={args.seed}"])
     if len(name.encode()) > LONGEST_NAME:  # too many for a folder's name: what does not fit goes into a checksum
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
@@ -302,10 +310,11 @@ def telling_flags(args):
     them."""
     least, usual, wanted = copy.deepcopy(args), defaults(args.algo), effective(args)
     for group, name in flag_names(args):
-        value = _get(least, group, name)
-        _set(least, group, name, _get(usual, group, name))
-        if effective(least) != wanted:
-            _set(least, group, name, value)
+        value, default = _get(least, group, name), _get(usual, group, name)
+        if value != default:
+            _set(least, group, name, default)
+            if effective(least) != wanted:
+                _set(least, group, name, value)
     return [("--" + name.replace("_", "-"), _get(least, group, name)) for group, name in flag_names(args)
             if _get(least, group, name) != _get(usual, group, name)]
 
@@ -328,11 +337,42 @@ def flag_names(args):
             yield None, spec.name
 
 
+# ---- a run that is there already ----
+
+def from_config(config):
+    """The Args that a run's config.json holds. ValueError, in one line, for what another version of this code wrote."""
+    if not isinstance(config, dict) or config.get("algo") not in CONFIGS:
+        raise ValueError("the run's config names no algorithm of this code")
+    args = defaults(config["algo"])
+    for spec in dataclasses.fields(args):
+        value = getattr(args, spec.name)
+        inner = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else None
+        saved = config.get(spec.name, value if spec.name in NOT_IN_NAME else None)
+        saved = saved if not inner or isinstance(saved, dict) else {}
+        if (spec.name not in config and spec.name not in NOT_IN_NAME) or (inner and set(inner) != set(saved)):
+            odd = sorted(set(inner or [spec.name]) ^ set(saved if inner else []))
+            raise ValueError(f"the run's config is another version's: it differs in {', '.join(odd)}")
+        setattr(args, spec.name, dataclasses.replace(value, **saved) if inner else saved)
+    return args
+
+
+def differences(before, now):
+    """What makes these settings two different runs, in a line: "--critic-lr 0.0003, not 0.001". Empty if nothing does; a
+    flag may well differ that changes no result."""
+    if (before.env, before.seed, effective(before)) == (now.env, now.seed, effective(now)):
+        return ""
+    names = [(None, "env"), (None, "seed"), *flag_names(before)]
+    if before.algo != now.algo:  # the others' flags are not the same ones
+        names = [(None, "algo")]
+    return ", ".join(f"--{name.replace('_', '-')} {_get(before, group, name)}, not {_get(now, group, name)}"
+                     for group, name in names if _get(before, group, name) != _get(now, group, name))
+
+
 # ---- checks: ValueError in one line that names the flag, before anything is built ----
 
 EPISODE_STEPS = 500  # agent steps: 1,000 frames of two each
 RANGES = {  # what a number may be, where it is not [1, 1e12] for a whole one and [0, inf) for any other
-    "seed": "[0, 4294967295]", "eval_workers": "[0, 1000]", "eval_episodes": "[1, 10000]", "reward_bins": "[2, 100000]",
+    "seed": "[0, 4294967295]", "eval_workers": "[0, 1000]", "threads": "[0, 1024]", "eval_episodes": "[1, 10000]", "reward_bins": "[2, 100000]",
     "discount": "(0, 1]", "target_rate": "(0, 1]", "initial_temperature": "(0, inf)", "critic_grad_clip": "(0, inf)",
     "reward_range": "(0, 80]", "target_entropy": "(-inf, inf)", "sparsity": "[0, 1)", "encoder_sparsity": "[0, 1)",
     "critic_sparsity": "[0, 1)", "actor_sparsity": "[0, 1)", "drop_initial": "[0, 1]", "drop_final": "[0, 1]",
@@ -344,7 +384,7 @@ RANGES = {  # what a number may be, where it is not [1, 1e12] for a whole one an
 
 def check(args):
     """What would otherwise fail late, or silently do something else."""
-    for group, name in [*flag_names(args), (None, "seed"), (None, "eval_workers")]:
+    for group, name in [*flag_names(args), *((None, name) for name in ("seed", "eval_workers", "threads", "save_every"))]:
         value = _get(args, group, name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             _check_range(name, value, RANGES.get(name, "[1, 1e12]" if isinstance(value, int) else "[0, inf)"))
@@ -359,6 +399,14 @@ def check(args):
                          f"{args.learning_starts}")
     if args.name is not None and (not args.name or args.name in (".", "..") or re.search(r"[/\\\0]", args.name)):
         raise ValueError(f"--name {args.name!r} must be the name of one folder: where it lies is said by --runs")
+    if re.search(r"[/\\\0]", args.env):  # it is part of the folder's name
+        raise ValueError(f"--env {args.env!r} is no task: they are written domain-task, as dog-run is")
+    if args.eval_only != (args.checkpoint is not None):
+        raise ValueError("--eval-only and --checkpoint RUN go together: the one says what to do, the other with which run")
+    if args.eval_only and args.resume:
+        raise ValueError("--resume trains, and --eval-only does not: leave one away")
+    if args.video is not None and not (args.eval_only and args.video.endswith(".mp4")):
+        raise ValueError(f"--video {args.video} must be an .mp4 file, and films what --eval-only evaluates")
     _check_modules(args)
 
 

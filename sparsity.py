@@ -1,7 +1,8 @@
 """Sparse training for any PyTorch module: five regimes, one mask update.
 
 What it claims: a module trained through `SparseTraining` holds exactly the sparsity its regime asks for, at every
-step. Pruned weights, their gradients and their optimiser moments are exactly zero, not nearly.
+step. Pruned weights and their gradients are exactly zero, not nearly, and a weight that grows starts at zero with the
+optimiser state of a new one.
 
     regime   masks at the start   what happens then                                  paper
     dense    none                 nothing                                            Section 2.1
@@ -9,6 +10,10 @@ step. Pruned weights, their gradients and their optimiser moments are exactly ze
     dst      random, sparse       drop and grow at constant sparsity (RigL or SET)   Appendix B.1.2, Algorithm 1
     s2d      random, sparse       drop, and grow more than was dropped, to dense     Appendix B.1.3, Eq. (2)
     d2s      dense                drop more than is grown, down to sparse            Appendix B.1.3, Eq. (2)
+
+D2S is RigL's drop and grow with fewer grown than dropped (Appendix B.1.3): a change sets aside the smallest weights, a
+share ζ, and gradients decide which of them return. So most of what leaves is chosen by gradient, among small weights;
+`drop_initial=0` is pure magnitude pruning.
 
 Paper: "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning", Section 2.1 and
 Appendix B.1. This file needs torch alone; copy it into your project. Masks simulate sparsity: the arithmetic stays
@@ -34,10 +39,19 @@ dense, so they save neither time nor memory by themselves.
 import math
 
 import torch
+import torch.nn as nn
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
 DISTRIBUTIONS = ("er", "uniform")
 GROWTHS = ("gradient", "random")
+
+# What is masked, by kind of layer: of each, the parameters named "...weight...". By number of dimensions it would take
+# LayerNorm([4, 8]) and attention's bias_k. What one matrix stacks (q, k and v, or a GRU's gates) counts as one weight.
+MASKED_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention,
+                 nn.RNNBase, nn.RNNCellBase)
+# Muon orthogonalises matrices, LBFGS mixes steps of all weights, SparseAdam wants gradients with rows left out.
+REFUSED_OPTIMIZERS = ("Muon", "LBFGS", "SparseAdam")
+INITIAL_STATE = {"step_size": "lr", "sum": "initial_accumulator_value"}  # Rprop's and Adagrad's do not start at 0
 
 
 def layer_densities(shapes, sparsity, distribution="er"):
@@ -54,8 +68,9 @@ def layer_densities(shapes, sparsity, distribution="er"):
         return [1.0 - sparsity] * len(shapes)
 
     sizes = [math.prod(shape) for shape in shapes]
-    ratios = [sum(shape) / math.prod(shape) for shape in shapes]  # linear: (n_in + n_out) / (n_in · n_out)
-    dense = set()  # layers whose share would pass 1: they stay whole, and ε is solved again for the others
+    dense = {layer for layer, size in enumerate(sizes) if size == 0}  # Linear(4, 0): nothing to prune
+    ratios = [sum(shape) / max(1, math.prod(shape)) for shape in shapes]  # linear: (n_in + n_out) / (n_in · n_out)
+    # Layers whose share would pass 1 stay whole as well, and ε is solved again for the others.
     while len(dense) < len(shapes):
         others = [layer for layer in range(len(shapes)) if layer not in dense]
         budget = (1.0 - sparsity) * sum(sizes) - sum(sizes[layer] for layer in dense)
@@ -88,7 +103,7 @@ def update_mask(weight, grad, mask, drop_fraction, num_active=None, grow="gradie
     weight, grad, mask: tensors of one shape; mask is bool, True where a weight is active; grad is the dense gradient.
     drop_fraction: ζ_t, the share of active weights to drop, in [0, 1].
     num_active: how many shall be active afterwards (default: as many as now). Fewer makes D2S, more makes S2D.
-    grow: "gradient" (RigL: largest |gradient|) or "random" (SET; drawn from `generator`, on its own device).
+    grow: "gradient" (RigL: largest |gradient|) or "random" (SET; drawn from `generator`, where that lives).
     Returns the new bool mask; weight and mask are left as they were.
     """
     _check_choice("grow", grow, GROWTHS)
@@ -117,7 +132,7 @@ def _drop_and_grow(weight, grad, mask, drop_fraction, active, num_active, grow, 
     if grow == "gradient":
         promise = torch.nan_to_num(grad.detach().abs())
     else:
-        promise = _uniform(weight.shape, generator).to(weight.device)
+        promise = _uniform(weight.shape, generator, weight.device).to(weight.device)
     return keep | _largest(promise.masked_fill(keep, -1.0), num_active - kept)  # line 11
 
 
@@ -128,7 +143,8 @@ def _largest(scores, count):
     if count >= scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)
     flat = scores.flatten()
-    threshold = flat.kthvalue(flat.numel() - count + 1).values  # the smallest score that still gets in
+    # The smallest score to get in. `kthvalue` is up to a fifth faster on a CPU, but has one thread block on CUDA.
+    threshold = flat.topk(count, sorted=False).values.amin()
     above = flat > threshold
     tied = flat == threshold
     places = count - above.sum()  # how many of the tied get in
@@ -141,7 +157,10 @@ def _zero_pruned(tensor, mask):
     Vectorised; `masked_fill_` with a random mask takes 30 times as long on a CPU. There, PyTorch first writes the mask out
     as integers: piece by piece these stay in the cache, which makes it six times faster again for millions of weights.
     """
-    bits = tensor.detach().view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()])
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.detach())  # (..., 2)
+        mask = mask.unsqueeze(-1).expand(tensor.shape)
+    bits = tensor.detach().view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[tensor.element_size()])
     if tensor.device.type == "cpu" and tensor.is_contiguous() and mask.is_contiguous():
         for piece, kept in zip(bits.view(-1).split(2 ** 20), mask.view(-1).split(2 ** 20)):
             piece.mul_(kept)
@@ -149,19 +168,50 @@ def _zero_pruned(tensor, mask):
         bits.mul_(mask)
 
 
-def _uniform(shape, generator):
+def _uniform(shape, generator, device="cpu"):
     """Random scores in float64: float32 has 2^24 values, too few to rank a layer of millions without ties."""
-    device = generator.device if generator is not None else "cpu"
+    device = device if generator is None else generator.device
     return torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
+
+
+def maskable_weights(module, leave_out=()):
+    """name -> weight: what SparseTraining masks, the trained weights of MASKED_LAYERS less those named in `leave_out`.
+
+    ValueError for a weight that masks cannot follow, and for a name to leave out that the module does not have.
+    """
+    leave_out = [leave_out] if isinstance(leave_out, str) else leave_out
+    layers, parameters = dict(module.named_modules()), dict(module.named_parameters(remove_duplicate=False))
+    if unknown := [name for name in leave_out if name not in layers and name not in parameters]:
+        raise ValueError(f"{type(module).__name__} has no layer or weight {unknown[0]!r} that could be left out")
+    left_out = {name for name in (*layers, *parameters) if any(f"{name}.".startswith(f"{part}.") for part in leave_out)}
+    chosen = set()  # ids, as two layers may share one weight
+    for path, layer in layers.items():
+        if not isinstance(layer, MASKED_LAYERS) or path in left_out:
+            continue
+        own = [name for name in (*layer._parameters, *getattr(layer, "parametrizations", ())) if "weight" in name]
+        # weight_norm and its like compute the weight: it has no zeros where their parameters have, and may become NaN.
+        computed = any(name not in layer._parameters or name.endswith(("_g", "_v", "_orig")) for name in own)
+        if (computed or getattr(layer, "sparse", False)) and any(p.requires_grad for p in layer.parameters()):
+            raise ValueError(f"masks cannot follow the {'parametrization' if computed else 'sparse gradients'} of "
+                             f"{path or type(layer).__name__}: build it without, or leave it out")
+        chosen |= {id(layer._parameters[name]) for name in own if name in layer._parameters}
+    chosen -= {id(parameters[name]) for name in left_out & parameters.keys()}
+    return {name: weight for name, weight in module.named_parameters()
+            if id(weight) in chosen and weight.requires_grad and weight.numel()}
 
 
 class SparseTraining:
     """Draws a module's masks, keeps them true through training, and moves them as the regime asks.
 
-    module: any `nn.Module`. Its weights with two dimensions or more are masked; biases and norms never.
-    optimizer: the `torch.optim` optimiser that trains it (its moments follow the masks).
+    module: any `nn.Module`. Masked are the weights of linear, convolution (transposed too), embedding, attention and
+        recurrent layers (MASKED_LAYERS); biases and norms never, nor what is frozen when this object is made.
+    optimizer: the `torch.optim` optimiser that trains it; its state follows the masks. SGD, Adam, AdamW, NAdam, RAdam,
+        Adamax, Adagrad, Adadelta, RMSprop, Rprop, ASGD, and Adafactor, whose moments are of rows and columns and stay.
+        Refused: Muon, LBFGS, SparseAdam, and an `eps` that is 0 in the weights' precision (AdamW's 1e-8 in float16,
+        unless fused): pruned weights would be 0 / 0. One from elsewhere must not move what has neither gradient nor state.
     regime: "dense", "sst", "dst", "s2d" or "d2s"; see the table at the top of this file.
-    sparsity: share of weights pruned: held (sst, dst), left behind (s2d) or reached (d2s). In [0, 1).
+    sparsity: share of weights pruned: held (sst, dst), left behind (s2d) or reached (d2s). In [0, 1), and refused if a
+        layer would keep no weight at all: nothing passes through it, and most networks would be constant.
     total_steps: T, how many updates this module will get in all: it sets both schedules.
     update_interval: ΔT, updates between two changes of topology.
         The paper gives no ΔT; 1000 is the published setting for sparse SAC.
@@ -169,7 +219,9 @@ class SparseTraining:
     drop_initial, drop_final: ζ at step 0 and at T, Eq. (1). Not in the paper; 0.5 to 0 as for sparse SAC.
     schedule_start, schedule_end: when s_t moves, as shares of T, Eq. (2). Not in the paper; 0.2 and 0.8.
     power: λ of Eq. (2); the paper's 2.
-    seed: masks come from a generator of their own, so that drawing them leaves the caller's random numbers alone.
+    seed: masks have random numbers of their own, so that drawing them leaves the caller's alone. By default they come
+        from the weights as they are: `torch.manual_seed` repeats them, and only exact copies get the same masks.
+    leave_out: names of layers or weights that stay dense: "output", or ["0", "encoder.1.weight"].
 
     The masks live here and not in the module: the keys of its `state_dict` stay as they were, and because the stored
     weights are already masked, a deep copy or a hard target update is sparse by itself. A soft target is not: after
@@ -181,47 +233,51 @@ class SparseTraining:
 
     def __init__(self, module, optimizer, regime, sparsity=0.6, total_steps=1_000_000, update_interval=1000,
                  distribution="er", grow="gradient", drop_initial=0.5, drop_final=0.0,
-                 schedule_start=0.2, schedule_end=0.8, power=2.0, seed=0):
+                 schedule_start=0.2, schedule_end=0.8, power=2.0, seed=None, leave_out=()):
         _check_choice("regime", regime, REGIMES)
         _check_choice("distribution", distribution, DISTRIBUTIONS)
         _check_choice("grow", grow, GROWTHS)
         _check_sparsity(sparsity)
-        if total_steps < 1 or update_interval < 1:
+        if not (1 <= total_steps < math.inf and 1 <= update_interval < math.inf):
             raise ValueError(f"total_steps ({total_steps}) and update_interval ({update_interval}) must be at least 1")
         if not 0 <= schedule_start <= schedule_end <= 1:
             raise ValueError(f"0 <= schedule_start <= schedule_end <= 1 must hold, not {schedule_start}, {schedule_end}")
         if not (0 <= drop_initial <= 1 and 0 <= drop_final <= 1):
             raise ValueError(f"drop_initial ({drop_initial}) and drop_final ({drop_final}) must lie in [0, 1]")
+        if not 0 < power < math.inf:
+            raise ValueError(f"power, the degree of the sparsity schedule, must be above 0, not {power}")
         self.module, self.optimizer, self.regime = module, optimizer, regime
         self.total_steps, self.update_interval = total_steps, update_interval
         self.distribution, self.grow = distribution, grow
         self.drop_initial, self.drop_final = drop_initial, drop_final
-        self.power = power
+        self.power, self.seed = power, seed
         self.start, self.end = round(schedule_start * total_steps), max(1, round(schedule_end * total_steps))
         # A regime is only a schedule: the sparsity at the start, at the end, and whether topology moves at all.
         self.initial, self.final, self.dynamic = {
             "dense": (0.0, 0.0, False), "sst": (sparsity, sparsity, False), "dst": (sparsity, sparsity, True),
             "s2d": (sparsity, 0.0, True), "d2s": (0.0, sparsity, True)}[regime]
-        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: the same masks on every device
+        self.sparsity = self.initial  # s_t that the masks hold now
         self.last_step = 0  # the latest step that `update_topology` has seen
         self.masks = {}  # weight's name -> bool tensor of its shape, True where the weight is active
         self.active = {}  # weight's name -> how many are active, kept on the host so that no step has to ask
         if regime == "dense":
             return
 
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        weights = {name: weight for name, weight in module.named_parameters() if weight.ndim >= 2}
+        weights = maskable_weights(module, leave_out)
         if not weights:
-            raise ValueError(f"{type(module).__name__} has no weight with two dimensions or more: nothing to sparsify")
-        missing = [name for name, weight in weights.items() if id(weight) not in trained]
-        if missing:
-            raise ValueError(f"the optimizer does not train {missing[0]}: give SparseTraining the module's own optimizer")
-        counts = self._counts(weights, self.initial)
-        for name, weight in weights.items():
-            # Exact counts, never Bernoulli draws.
-            mask = _largest(_uniform(weight.shape, self.generator), counts[name])
-            self.masks[name], self.active[name] = mask.to(weight.device), counts[name]
-        self.apply_masks(module)
+            raise ValueError(f"{type(module).__name__} trains no weight of a layer that is masked: nothing to sparsify")
+        _check_optimizer(optimizer, weights)
+        if empty := [name for name, count in self._counts(weights, sparsity).items() if count == 0]:
+            raise ValueError(f"at sparsity {sparsity} {empty[0]} keeps no weight, and its layer passes nothing on: "
+                             "lower the sparsity, or leave it out")
+        if seed is None:
+            self.seed = hash(tuple(value for weight in weights.values() for value in weight.flatten()[:64].tolist()))
+        generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same masks on every device
+        for name, count in self._counts(weights, self.initial).items():
+            mask = _largest(_uniform(weights[name].shape, generator), count)  # exact counts, never Bernoulli draws
+            self.masks[name], self.active[name] = mask.to(weights[name].device), count
+        for name, weight in self._weights():
+            self._clear(weight, self.masks[name])
 
     # ---- each training step, after loss.backward() ----
 
@@ -233,37 +289,36 @@ class SparseTraining:
         delayed or bursting module does not). Call it right after `backward`: growth is ranked by the dense gradients
         then in `.grad`, so those must come from the module's own loss and from nothing else.
         """
-        last, self.last_step = self.last_step, max(step, self.last_step)
-        if not self.due(step, last):
+        if not self.due(step):
+            self.last_step = max(step, self.last_step)
             return False
         # The sparsity wanted now, with ER solved anew for it.  Eq. (2)
         sparsity = scheduled_sparsity(step, self.initial, self.final, self.start, self.end, self.power)
         zeta = drop_fraction(step, self.total_steps, self.drop_initial, self.drop_final)  # Eq. (1)
-        weights = dict(self._weights())
-        counts = self._counts(weights, sparsity)
-        for name, weight in weights.items():
-            if self.active[name] == counts[name] == weight.numel():
-                continue  # dense before and after: whatever is dropped would come straight back
+        counts = self._counts(self.masks, sparsity)
+        # Dense before and after: whatever is dropped would come straight back.
+        moving = [(name, weight) for name, weight in self._weights()
+                  if not self.active[name] == counts[name] == weight.numel()]
+        for name, weight in moving:  # all of them before any changes
             if self.grow == "gradient" and weight.grad is None:
                 raise RuntimeError(f"{name} has no gradient: call update_topology after loss.backward()")
+        for number, (name, weight) in enumerate(moving):
             mask = self.masks[name]
-            new_mask = _drop_and_grow(weight, weight.grad, mask, zeta, self.active[name], counts[name],
-                                      self.grow, self.generator)
+            new_mask = _drop_and_grow(weight, weight.grad, mask, zeta, self.active[name], counts[name], self.grow,
+                                      self._generator(step, number, weight.device))
             # Algorithm 1, line 12. A weight that was dropped and came back at once is in both masks: it keeps its
-            # value and its moments. All others start from zero.
-            stays = mask & new_mask
-            for tensor in (weight, *self._moments(weight)):
-                _zero_pruned(tensor, stays)
+            # value and its moments. All others start anew.
+            self._clear(weight, mask & new_mask)
             mask.copy_(new_mask)  # in place: whoever holds the mask (a captured graph, say) sees the new one
             self.active[name] = counts[name]
+        self.last_step, self.sparsity = step, sparsity
         return True
 
-    def due(self, step, last=None):
+    def due(self, step):
         """Whether `update_topology(step)` would change anything."""
-        last = self.last_step if last is None else last
-        boundary = step // self.update_interval > last // self.update_interval
+        boundary = step // self.update_interval > self.last_step // self.update_interval
         # The schedule's end is itself an update, or D2S would stop a little short of its sparsity.
-        return self.dynamic and (boundary or (self.initial != self.final and last < self.end <= step))
+        return self.dynamic and (boundary or (self.initial != self.final and self.last_step < self.end <= step))
 
     @torch.no_grad()
     def mask_gradients(self):
@@ -276,10 +331,17 @@ class SparseTraining:
 
     @torch.no_grad()
     def apply_masks(self, module):
-        """Zeroes in `module` (this one, or another of the same layout, such as a soft target) what is pruned here."""
-        parameters = dict(module.named_parameters())
-        for name, mask in self.masks.items():
-            _zero_pruned(parameters[name], mask.to(parameters[name].device))
+        """Zeroes in `module` (this one, or another of the same layout, such as a soft target) what is pruned here.
+
+        Either may be wrapped by torch.compile, DataParallel or AveragedModel. ValueError for another layout.
+        """
+        theirs = dict(zip(_plain_names(module), module.parameters()))
+        plain = dict(zip(dict(self.module.named_parameters()), _plain_names(self.module)))
+        pairs = [(theirs.get(plain[name]), mask) for name, mask in self.masks.items()]
+        if any(weight is None or weight.shape != mask.shape for weight, mask in pairs):
+            raise ValueError(f"{type(module).__name__} has not the layout of the module that the masks belong to")
+        for weight, mask in pairs:
+            _zero_pruned(weight, mask.to(weight.device))
 
     def density(self):
         """Share of the module's maskable weights that are active: 1.0 if it is dense."""
@@ -291,12 +353,25 @@ class SparseTraining:
         return {name: self.active[name] / mask.numel() for name, mask in self.masks.items()}
 
     def state_dict(self):
-        """Tensors and plain values: masks (bool), the random generator, and how far the schedule has come."""
-        return {"regime": self.regime, "last_step": self.last_step, "generator": self.generator.get_state(),
+        """Tensors and plain values: masks (bool), their sparsity and seed, and how far the schedule has come."""
+        return {"regime": self.regime, "last_step": self.last_step, "sparsity": self.sparsity, "seed": self.seed,
                 "masks": {name: mask.clone() for name, mask in self.masks.items()}}
 
     def load_state_dict(self, state):
-        """Takes back what `state_dict` gave; ValueError if it belongs to another regime or another layout."""
+        """Takes back what `state_dict` gave, and clears what it prunes: load the module and the optimiser before.
+
+        ValueError, before anything changes, if it belongs to another regime, layout, sparsity or distribution.
+        """
+        self.check_state_dict(state)
+        for name, mask in state["masks"].items():
+            self.masks[name].copy_(mask)
+            self.active[name] = int(mask.sum())
+        self.last_step, self.sparsity, self.seed = state["last_step"], state["sparsity"], state["seed"]
+        for name, weight in self._weights():
+            self._clear(weight, self.masks[name])
+
+    def check_state_dict(self, state):
+        """ValueError for what `load_state_dict` would not take."""
         if state["regime"] != self.regime:
             raise ValueError(f"the saved masks are for regime {state['regime']!r}, this module trains {self.regime!r}")
         shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
@@ -304,11 +379,11 @@ class SparseTraining:
         if saved != shapes:
             odd = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
             raise ValueError(f"the saved masks do not fit this module, first at {odd[0]!r}")
-        for name, mask in state["masks"].items():
-            self.masks[name].copy_(mask)
-            self.active[name] = int(mask.sum())
-        self.last_step = state["last_step"]
-        self.generator.set_state(state["generator"].cpu())
+        low, high = sorted((self.initial, self.final))
+        kept = {name: int(mask.sum()) for name, mask in state["masks"].items()}
+        if not low <= state["sparsity"] <= high or kept != self._counts(state["masks"], state["sparsity"]):
+            raise ValueError(f"the saved masks keep {sum(kept.values())} weights for sparsity {state['sparsity']}: "
+                             f"{self.distribution!r} between {low} and {high}, as here, would not")
 
     def _weights(self):
         """(name, weight) of all masked weights, looked up anew each time: `.to` and loading replace parameters."""
@@ -319,14 +394,29 @@ class SparseTraining:
                 self.masks[name] = mask.to(weight.device)
             yield name, weight
 
-    def _moments(self, weight):
-        """Every optimiser state of the weight's shape: exp_avg, exp_avg_sq, momentum_buffer, ... None before a step."""
-        return [state for state in self.optimizer.state.get(weight, {}).values()
-                if torch.is_tensor(state) and state.shape == weight.shape]
+    def _clear(self, weight, stays):
+        """Where not `stays`: the weight becomes 0, and its optimiser state that of a new weight."""
+        _zero_pruned(weight, stays)
+        group = next((group for group in self.optimizer.param_groups if any(weight is p for p in group["params"])), {})
+        for key, state in self.optimizer.state.get(weight, {}).items():  # exp_avg, momentum_buffer, ...
+            if torch.is_tensor(state) and state.shape == weight.shape:
+                _zero_pruned(state, stays)
+                if initial := group.get(INITIAL_STATE.get(key), 0):
+                    state.masked_fill_(~stays, complex(initial, initial) if state.is_complex() else initial)
+
+    def _generator(self, step, number, device):
+        """For random growth of one layer at one step: nothing to save, and a resumed run draws the same.
+
+        On the weights' device: drawing 150 million numbers on the CPU would hold a GPU up for a second. Another device
+        grows other weights, then; but rounding makes weights differ there anyway, and with them what is dropped.
+        """
+        if self.grow == "gradient" or device.type == "meta":
+            return None
+        return torch.Generator(device).manual_seed(hash((self.seed, step, number)))
 
     def _counts(self, weights, sparsity):
         """Whole numbers of active weights a layer, whose sum is exact for the module: each layer's share is rounded
-        down, and the largest remainders are rounded up."""
+        down, and the largest remainders are rounded up. weights: name -> weight, or its mask."""
         densities = layer_densities([tuple(weight.shape) for weight in weights.values()], sparsity, self.distribution)
         shares = [density * weight.numel() for density, weight in zip(densities, weights.values())]
         counts = [math.floor(share + 1e-6) for share in shares]
@@ -335,6 +425,30 @@ class SparseTraining:
         for layer in by_remainder[:max(0, missing)]:
             counts[layer] += 1
         return dict(zip(weights, counts))
+
+
+def _plain_names(module):
+    """Parameters' names without what torch.compile ("_orig_mod."), DataParallel and AveragedModel ("module.") add."""
+    names = [name.replace("_orig_mod.", "") for name, _ in module.named_parameters()]
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    return names
+
+
+def _check_optimizer(optimizer, weights):
+    """ValueError if it does not train the weights, or would not leave pruned ones at 0."""
+    if refused := [kind.__name__ for kind in type(optimizer).__mro__ if kind.__name__ in REFUSED_OPTIMIZERS]:
+        raise ValueError(f"{refused[0]} cannot follow masks: take one that moves each weight for itself, such as AdamW")
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    for name, weight in weights.items():
+        if id(weight) not in groups:
+            raise ValueError(f"the optimizer does not train {name}: give SparseTraining the module's own optimizer")
+        group, dtype = groups[id(weight)], weight.dtype
+        if group.get("fused") and isinstance(optimizer, torch.optim.Adam):
+            dtype = torch.float32  # it computes in float32 whatever the weights are
+        if isinstance(group.get("eps"), (int, float)) and torch.tensor(group["eps"], dtype=dtype, device="cpu") == 0:
+            raise ValueError(f"eps={group['eps']} is 0 in {dtype}, and a pruned weight would become 0 / 0: give "
+                             f"{type(optimizer).__name__} at least eps={torch.finfo(dtype).smallest_normal:.0e}")
 
 
 def _check_choice(what, value, choices):

@@ -2,43 +2,73 @@
 values computed by other implementations, and each has been seen to fail when the line it guards is broken.
 """
 
+import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
 import functools
+import getpass
+import inspect
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+import traceback
 import warnings
 from pathlib import Path
+from random import Random
+from typing import get_args
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+import agents
+import aggregate
 import bench
+import checkpoint
 import envs
+import estimate
 import fast
+import figures
 import metrics
 import networks
+import plot
+import sparsity
 import train
 from envs import Env, LockstepEvaluation, task_names
-from agents import AGENTS
+from agents import AGENTS, build_agent
 from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
-from mrsac import MRSAC
 from replay import Batch, ReplayBuffer, multi_step_return
-from sac import DDPG, SAC, Temperature, reduce_q, tanh_gaussian
-from settings import MR_DEFAULT, MR_MST, DDPGConfig, ModuleConfig, MRQConfig, SACConfig, module_configs, notes, parse, run_name
+from runlog import Busy, Finished, RunLog
+from sac import SAC, reduce_q, tanh_gaussian
+from settings import (CONFIGS, DDPGConfig, MRQConfig, MR_DEFAULT, MR_MST, ModuleConfig, NOT_IN_NAME, SACConfig, check, defaults,
+                      differences, effective, flag_names, from_config, module_configs, notes, parse, run_name)
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
+from survive import SavedRun
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # tiny networks: threads would only wait for one another
@@ -166,6 +196,26 @@ def test_mask_update_against_a_sort(rows, columns, zeta, seed, data):
                                                   int(mask.sum()) if num_active is None else wanted))
 
 
+def test_random_growth_is_drawn_where_the_weights_are():
+    class Drawn(TorchDispatchMode):
+        devices = []
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            self.devices += [result.device.type] if function.name().startswith("aten::rand") else []
+            return result
+
+    model = nn.Linear(30, 30, device="meta")
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters()), "dst", grow="random", update_interval=1, seed=0)
+    with Drawn() as drawn:
+        assert sparse.update_topology(1)
+    assert drawn.devices == ["meta"]
+    draw = lambda *place: torch.rand(4, generator=sparse._generator(*place, torch.device("cpu"))).tolist()
+    assert draw(1, 0) == draw(1, 0) and len({*map(tuple, (draw(1, 0), draw(1, 1), draw(2, 0), draw(0, 1)))}) == 4
+    one, sparse.seed = draw(1, 0), 1
+    assert one != draw(1, 0)
+
+
 def test_random_growth_ignores_gradients_and_keeps_the_count():
     weight, grad = torch.rand(40, 40), torch.arange(1600.0).view(40, 40)
     mask = torch.rand(40, 40) < 0.4
@@ -199,10 +249,15 @@ def backward(model, width):
 def test_density_invariants(regime, sparsity, distribution, grow, sizes, total, interval, strides):
     model = mlp(*sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    sparse = SparseTraining(model, optimizer, regime, sparsity, total_steps=total, update_interval=interval,
-                            distribution=distribution, grow=grow)
     weights = [p for p in model.parameters() if p.ndim >= 2]
     size = sum(w.numel() for w in weights)
+    try:
+        sparse = SparseTraining(model, optimizer, regime, sparsity, total_steps=total, update_interval=interval,
+                                distribution=distribution, grow=grow)
+    except ValueError as refusal:  # only where a layer's share is less than one weight
+        densities = layer_densities([tuple(w.shape) for w in weights], sparsity, distribution)
+        assert "keeps no weight" in str(refusal) and min(d * w.numel() for d, w in zip(densities, weights)) < 1
+        return
     final = {"dense": 0, "sst": sparsity, "dst": sparsity, "s2d": 0, "d2s": sparsity}[regime]
     densities, step = [sparse.density()], 0
     for stride in strides + [total]:
@@ -216,7 +271,7 @@ def test_density_invariants(regime, sparsity, distribution, grow, sizes, total, 
             weight = dict(model.named_parameters())[name]
             assert int(mask.sum()) == sparse.active[name]
             assert not weight[~mask].any()
-            assert not any(moment[~mask].any() for moment in sparse._moments(weight))
+            assert not any(optimizer.state[weight][moment][~mask].any() for moment in ("exp_avg", "exp_avg_sq"))
     assert abs(densities[-1] * size - (1 - final) * size) <= 0.5 + 1e-6  # exact: no weight too many, none too few
     ordered = {"d2s": sorted(densities, reverse=True), "s2d": sorted(densities)}.get(regime, [densities[0]] * len(densities))
     assert densities == ordered  # monotone, or constant
@@ -224,29 +279,67 @@ def test_density_invariants(regime, sparsity, distribution, grow, sizes, total, 
         assert densities[-1] == 1.0
 
 
-@pytest.mark.parametrize("optimizer_class, options", [
-    (torch.optim.AdamW, {"weight_decay": 0.1, "fused": True}), (torch.optim.Adam, {"amsgrad": True}),
-    (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}), (torch.optim.RMSprop, {"momentum": 0.5})])
-def test_pruned_weights_stay_exactly_zero(optimizer_class, options):
-    model = mlp(6, 32, 32, 1)
-    optimizer = optimizer_class(model.parameters(), lr=1e-3, **options)
-    steps = 3000 if optimizer_class is torch.optim.AdamW else 300
-    sparse = SparseTraining(model, optimizer, "dst", 0.8, total_steps=steps, update_interval=100)
-    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+OPTIMIZERS = sorted(name for name, value in vars(torch.optim).items()
+                    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name != "Optimizer")
+
+
+@pytest.mark.parametrize("name, options", [(name, {}) for name in OPTIMIZERS] + [
+    ("AdamW", {"weight_decay": 0.1, "fused": True}), ("Adam", {"amsgrad": True}), ("SGD", {"momentum": 0.9, "nesterov": True}),
+    ("RMSprop", {"momentum": 0.5, "centered": True}), ("Adagrad", {"initial_accumulator_value": 0.1})])
+@pytest.mark.slow
+def test_pruned_weights_stay_exactly_zero_with_every_optimiser_of_torch_or_it_is_refused(name, options):
+    assert re.search(rf"\b{name}\b", SparseTraining.__doc__)
+    model = nn.Sequential(nn.Linear(6, 32, bias=False), nn.ELU(), nn.Linear(32, 32, bias=False), nn.ELU(),
+                          nn.Linear(32, 1, bias=False))
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-3, **options)
+    steps = 3000 if "fused" in options else 200
+    if name in ("LBFGS", "Muon", "SparseAdam"):
+        with pytest.raises(ValueError, match=f"{name} cannot follow masks"):
+            SparseTraining(model, optimizer, "dst")
+        return
+    for _ in range(3 if len(options) < 2 else 0):  # the optimiser may have run before
+        backward(model, 6)
+        optimizer.step()
+    sparse = SparseTraining(model, optimizer, "dst", 0.8, total_steps=2 * steps, update_interval=steps // 4, seed=1)
+    new = 0
     for step in range(1, steps + 1):
         backward(model, 6)
-        sparse.update_topology(step)
+        before = {name: mask.clone() for name, mask in sparse.masks.items()}
+        if sparse.update_topology(step):  # what grows starts as everything started
+            for key, mask in sparse.masks.items():
+                weight, grown = model.get_parameter(key), mask & ~before[key]
+                new += int(grown.sum())
+                assert not weight[grown].any()
+                for part, state in optimizer.state[weight].items():
+                    start = {"step_size": 1e-3, "sum": options.get("initial_accumulator_value", 0.0)}.get(part, 0.0)
+                    assert state.shape != weight.shape or (state[grown] == torch.tensor(start)).all(), part
         sparse.mask_gradients()
         optimizer.step()
-    for name, weight in model.named_parameters():
-        if weight.ndim < 2:
-            continue
-        assert not weight[~sparse.masks[name]].any()
-        assert weight[sparse.masks[name]].count_nonzero() > 0.9 * sparse.active[name]
-        for state in optimizer.state[weight].values():
-            if state.shape == weight.shape:
-                assert not state[~sparse.masks[name]].any()
-    assert any((before[name] != mask).any() for name, mask in sparse.masks.items())  # the topology did move
+        assert not any(model.get_parameter(key)[~mask].any() for key, mask in sparse.masks.items())
+    assert new > 20
+    for key, mask in sparse.masks.items():
+        weight = model.get_parameter(key)
+        assert weight.isfinite().all()
+        assert weight[mask].count_nonzero() > 0.9 * sparse.active[key]
+        if name == "AdamW":
+            assert not any(state[~mask].any() for state in optimizer.state[weight].values() if state.shape == mask.shape)
+
+
+def test_an_eps_that_vanishes_in_the_weights_precision_is_refused():
+    model = mlp(6, 32, 1).half()
+    for options in ({}, {"eps": 0}):
+        for kind in (torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adamax, torch.optim.Adagrad):
+            with pytest.raises(ValueError, match="is 0 in torch.float16.*at least eps=6e-05"):
+                SparseTraining(model, kind(model.parameters(), **options), "sst")
+    for options in ({"eps": 1e-4}, {"fused": True}):  # the fused one computes in float32
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
+        sparse = SparseTraining(model, optimizer, "sst", 0.8)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            sparse.mask_gradients()
+            optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters()) and not model[0].weight[~sparse.masks["0.weight"]].any()
 
 
 def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
@@ -275,6 +368,63 @@ def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
     assert not optimizer.state[weight]["exp_avg"][fresh].any() and not optimizer.state[weight]["exp_avg_sq"][fresh].any()
 
 
+SPARSE_ARGUMENTS = [{"sparsity": 0.55, "distribution": "er", "grow": "gradient", "drop_initial": 0.7, "drop_final": 0.2, "schedule_start": 0.15,
+                     "schedule_end": 0.65, "power": 3.0, "seed": 5, "update_interval": 7},
+                    {"sparsity": 0.7, "distribution": "uniform", "grow": "random", "drop_initial": 0.1, "drop_final": 0.6, "schedule_start": 0.3,
+                     "schedule_end": 0.9, "power": 0.5, "seed": 6, "update_interval": 4}]
+
+
+@pytest.mark.parametrize("arguments", SPARSE_ARGUMENTS, ids=["gradient", "random"])
+@pytest.mark.parametrize("regime", ["dst", "s2d", "d2s"])
+def test_every_argument_of_sparse_training_is_read(regime, arguments):
+    """Masks over 40 steps, each from the one before by Eqs. (1) and (2) and Algorithm 1, written out here."""
+    a, total = arguments, 40
+    model = mlp(9, 20, 16, 2)
+    weights = {name: p for name, p in model.named_parameters() if p.ndim == 2}
+    sizes = [p.numel() for p in weights.values()]
+    make = lambda m=model, **other: SparseTraining(m, torch.optim.SGD(m.parameters(), lr=0.1), regime, total_steps=total, **a | other)
+    assert regime == "d2s" or any((x != y).any() for x, y in zip(make(seed=7).masks.values(), make(seed=8).masks.values()))
+    sparse, twin, moved, drawn = make(), make(copy.deepcopy(model)), 0, 0
+    first, last = a["schedule_start"] * total, a["schedule_end"] * total
+    for step in range(1, total + 1):
+        torch.manual_seed(step)
+        for p, other in zip(model.parameters(), twin.module.parameters()):
+            p.data, p.grad = torch.randn_like(p), torch.randn_like(p)
+            other.data, other.grad = p.data.clone(), p.grad.clone()
+        sparse.apply_masks(model)
+        before = {name: mask.clone() for name, mask in sparse.masks.items()}
+        magnitudes = {name: p.detach().clone() for name, p in weights.items()}
+        changed = sparse.update_topology(step)
+        assert changed == (step % a["update_interval"] == 0 or regime != "dst" and step == last), step
+        assert twin.update_topology(step) == changed and all(torch.equal(twin.masks[n], mask) for n, mask in sparse.masks.items())
+        if not changed:
+            continue
+        left = (1 - min(max((step - first) / (last - first), 0), 1)) ** a["power"]
+        wanted = a["sparsity"] * {"dst": 1, "s2d": left, "d2s": 1 - left}[regime]
+        zeta = a["drop_final"] + (a["drop_initial"] - a["drop_final"]) * (1 + math.cos(math.pi * step / total)) / 2
+        counts = {name: int(mask.sum()) for name, mask in sparse.masks.items()}
+        if a["distribution"] == "er":
+            assert list(counts.values()) == naive_counts([tuple(p.shape) for p in weights.values()], wanted)
+        else:
+            assert sum(counts.values()) == math.floor((1 - wanted) * sum(sizes) + 0.5)
+            assert all(abs(count - (1 - wanted) * size) < 1 for count, size in zip(counts.values(), sizes))
+        for name, mask in sparse.masks.items():
+            by_gradient = naive_update_mask(magnitudes[name], weights[name].grad, before[name], zeta, counts[name])
+            if a["grow"] == "gradient":
+                assert torch.equal(mask, by_gradient)
+            else:  # what is kept is known; what grows is drawn
+                drawn += not torch.equal(mask, by_gradient)
+                dropped = max(math.floor(zeta * before[name].sum().item()), before[name].sum().item() - counts[name])
+                kept = magnitudes[name].abs().masked_fill(~before[name], -1).flatten().argsort(descending=True)[:before[name].sum().item() - dropped]
+                assert mask.flatten()[kept].all()
+                grown = (mask & ~before[name]).sum().item()
+                free = mask.numel() - len(kept)  # each of these is as likely as any other
+                expected = (counts[name] - len(kept)) * (mask.numel() - before[name].sum().item()) / free if free else 0
+                assert abs(grown - expected) <= 5 * math.sqrt(expected + 1)
+            moved += (mask != before[name]).sum().item()
+    assert moved > 100 and (drawn > 5) == (a["grow"] == "random")
+
+
 def test_updates_happen_when_a_boundary_is_crossed_and_never_at_step_0():
     model = mlp(10, 40, 1)
     sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", total_steps=1000, update_interval=100)
@@ -294,11 +444,12 @@ def test_a_schedule_ends_where_it_says_even_between_two_boundaries():
         assert sparse.density() == pytest.approx(density, abs=0.5 / 2040)
 
 
-def test_sparsity_survives_copies_saving_and_new_parameters():
+@pytest.mark.parametrize("regime", ["dst", "s2d", "d2s"])
+def test_sparsity_survives_copies_saving_and_new_parameters(regime):
     model = mlp(6, 30, 30, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    make = lambda m, o: SparseTraining(m, o, "dst", 0.7, total_steps=60, update_interval=5, grow="random", seed=3)
-    sparse = make(model, optimizer)
+    make = lambda m, o, seed: SparseTraining(m, o, regime, 0.7, total_steps=60, update_interval=5, grow="random", seed=seed)
+    sparse = make(model, optimizer, 3)
 
     def advance(model, optimizer, sparse, first, last):
         torch.manual_seed(first)
@@ -308,17 +459,19 @@ def test_sparsity_survives_copies_saving_and_new_parameters():
             sparse.mask_gradients()
             optimizer.step()
 
-    advance(model, optimizer, sparse, 1, 20)
+    advance(model, optimizer, sparse, 1, 18)  # between two boundaries, on the way from one density to another
     copied = copy.deepcopy(model)  # a hard target: sparse by itself
     assert all(not dict(copied.named_parameters())[n][~mask].any() for n, mask in sparse.masks.items())
 
     other = mlp(6, 30, 30, 1, seed=9)
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
-    other_sparse = make(other, other_optimizer)
+    other_sparse = make(other, other_optimizer, 4)
     for new, old in ((other, model), (other_optimizer, optimizer), (other_sparse, sparse)):
         new.load_state_dict(copy.deepcopy(old.state_dict()))
-    advance(model, optimizer, sparse, 20, 40)
-    advance(other, other_optimizer, other_sparse, 20, 40)  # continues as if nothing had happened
+    for step in range(18, 40):  # continues as if nothing had happened
+        advance(model, optimizer, sparse, step, step + 1)
+        advance(other, other_optimizer, other_sparse, step, step + 1)
+        assert sparse.density() == other_sparse.density() and sparse.layer_densities() == other_sparse.layer_densities()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
     assert all(torch.equal(sparse.masks[n], other_sparse.masks[n]) for n in sparse.masks)
 
@@ -335,6 +488,188 @@ def test_sparsity_survives_copies_saving_and_new_parameters():
         SparseTraining(model, torch.optim.SGD(model.parameters()), "sst", 0.7).load_state_dict(sparse.state_dict())
 
 
+def test_a_loaded_state_is_checked_and_leaves_nothing_where_it_prunes():
+    model = mlp(6, 30, 30, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparse = SparseTraining(model, optimizer, "d2s", 0.7, total_steps=40, update_interval=5)
+    for step in range(1, 21):
+        backward(model, 6)
+        sparse.update_topology(step)
+        sparse.mask_gradients()
+        optimizer.step()
+    state = copy.deepcopy(sparse.state_dict())
+    with torch.no_grad():  # weights and moments from elsewhere
+        for weight in (model[2].weight, optimizer.state[model[2].weight]["exp_avg"]):
+            weight.fill_(7.0)
+    sparse.load_state_dict(state)
+    for tensor in (model[2].weight, optimizer.state[model[2].weight]["exp_avg"]):
+        assert int(tensor.count_nonzero()) == sparse.active["2.weight"] < tensor.numel()
+    other = mlp(6, 30, 30, 1, seed=5)
+    other_sparse = SparseTraining(other, torch.optim.AdamW(other.parameters()), "d2s", 0.7, total_steps=40, update_interval=5)
+    other_sparse.load_state_dict(state)
+    again = other_sparse.state_dict()
+    assert {key: again[key] for key in again if key != "masks"} == {key: state[key] for key in state if key != "masks"}
+    damaged = copy.deepcopy(state)
+    damaged["masks"]["2.weight"][0] = True
+    masks = {name: mask.clone() for name, mask in sparse.masks.items()}
+    for bad, distribution, sparsity in ((damaged, "er", 0.7), (state, "uniform", 0.7), (state, "er", 0.1)):
+        sparse.distribution, sparse.final = distribution, sparsity
+        with pytest.raises(ValueError, match="the saved masks keep"):
+            sparse.load_state_dict(bad)
+        assert all(torch.equal(masks[name], sparse.masks[name]) for name in masks)
+
+
+def test_masks_reach_wrapped_copies():
+    class Odd(nn.Module):  # it has a child called "module" itself, whose child has the name of another
+        def __init__(self):
+            super().__init__()
+            self.module, self.norm = mlp(6, 20, 1), nn.LayerNorm(6)
+            self.add_module("0", nn.Linear(6, 20))
+
+    wraps = (lambda m: m, nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel,
+             lambda m: torch.compile(nn.DataParallel(torch.compile(m))))
+    for model, wrap_own, wrap_other in itertools.product((mlp(6, 20, 1), Odd()), wraps, wraps):
+        own, other = wrap_own(copy.deepcopy(model)), wrap_other(copy.deepcopy(model))
+        sparse = SparseTraining(own, torch.optim.SGD(own.parameters(), lr=0.1), "sst", 0.7)
+        nn.utils.vector_to_parameters(torch.ones(count(model)), other.parameters())
+        sparse.apply_masks(other)
+        assert all(torch.equal(a != 0, b != 0) for a, b in zip(own.parameters(), other.parameters()) if a.ndim == 2)
+    model = mlp(6, 20, 1)
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "sst", 0.7)
+    for other in (mlp(6, 21, 1), nn.Linear(6, 20)):
+        with pytest.raises(ValueError, match="has not the layout"):
+            sparse.apply_masks(other)
+
+
+class Everything(nn.Module):
+    """A layer of every kind that has parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bilinear, self.image, self.up = (nn.Linear(4, 6), nn.Bilinear(3, 4, 5), nn.Conv2d(2, 4, 3),
+                                                           nn.ConvTranspose1d(4, 4, 2))
+        self.embedding, self.bag, self.cell = nn.Embedding(9, 4), nn.EmbeddingBag(9, 4), nn.GRUCell(3, 4)
+        self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+        self.cross = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+        self.lstm = nn.LSTM(3, 4, bidirectional=True, proj_size=2)
+        self.tied = nn.Linear(4, 9)
+        self.tied.weight = self.embedding.weight
+        self.norm, self.batch_norm, self.prelu = nn.LayerNorm([4, 8]), nn.BatchNorm2d(4), nn.PReLU(4)
+        self.raw = nn.Parameter(torch.ones(4, 4))
+        self.empty = nn.Linear(4, 0)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_what_is_masked_is_a_matter_of_kind_and_choice():
+    model = Everything()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    lstm = [f"lstm.weight_{part}_l0{end}" for end in ("", "_reverse") for part in ("ih", "hh", "hr")]
+    attention = ["attention.in_proj_weight", "attention.out_proj.weight"] + [
+        f"cross.{part}" for part in ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")]
+    single = [f"{name}.weight" for name in ("linear", "bilinear", "image", "up", "embedding", "bag")]
+    expected = {*single, *attention, *lstm, "cell.weight_ih", "cell.weight_hh"}
+    untouched = {name: p.clone() for name, p in model.named_parameters() if name not in expected}
+    sparse = SparseTraining(model, optimizer, "sst", 0.5, seed=0)
+    assert sparse.masks.keys() == expected
+    assert all(torch.equal(p, model.get_parameter(name)) for name, p in untouched.items())
+    # By name: a layer with all that is in it, a single weight; a shared weight goes by either of its names.
+    sparse = SparseTraining(model, optimizer, "sst", 0.5, leave_out=["cross", "image.weight", "tied"])
+    assert expected - sparse.masks.keys() == {"image.weight", "embedding.weight", *attention[2:]}
+    assert SparseTraining(model, optimizer, "sst", 0.5, leave_out="bag").masks.keys() == expected - {"bag.weight"}
+    with pytest.raises(ValueError, match="no layer or weight 'lin'"):
+        SparseTraining(model, optimizer, "sst", leave_out="lin")
+    with pytest.raises(ValueError, match="LayerNorm trains no weight"):
+        SparseTraining(model.norm, torch.optim.SGD(model.norm.parameters()), "sst")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrap", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm,
+                                  torch.nn.utils.parametrizations.orthogonal, torch.nn.utils.weight_norm,
+                                  torch.nn.utils.spectral_norm, lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+                                  lambda layer: nn.Embedding(9, 4, sparse=True)])
+def test_weights_that_masks_cannot_follow_are_refused_or_left_out(wrap):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), wrap(nn.Linear(8, 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="masks cannot follow the .* of 2: build it without, or leave it out"):
+        SparseTraining(model, optimizer, "dst")
+    assert SparseTraining(model, optimizer, "dst", leave_out="2").masks.keys() == {"0.weight"}
+    model[2].requires_grad_(False)
+    assert SparseTraining(model, optimizer, "dst").masks.keys() == {"0.weight"}
+
+
+def test_a_change_that_lacks_a_gradient_changes_nothing_and_can_be_tried_again():
+    model = mlp(6, 20, 20, 1)
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", 0.7, update_interval=10)
+    backward(model, 6)
+    model[2].weight.grad = None
+    masks = {name: mask.clone() for name, mask in sparse.masks.items()}
+    with pytest.raises(RuntimeError, match="2.weight has no gradient"):
+        sparse.update_topology(10)
+    assert all(torch.equal(masks[name], mask) for name, mask in sparse.masks.items())
+    backward(model, 6)
+    assert sparse.update_topology(10) and any(not torch.equal(masks[name], mask) for name, mask in sparse.masks.items())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_weights():
+    for regime in ("sst", "dst", "s2d", "d2s"):  # now or at the end
+        model = mlp(8, 32, 16, 1)
+        with pytest.raises(ValueError, match="at sparsity 0.999 0.weight keeps no weight"):
+            SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), regime, 0.999)
+    assert layer_densities([(0, 4), (8, 8), (4, 0)], 0.5) == [1.0, 0.5, 1.0] and layer_densities([(0, 4)], 0.5) == [1.0]
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 0))
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", 0.5)
+    assert sparse.layer_densities() == {"0.weight": 0.5} and sparse.density() == 0.5
+
+
+def test_default_seeds_differ_between_modules_and_repeat_with_the_callers():
+    def mask(model, **options):
+        return SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "sst", 0.7, **options).masks["weight"]
+
+    def pair():
+        torch.manual_seed(0)
+        return nn.Linear(6, 20), nn.Linear(6, 20)
+
+    (one, two), (same, _) = pair(), pair()
+    assert not torch.equal(mask(one), mask(two)) and torch.equal(mask(pair()[0]), mask(same))
+    assert torch.equal(mask(pair()[0], seed=5), mask(pair()[1], seed=5))
+
+
+def test_complex_weights_train_as_sparsely():
+    torch.manual_seed(0)
+    model = nn.Linear(12, 8, dtype=torch.complex128)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.05, initial_accumulator_value=0.1)
+    sparse = SparseTraining(model, optimizer, "dst", 0.5, total_steps=40, update_interval=10)
+    for step in range(1, 41):
+        x = torch.randn(16, 12, dtype=torch.complex128)
+        optimizer.zero_grad()
+        model(x).abs().square().mean().backward()
+        sparse.update_topology(step)
+        sparse.mask_gradients()
+        optimizer.step()
+        mask = sparse.masks["weight"]
+        assert mask.sum() == 48 and not model.weight[~mask].any() and model.weight.isfinite().all()
+    assert (optimizer.state[model.weight]["sum"][~mask] == 0.1 + 0.1j).all()
+
+
+@pytest.mark.parametrize("zeta", [0.0, 0.5])
+def test_d2s_is_magnitude_pruning_only_without_a_drop_fraction(zeta):
+    model = mlp(10, 40, 40, 1)
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "d2s", 0.6, total_steps=100,
+                            update_interval=2, drop_initial=zeta)
+    left, smallest = 0, 0  # weights that left, and how many of them magnitude alone would have taken
+    for step in range(1, 101):
+        backward(model, 10)
+        before = {name: (mask.clone(), model.get_parameter(name).detach().abs()) for name, mask in sparse.masks.items()}
+        sparse.update_topology(step)
+        for name, (mask, magnitude) in before.items():
+            leaves = mask & ~sparse.masks[name]
+            left += int(leaves.sum())
+            smallest += int((magnitude[leaves] <= magnitude[mask].sort().values[max(0, int(leaves.sum()) - 1)]).sum())
+    assert left > 1000 and (smallest == left if zeta == 0 else smallest < 0.8 * left)
+
+
 def test_convolutions_random_numbers_nan_and_refusals():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 4))
     state = torch.get_rng_state()
@@ -345,16 +680,22 @@ def test_convolutions_random_numbers_nan_and_refusals():
     model[0].weight.grad[~sparse.masks["0.weight"]] = float("nan")
     sparse.mask_gradients()
     assert model[0].weight.grad.isfinite().all()  # NaN × 0 would be NaN
-    for dtype, layout in itertools.product((torch.float32, torch.float64, torch.bfloat16), (lambda t: t, lambda t: t.t())):
-        tensor, mask = layout(torch.randn(1100, 1000).to(dtype)), layout(torch.rand(1100, 1000) < 0.5)  # more than one piece
-        expected = tensor.masked_fill(~mask, 0.0)
-        tensor[~mask] = float("nan")
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128, torch.float8_e4m3fn)
+    for dtype, layout in itertools.product(dtypes, (lambda t: t, lambda t: t.t())):
+        values, mask = layout(torch.randn(1100, 1000)), layout(torch.rand(1100, 1000) < 0.5)  # more than one piece
+        expected = torch.where(mask, values.to(dtype).to(torch.complex128), 0)
+        tensor = torch.where(mask, values, float("nan")).to(dtype)
         _zero_pruned(tensor, mask)
-        assert torch.equal(tensor, expected)
+        assert torch.equal(tensor.to(torch.complex128), expected)
     assert set(sparse.layer_densities()) == {"0.weight", "3.weight"}
     assert sparse.density() == pytest.approx(0.2, abs=2 / (16 * 27 + 4 * 16 * 36))
-    for arguments, message in ((("rigl",), "unknown regime"), (("dst", 1.0), "sparsity"), (("dst", 0.5, 0), "total_steps"),
-                               (("dst", 0.5, 9, 1, "er", "gradient", 1.5), "drop_initial")):
+    nan, base = float("nan"), ("s2d", 0.5, 9, 1, "er", "gradient")
+    for arguments, message in ((("rigl",), "unknown regime"), (("dst", nan), "sparsity"), (("dst", 1.0), "sparsity"), (("dst", 0.5, 0), "total_steps"),
+                               (("dst", 0.5, 9, 1, "er", "gradient", 1.5), "drop_initial"),
+                               (("dst", 0.5, nan), "total_steps"), (("dst", 0.5, 9, nan), "update_interval"),
+                               (("dst", 0.5, 9, 1, "er", "gradient", 0.5, nan), "drop_final"),
+                               *(((*base, 0.5, 0.0, 0.2, 0.8, power), "power") for power in (-1, 0, nan, float("inf"))),
+                               *(((*base, 0.5, 0.0, *ends), "schedule_end <= 1") for ends in ((nan, 0.8), (0.2, nan)))):
         with pytest.raises(ValueError, match=message):
             SparseTraining(model, optimizer, *arguments)
     with pytest.raises(ValueError, match="drop_fraction"):
@@ -401,10 +742,18 @@ def layer_norm(x):
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
 
 
-def naive_block_mlp(model, x, config, residual):
-    """Appendix C and Eqs. (3)-(6), written out."""
-    act = {"relu": lambda v: v.clamp(min=0), "elu": lambda v: torch.where(v > 0, v, v.exp() - 1)}[config["activation"]]
-    norm_act = lambda v: act(layer_norm(v)) if config["use_layer_norm"] else act(v)
+def naive_activation(config):
+    return {"relu": lambda v: v.clamp(min=0), "elu": lambda v: torch.where(v > 0, v, v.exp() - 1)}[config["activation"]]
+
+
+def naive_block_mlp(model, x, config, residual, seen=None):
+    """Appendix C and Eqs. (3)-(6), written out. seen: a list that takes what leaves each activation."""
+    def norm_act(v):
+        v = naive_activation(config)(layer_norm(v) if config["use_layer_norm"] else v)
+        if seen is not None:
+            seen.append(v)
+        return v
+
     linear = lambda layer, v: v @ layer.weight.T + layer.bias
     x = linear(model.projection, x)
     for block in model.blocks:
@@ -452,14 +801,32 @@ def test_modules_against_their_definitions():
 
 
 def test_initialisation_and_bad_arguments():
-    layer = networks.Critic(512, 4).q1.blocks[0].linear1
-    bound = math.sqrt(2) * math.sqrt(6 / 1024)  # Xavier uniform with ReLU's gain
-    assert 0.99 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+    torch.manual_seed(0)
+    for module in (networks.Encoder(40, 30, 4), networks.Critic(512, 4), networks.Actor(512, 30), networks.GaussianActor(512, 30)):
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear):
+                bound = math.sqrt(2) * math.sqrt(6 / sum(layer.weight.shape))  # Xavier uniform with ReLU's gain
+                assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any(), name
+                assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     for bad in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="scale must be above 0"):
             networks.Critic(8, 4, scale=bad)
     with pytest.raises(ValueError, match="architecture type"):
         networks.Actor(8, 2, 7)
+
+
+def naive_simba(q, x, seen):
+    """SimBa's definition, written out: features and output. seen: a list that takes what leaves each activation."""
+    def norm(layer, v):  # with parameters, and an epsilon of its own
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * layer.weight + layer.bias
+
+    linear = lambda layer, v: v @ layer.weight.T + layer.bias
+    x = linear(q.projection, x)
+    for block in q.blocks:
+        seen.append(linear(block.linear1, norm(block.norm, x)).clamp(min=0))
+        x = x + linear(block.linear2, seen[-1])
+    x = norm(q.norm, x)
+    return x, linear(q.output, x)
 
 
 def test_simba_networks_against_their_definition_and_sizes():
@@ -468,21 +835,12 @@ def test_simba_networks_against_their_definition_and_sizes():
     for name, parameter in critic.named_parameters():
         nn.init.normal_(parameter, std=1e-3 if "projection" in name else 0.5)  # so small that the epsilon tells
     obs, action = torch.randn(7, 5), torch.randn(7, 2)
-
-    def norm(layer, v):  # with parameters, and an epsilon of its own
-        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * layer.weight + layer.bias
-
-    linear, columns = lambda layer, v: v @ layer.weight.T + layer.bias, []
-    for q in (critic.q1, critic.q2):
-        x = linear(q.projection, torch.cat([obs, action], 1))
-        for block in q.blocks:
-            x = x + linear(block.linear2, linear(block.linear1, norm(block.norm, x)).clamp(min=0))
-        columns.append(linear(q.output, norm(q.norm, x)))
-    torch.testing.assert_close(critic(obs, action), torch.cat(columns, 1))
+    x = torch.cat([obs, action], 1)
+    torch.testing.assert_close(critic(obs, action), torch.cat([naive_simba(q, x, [])[1] for q in (critic.q1, critic.q2)], 1))
     assert len(list(networks.SimbaCritic(5, 2, 8, 1).children())) == 1
     actor = networks.SimbaGaussian(5, 2, 8, 1)  # mean first, then log-std, each with a head of its own
-    torch.testing.assert_close(actor(obs), torch.cat([linear(actor.output, actor.features(obs)),
-                                                      linear(actor.log_std, actor.features(obs))], 1))
+    features, mean = naive_simba(actor, obs, [])
+    torch.testing.assert_close(actor(obs), torch.cat([mean, features @ actor.log_std.weight.T + actor.log_std.bias], 1))
 
     def size(inputs, outputs, hidden, blocks):  # weights and biases, and two vectors a LayerNorm
         block = 2 * hidden + hidden * 4 * hidden + 4 * hidden + 4 * hidden * hidden + hidden
@@ -499,14 +857,17 @@ def test_simba_networks_against_their_definition_and_sizes():
 
 def test_simba_initialisation():
     torch.manual_seed(0)
-    q = networks.SimbaCritic(40, 10, 64, 2).q1
-    torch.testing.assert_close(q.projection.weight.T @ q.projection.weight, torch.eye(50), atol=1e-5, rtol=0)
+    q, actor = networks.SimbaCritic(40, 10, 64, 2).q1, networks.SimbaGaussian(50, 10, 64, 2)
+    for layer in (q.projection, actor.projection):
+        torch.testing.assert_close(layer.weight.T @ layer.weight, torch.eye(50), atol=1e-5, rtol=0)
     assert q.output.weight.norm().item() == pytest.approx(1, abs=1e-5)  # orthogonal, gain 1
+    for layer in (actor.output, actor.log_std):
+        torch.testing.assert_close(layer.weight @ layer.weight.T, torch.eye(10), atol=1e-5, rtol=0)
     for layer in (q.blocks[0].linear1, q.blocks[1].linear2):
         std = math.sqrt(2 / layer.in_features)  # He; the cut is at two standard deviations of the normal before it
         assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
         assert 0.99 * 2 < layer.weight.abs().max().item() / (std / 0.8796257) <= 2
-        assert not layer.bias.any()
+    assert not any(layer.bias.any() for module in (q, actor) for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def test_the_normalizer_against_numpy():
@@ -585,6 +946,7 @@ def latest_row(episodes):
 
 
 @pytest.mark.parametrize("shape", [(1000,), (10, 100)])  # batch by batch, or a burst at once
+@pytest.mark.slow
 def test_draws_follow_the_priorities(shape):
     buffer = ReplayBuffer(1, 1, 5000, horizon=1)
     rng = np.random.RandomState(0)
@@ -686,6 +1048,11 @@ def test_srank_against_published_values_and_a_naive_form():
     rank_one = torch.outer(torch.randn(12), torch.randn(6))
     assert metrics.srank(rank_one) == 1 and metrics.srank(torch.zeros(4, 3)) == 0
     assert math.isnan(metrics.srank(torch.full((4, 3), float("nan"))))
+    for shape in ((0, 3), (4, 0)):
+        assert math.isnan(metrics.srank(torch.zeros(shape)))
+    for scale in (1e38, 1e-40, 1e300):  # sums, or singular values themselves, beyond float32
+        matrix = torch.diag(0.5 ** torch.arange(10.0)).double() * scale
+        assert metrics.srank(matrix if scale > 1e38 else matrix.float()) == 7
 
 
 def test_dormant_ratio_against_published_values():
@@ -698,6 +1065,10 @@ def test_dormant_ratio_against_published_values():
     assert metrics.dormant_ratio({"a": elu}) == (0.25, {"a": 0.25})
     assert metrics.dormant_ratio({"a": torch.zeros(3, 5)})[0] == 1.0
     assert math.isnan(metrics.dormant_ratio({})[0])
+    pooled, per_layer = metrics.dormant_ratio({"none": torch.zeros(3, 0), "some": torch.tensor([[0.0, 1.0, 1.0, 2.0]])})
+    assert pooled == per_layer["some"] == 0.25 and math.isnan(per_layer["none"])
+    pooled, per_layer = metrics.dormant_ratio({"unseen": torch.zeros(0, 3)})
+    assert math.isnan(pooled) and math.isnan(per_layer["unseen"])
 
 
 def test_activations_are_read_after_the_activation_in_every_layer():
@@ -710,6 +1081,66 @@ def test_activations_are_read_after_the_activation_in_every_layer():
     assert min(value.min() for value in recorded.values()) >= -1  # ELU's floor
     model(torch.zeros(2, 4))
     assert recorded["activation.1"].shape == (16, 8)  # the hooks are gone
+
+
+class Channels(nn.Module):
+    """Convolutions whose channels 1 and 3 of 4 are dead, and then layers that count units otherwise."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.conv = getattr(nn, f"Conv{dims}d")(2, 4, 3, padding=1)
+        self.act, self.pool, self.act2 = nn.ReLU(), getattr(nn, f"MaxPool{dims}d")(2), nn.ReLU()
+        self.gate, self.sigmoid, self.act3 = nn.Linear(4, 4), nn.Sigmoid(), nn.ReLU()
+        self.last, self.gelu = nn.Linear(4, 6), nn.GELU()
+        with torch.no_grad():
+            self.conv.bias[[1, 3]] = -1e3
+
+    def forward(self, x):  # (batch, 2, 8, ...)
+        x = self.act2(self.pool(self.act(self.conv(x))))
+        gate = self.sigmoid(self.gate(x.flatten(2).mean(2)))  # (batch, 4): units last, in between
+        x = self.act3(x * gate.view(*gate.shape, *[1] * (x.ndim - 2)))
+        return self.gelu(self.last(x.movedim(1, -1)))  # (batch, 4, ..., 6): as many dimensions, units last
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_channels_are_the_neurons_of_a_convolution(dims):
+    torch.manual_seed(0)
+    model, x = Channels(dims), torch.randn(3, 2, *[8] * dims)
+    with metrics.record_activations(model) as recorded:
+        model(x)
+    assert {name: tuple(value.shape) for name, value in recorded.items()} == {
+        "act": (3 * 8 ** dims, 4), "act2": (3 * 4 ** dims, 4), "sigmoid": (3, 4), "gelu": (3 * 4 ** dims, 6),
+        "act3": (3 * 4 ** dims, 4)}
+    per_layer = metrics.dormant_ratio(recorded)[1]
+    assert [per_layer[name] for name in ("act", "act2", "sigmoid", "gelu")] == [0.5, 0.5, 0, 0]
+    torch.testing.assert_close(recorded["act"][:, 2], F.relu(model.conv(x))[:, 2].flatten())
+    assert per_layer["act3"] == 0.5
+    with metrics.record_activations(model) as recorded:  # one sample, not in a batch
+        model.act(model.conv(x[0]))
+    assert metrics.dormant_ratio(recorded)[1] == {"act": 0.5} and recorded["act"].shape == (8 ** dims, 4)
+    with metrics.record_activations(model.act) as recorded:  # no layer that says: channels first in images, not in sequences
+        model.act(x)
+    assert recorded[""].shape[1] == (8 if dims == 1 else 2)
+    model = nn.ModuleList([nn.Conv1d(2, 4, 3), nn.GRU(2, 5, batch_first=True), nn.ReLU()])
+    with metrics.record_activations(model) as recorded:
+        model[2](model[0](torch.randn(3, 2, 8)))
+        model[2](model[1](torch.randn(3, 8, 2))[0])
+    assert recorded["2"].shape == (3 * 8, 5)
+
+
+def test_every_kind_of_activation_is_seen_and_what_follows_leaves_the_record_alone():
+    others = {"MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
+    for name in set(nn.modules.activation.__all__) - others:
+        layer = getattr(nn, name)(*{"Threshold": (0.1, 0.0)}.get(name, ()))
+        x = torch.randn(5, 4)
+        for shape in ((5, 4), (1, 5, 4), (4,)):
+            with metrics.record_activations(layer) as recorded:
+                out = layer(x[0] if shape == (4,) else x.view(shape))
+                expected = torch.atleast_2d(out.detach().clone().squeeze(0))
+                out.data.mul_(0)  # as nn.ReLU(inplace=True) or x += y would
+            if name != "RReLU":
+                torch.testing.assert_close(recorded[""], expected)
+            assert recorded[""].shape == expected.shape
 
 
 def test_norms_and_interference_against_naive_forms():
@@ -737,9 +1168,23 @@ def test_norms_and_interference_against_naive_forms():
     masked = gradients * torch.cat([m.flatten() for m in masks])
     torch.testing.assert_close(metrics.gradient_gram(losses, list(model.parameters()), masks), (masked @ masked.T).double(),
                                atol=1e-6, rtol=1e-4)
+    weight, data = torch.ones(3000, requires_grad=True), torch.randn(4, 3000)
+    with torch.autocast("cpu", torch.bfloat16):  # whatever precision products have, as tf32 on a GPU
+        gram = metrics.gradient_gram((data * weight).sum(1), [weight])
+    torch.testing.assert_close(gram, data.double() @ data.double().T, atol=1e-9, rtol=0)
+    tiny = metrics.gradient_gram(losses * 1e-24, list(model.parameters()))  # whose squares float32 does not have
+    torch.testing.assert_close(metrics.cosines(tiny), cosine, atol=1e-5, rtol=1e-4)
+    model[0].requires_grad_(False)  # a frozen parameter adds nothing
+    losses = (model(x) - y).square().mean(1)
+    trained = gradients[:, 5 * 7 + 7:].double()
+    torch.testing.assert_close(metrics.gradient_gram(losses, list(model.parameters())), trained @ trained.T, atol=1e-6, rtol=1e-4)
     model.zero_grad()
     assert math.isnan(metrics.gradient_norm(model)) and math.isnan(metrics.parameter_norm(nn.ReLU()))
     assert all(math.isnan(value) for value in metrics.interference_summary(torch.full((3, 3), float("nan"))))
+    for nothing in (model.requires_grad_(False), nn.ReLU(), mlp(5, 7, 3)):  # frozen; without parameters; not in the graph
+        row = metrics.module_metrics(nothing, {"z": torch.zeros(0, 4)}, {}, losses)
+        assert all(math.isnan(row[key]) for key in ("srank_z", "dormant", "interference", "gradient_norm"))
+        assert math.isnan(row["parameter_norm"]) == (nothing.__class__ is nn.ReLU)
 
 
 # ------------------------------------------------------------------------------------------------------------ mrq.py
@@ -824,137 +1269,16 @@ def test_encoder_loss_against_a_loop_over_samples():
         torch.testing.assert_close(losses, torch.stack(expected))
 
 
-def test_td_target_and_critic_loss_against_a_loop_over_samples():
-    agent, buffer = double(tiny()), filled()
-    agent.reward_scale.fill_(2.5), agent.target_reward_scale.fill_(0.7)
-    batch = batch_of(buffer)
-    target_encoder, target_actor, target_critic = (agent.targets[name] for name in ("encoder", "actor", "critic"))
-    torch.manual_seed(11)
-    noise = (torch.randn(12, 2, dtype=torch.float64) * 0.2).clamp(-0.3, 0.3)
-    targets, losses, errors = [], [], []
-    with torch.no_grad():
-        for i in range(12):
-            y, alive = 0.0, True
-            for k in range(3):
-                if alive:
-                    y += 0.99 ** k * batch.reward[i, k]
-                    alive = not batch.terminated[i, k]
-            if alive:
-                zs = target_encoder.zs(batch.obs[i, 3])
-                action = (target_actor(zs)[0] + noise[i]).clamp(-1, 1)
-                y += 0.99 ** 3 * 0.7 * target_critic(target_encoder(zs, action)).min()
-            y = y / 2.5
-            q = agent.critic(agent.encoder(agent.encoder.zs(batch.obs[i, 0]), batch.action[i, 0]))
-            huber = [0.5 * d * d if d < 1 else d - 0.5 for d in (q - y).abs().tolist()]
-            targets.append(y), losses.append(sum(huber) / 2), errors.append((q - y).abs().max())
-    torch.manual_seed(11)
-    torch.testing.assert_close(agent.td_target(batch)[:, 0], torch.stack(targets))
-    torch.manual_seed(11)
-    loss, td_error, _ = agent.critic_loss(batch, agent.encoder.zs(batch.obs[:, 0]))
-    torch.testing.assert_close(loss, torch.tensor(losses).double())
-    torch.testing.assert_close(td_error, torch.stack(errors))
-
-
-def test_actor_loss_by_its_equation():
-    agent, buffer = double(tiny(config=MRQConfig(batch_size=16, pre_activation_weight=0.3))), filled()
-    zs = agent.encoder.zs(batch_of(buffer).obs[:, 0]).detach()
-    pre = agent.actor.mlp(zs)
-    zsa = agent.encoder(zs, pre.tanh())
-    expected = -0.5 * (agent.critic.q1(zsa) + agent.critic.q2(zsa))[:, 0] + 0.3 * (pre ** 2).mean(1)
-    torch.testing.assert_close(agent.actor_loss(zs)[0], expected)
-
-
-@pytest.mark.parametrize("name", ["encoder", "critic", "actor"])
-def test_gradients_against_finite_differences(name):
-    agent, buffer = double(tiny()), filled()
-    batch = batch_of(buffer)
-    zs = agent.encoder.zs(batch.obs[:, 0]).detach()
-
-    def loss():
-        torch.manual_seed(2)  # the same target noise each time
-        return {"encoder": lambda: agent.encoder_loss(batch, torch.ones(()))[0], "critic": lambda: agent.critic_loss(batch, zs)[0],
-                "actor": lambda: agent.actor_loss(zs)[0]}[name]().mean()
-
-    parameters = list(agent.networks[name].parameters())
-    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients):
-        direction = torch.randn_like(parameter)
-        with torch.no_grad():
-            parameter += 1e-6 * direction
-            above = loss()
-            parameter -= 2e-6 * direction
-            below = loss()
-            parameter += 1e-6 * direction
-        assert ((above - below) / 2e-6).item() == pytest.approx((gradient * direction).sum().item(), rel=1e-4, abs=1e-7)
-
-
-def test_one_whole_update_against_adamw_by_hand():
-    """Critic: masks, then clipping, then AdamW; from the gradient of the critic's own loss."""
-    config = MRQConfig(batch_size=16, critic_grad_clip=0.05)  # low enough to bind
-    agent, buffer = tiny(config=config), filled()
-    agent.refresh_targets(buffer)
-    for _ in range(5):  # crosses topology updates at 3; moments are not zero
-        agent.update_critic_and_actor(buffer)
-    before = copy.deepcopy(agent.critic)
-    names = [name for name, _ in agent.critic.named_parameters()]
-    moments = {n: {k: v.clone() for k, v in agent.optimizers["critic"].state[p].items()} for n, p in agent.critic.named_parameters()}
-    torch.manual_seed(7)
-    batch = buffer.sample(16, 3)
-    loss, _, _ = agent.critic_loss(batch, agent.encoder.zs(batch.obs[:, 0]).detach())
-    gradients = dict(zip(names, torch.autograd.grad(loss.mean(), list(agent.critic.parameters()))))
-    masks = agent.sparse["critic"].masks
-    for name in masks:  # the sixth update is a topology update: 6 is a multiple of 3
-        zeta = drop_fraction(6, 40, 0.5, 0.0)
-        masks[name] = masks[name].clone()
-    new_masks = {n: update_mask(dict(before.named_parameters())[n], gradients[n], masks[n], zeta) for n in masks}
-    torch.manual_seed(7)
-    agent.update_critic_and_actor(buffer)
-    for n in new_masks:
-        assert torch.equal(agent.sparse["critic"].masks[n], new_masks[n])
-        gradients[n] = gradients[n] * new_masks[n]
-    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    assert norm > 0.05 and agent.info["critic_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
-    for n, parameter in before.named_parameters():
-        stays = masks_and(masks, new_masks, n, parameter)
-        w, m, v = (t * stays for t in (parameter.detach(), moments[n]["exp_avg"], moments[n]["exp_avg_sq"]))
-        g = gradients[n] * 0.05 / (norm + 1e-6)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        w = w - 3e-4 * 1e-4 * w - 3e-4 * (m / (1 - 0.9 ** 6)) / ((v / (1 - 0.999 ** 6)).sqrt() + 1e-8)
-        torch.testing.assert_close(dict(agent.critic.named_parameters())[n].detach(), w, atol=1e-7, rtol=1e-5)
-
-
-def masks_and(old, new, name, parameter):
-    return (old[name] & new[name]) if name in new else torch.ones_like(parameter, dtype=torch.bool)
-
-
-def test_growth_is_ranked_by_the_modules_own_loss(monkeypatch):
-    agent, buffer = tiny(), filled()
-    agent.update(buffer)
-    frozen, frozen_buffer, seen = copy.deepcopy(agent), copy.deepcopy(buffer), {}
-    for name, sparse in agent.sparse.items():
-        monkeypatch.setattr(sparse, "update_topology", lambda step, name=name: seen.update(
-            {name: [p.grad.clone() for p in agent.networks[name].parameters()]}))
-    torch.manual_seed(1)
-    agent.update_critic_and_actor(buffer)
-    torch.manual_seed(1)
-    batch = frozen_buffer.sample(16, 3)
-    zs = frozen.encoder.zs(batch.obs[:, 0]).detach()
-    own = torch.autograd.grad(frozen.critic_loss(batch, zs)[0].mean(), list(frozen.critic.parameters()))
-    torch.testing.assert_close(seen["critic"], list(own))  # nothing of the actor's loss in it, and not masked yet
-    action, pre_activation = frozen.actor(zs)  # the actor follows the critic as just updated
-    loss = -agent.critic(agent.encoder(zs, action)).mean() + 1e-5 * pre_activation.square().mean()
-    torch.testing.assert_close(seen["actor"], list(torch.autograd.grad(loss, list(frozen.actor.parameters()))))
-
-
 @pytest.mark.parametrize("algo, name", [("mrq", "encoder"), ("mrq", "critic"), ("mrq", "actor"), ("sac", "critic"), ("sac", "actor"),
                                         ("ddpg", "actor"), ("mrsac", "actor")])
 def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatch):
-    """One NaN loss: that module's weights stay, the others go on, and who broke, and when, is known at the end."""
+    """One loss that is NaN or infinite: that module's weights stay, the others go on, and who broke, and when, is known at the end."""
     agent, buffer = tiny_of(algo, interval=100)
     original, calls = getattr(agent, f"{name}_loss"), itertools.count(1)
     bad = 6 if name == "encoder" else 3  # the encoder's sixth update belongs to the burst of step 4
+    wrong = math.inf if algo == "mrq" and name == "critic" else math.nan
     monkeypatch.setattr(agent, f"{name}_loss", lambda *arguments: (
-        (lambda losses, *rest: (losses * (math.nan if next(calls) == bad else 1.0), *rest))(*original(*arguments))))
+        (lambda losses, *rest: (losses + (wrong if next(calls) == bad else 0.0), *rest))(*original(*arguments))))
     weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n, network in agent.networks.items()}
     while agent.fault() is None:
         agent.update(buffer)
@@ -988,7 +1312,6 @@ def test_the_reward_scale_waits_for_a_reward():
 
 
 def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
-    from torch.utils.flop_counter import FlopCounterMode
     agent, buffer = tiny(modules=MR_DEFAULT), filled()
     agent.refresh_targets(buffer)
     agent.update(buffer)
@@ -1007,39 +1330,6 @@ def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
     way = products(agent.critic) + products(agent.encoder.zsa_mlp) + products(agent.encoder.za_linear)
     first = 2 * 16 * agent.actor.mlp.projection.weight.numel()  # z_s needs no gradient
     assert counter.get_total_flops() <= 2 * way + 3 * products(agent.actor) - first
-
-
-def test_order_of_an_update():
-    agent, buffer = tiny(), filled()
-    events = []
-    for name in ("refresh_targets", "update_encoder", "update_critic_and_actor"):
-        def spy(replay, name=name, original=getattr(agent, name)):
-            events.append(name)
-            return original(replay)
-        setattr(agent, name, spy)
-    for _ in range(9):
-        agent.update(buffer)
-    period = ["refresh_targets"] + ["update_encoder"] * 4 + ["update_critic_and_actor"] * 4
-    assert events == (period * 3)[:len(period) * 2 + 6]
-    assert agent.updates == {"encoder": 12, "critic": 9, "actor": 9}
-
-
-def test_targets_and_reward_scales_follow_every_period():
-    agent, buffer = tiny(), filled()
-    same = lambda name: all(torch.equal(a, b) for a, b in zip(agent.networks[name].parameters(), agent.targets[name].parameters()))
-    assert all(same(name) for name in agent.networks) and agent.reward_scale == agent.target_reward_scale == 1
-    agent.update(buffer)
-    mean = buffer.mean_absolute_reward()
-    assert agent.reward_scale == mean and agent.target_reward_scale == 1  # the first target scale is 1
-    assert not any(same(name) for name in agent.networks)
-    for _ in range(3):
-        agent.update(buffer)
-    held = {name: [p.clone() for p in agent.networks[name].parameters()] for name in ("critic", "actor")}
-    buffer.add(np.zeros(4), np.zeros(2), 500.0, np.zeros(4), False, True)
-    agent.update(buffer)
-    assert agent.target_reward_scale == mean and agent.reward_scale == buffer.mean_absolute_reward() > mean
-    for name in ("critic", "actor"):  # copied before this update's step
-        assert all(torch.equal(a, b) for a, b in zip(held[name], agent.targets[name].parameters()))
 
 
 def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
@@ -1150,16 +1440,6 @@ def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=
     return agent, buffer
 
 
-def in_float64(agent):
-    for network in (*agent.networks.values(), *agent.targets.values()):
-        for parameter in network.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        network.double()
-    if hasattr(agent, "temperature"):
-        agent.temperature.log.data = agent.temperature.log.data.double() + 3.0
-    return agent
-
-
 def exact_log_prob(mean, raw, noise):
     """log π by PyTorch's own change of variables, in float64."""
     log_std = -10 + 6 * (1 + raw.tanh())
@@ -1219,148 +1499,6 @@ def test_the_log_std_stays_between_its_bounds():
         assert action.clamp(-1 + 1e-15, 1 - 1e-15).atanh().std().item() == pytest.approx(std, rel=0.05)
 
 
-def sac_batch(agent, buffer, size=24):
-    torch.manual_seed(5)
-    batch = buffer.sample(size, 1)
-    assert 0 < batch.terminated.sum() < size
-    return Batch(batch.index, agent.normalizer(batch.obs.double()), batch.action.double(), batch.reward.double(), batch.terminated.double())
-
-
-@pytest.mark.parametrize("algo", ["sac", "ddpg"])
-@pytest.mark.parametrize("twin, target_q, actor_q", [(False, "min", "min"), (True, "min", "mean"), (True, "mean", "min")])
-def test_simba_losses_against_a_loop_over_samples(algo, twin, target_q, actor_q):
-    agent, buffer = tiny_of(algo, twin_critics=twin, target_q=target_q, actor_q=actor_q)
-    batch = sac_batch(in_float64(agent), buffer)
-    alpha = agent.temperature.log.exp().item() if algo == "sac" else None
-    pick = {"min": min, "mean": lambda q: sum(q) / len(q)}
-
-    def policy(i, obs, noise):
-        output = agent.actor(obs)
-        if algo == "sac":
-            action, log_prob = exact_log_prob(output[:2], output[2:], noise[i])
-            return action, alpha * log_prob
-        return (output.tanh() + 0.1 * noise[i]).clamp(-1, 1), 0.0
-
-    torch.manual_seed(6)
-    noise = torch.randn(24, 2, dtype=torch.float64)
-    targets, critic_losses, actor_losses = [], [], []
-    for i in range(24):
-        action, cost = policy(i, batch.obs[i, 1], noise)
-        x = torch.cat([batch.obs[i, 1], action])
-        value = pick[target_q]([q(x)[0] for q in agent.targets["critic"].children()]) - cost
-        y = batch.reward[i, 0] + (0 if batch.terminated[i, 0] else 0.99 * value)
-        x = torch.cat([batch.obs[i, 0], batch.action[i, 0]])
-        critic_losses.append(sum((q(x)[0] - y.detach()) ** 2 for q in agent.critic.children())), targets.append(y)
-        action, cost = policy(i, batch.obs[i, 0], noise)
-        x = torch.cat([batch.obs[i, 0], action])
-        actor_losses.append(cost - pick[actor_q]([q(x)[0] for q in agent.critic.children()]))
-    same = lambda value, expected: torch.testing.assert_close(value, torch.stack(expected).detach())
-    torch.manual_seed(6)
-    same(agent.td_target(batch).flatten(), targets)
-    torch.manual_seed(6)
-    loss, _ = agent.critic_loss(batch)
-    same(loss.detach(), critic_losses)
-    torch.manual_seed(6)
-    actor_loss, info = agent.actor_loss(batch.obs[:, 0])
-    same(actor_loss.detach(), actor_losses)
-    for network, ours, theirs in ((agent.critic, loss, critic_losses), (agent.actor, actor_loss, actor_losses)):
-        parameters = list(network.parameters())
-        expected = torch.autograd.grad(torch.stack(theirs).mean(), parameters, retain_graph=True)
-        torch.testing.assert_close(torch.autograd.grad(ours.mean(), parameters, retain_graph=True), expected)
-    if algo == "sac":
-        torch.manual_seed(6)
-        _, log_prob = exact_log_prob(*agent.actor(batch.obs[:, 0]).chunk(2, 1), torch.randn(24, 2, dtype=torch.float64))
-        assert info["entropy"].item() == pytest.approx(-log_prob.mean().item())
-
-
-@pytest.mark.parametrize("target_policy, target_q, actor_q", [("target", "min", "min"), ("online", "mean", "min"), ("target", "min", "mean")])
-def test_mrsac_losses_against_a_loop_over_samples(target_policy, target_q, actor_q):
-    agent, buffer = tiny_of("mrsac", target_policy=target_policy, target_q=target_q, actor_q=actor_q)
-    in_float64(agent)
-    agent.reward_scale, agent.target_reward_scale = torch.tensor(2.5).double(), torch.tensor(0.7).double()
-    batch, alpha = batch_of(buffer), agent.temperature.log.exp().item()
-    pick = {"min": torch.min, "mean": torch.mean}
-    target_actor = agent.targets["actor"] if target_policy == "target" else agent.actor
-    target_encoder, target_critic = agent.targets["encoder"], agent.targets["critic"]
-    torch.manual_seed(6)
-    noise = torch.randn(12, 2, dtype=torch.float64)
-    zs = agent.encoder.zs(batch.obs[:, 0]).detach()
-    targets, losses = [], []
-    for i in range(12):
-        y, alive = 0.0, True
-        for k in range(3):
-            if alive:
-                y, alive = y + 0.99 ** k * batch.reward[i, k], not batch.terminated[i, k]
-        if alive:
-            next_zs = target_encoder.zs(batch.obs[i, 3])
-            action, log_prob = exact_log_prob(*target_actor(next_zs).chunk(2), noise[i])
-            value = pick[target_q](target_critic(target_encoder(next_zs, action))) - alpha * log_prob
-            y = y + 0.99 ** 3 * 0.7 * value
-        targets.append(y / 2.5)  # in units of the reward scale
-        action, log_prob = exact_log_prob(*agent.actor(zs[i]).chunk(2), noise[i])
-        losses.append(alpha * log_prob - pick[actor_q](agent.critic(agent.encoder(zs[i], action))))
-    torch.manual_seed(6)
-    torch.testing.assert_close(agent.td_target(batch)[:, 0], torch.stack(targets).detach())
-    torch.manual_seed(6)
-    torch.testing.assert_close(agent.actor_loss(zs)[0], torch.stack(losses))
-    # One temperature update an actor update: Adam's first step is its learning rate, against the slope α·(H - H̄).
-    agent, buffer = tiny_of("mrsac")
-    log = agent.temperature.log.item()
-    agent.update_critic_and_actor(buffer)
-    slope = agent.info["entropy"].item() - -0.5 * 2
-    assert agent.temperature.log.item() - log == pytest.approx(-3e-4 * np.sign(slope), rel=1e-2)
-    # The rest is MR.Q's own, not a copy.
-    assert all(getattr(MRSAC, name) is getattr(MRQ, name) for name in
-               ("encoder_loss", "critic_loss", "td_target", "refresh_targets", "update_encoder", "update_critic_and_actor", "update"))
-
-
-def test_the_temperature_against_adam_by_hand():
-    temperature = Temperature(SACConfig(initial_temperature=0.2, temperature_lr=0.01, target_entropy=-0.5), 6, torch.device("cpu"))
-    log, m, v = math.log(0.2), 0.0, 0.0
-    for step, entropy in enumerate((-4.0, -5.0, 1.0, -3.0, -2.5), start=1):
-        g = math.exp(log) * (entropy - -3.0)  # d/d(log α) of α·(H - H̄), H̄ = -0.5 · 6
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        log -= 0.01 * (m / (1 - 0.9 ** step)) / (math.sqrt(v / (1 - 0.999 ** step)) + 1e-8)
-        before = temperature.value().item()
-        temperature.update(torch.tensor(entropy))
-        assert temperature.value().item() == pytest.approx(math.exp(log), rel=1e-5)
-        if step <= 2:  # too little entropy: its price rises
-            assert temperature.value().item() > before
-
-
-def test_order_of_a_simba_update_and_its_soft_target():
-    agent, buffer = tiny_of("sac", regimes_dense("sac"))
-    events = []
-    for owner, name in ((agent, "actor_loss"), (agent.temperature, "update"), (agent, "critic_loss"), (agent, "update_target")):
-        def spy(*arguments, name=name, original=getattr(owner, name)):
-            events.append(name)
-            return original(*arguments)
-        setattr(owner, name, spy)
-    target = [p.clone() for p in agent.targets["critic"].parameters()]
-    for _ in range(3):
-        agent.update(buffer)
-        target = [0.995 * t + 0.005 * p.detach() for t, p in zip(target, agent.critic.parameters())]
-        torch.testing.assert_close(list(agent.targets["critic"].parameters()), target)
-    assert events == ["actor_loss", "update", "critic_loss", "update_target"] * 3
-    assert agent.updates == {"critic": 3, "actor": 3} and agent.updates_per_step == 2
-
-
-@pytest.mark.parametrize("algo", ["sac", "ddpg"])
-def test_the_simba_actors_loss_computes_nothing_for_the_critic(algo):
-    agent, buffer = tiny_of(algo)
-    spared = {}
-
-    def spy(name, loss, clip=None, original=agent._step):
-        result = original(name, loss, clip)
-        spared[name] = all(parameter.grad is None for parameter in agent.critic.parameters())
-        return result
-
-    agent._step = spy
-    agent.update(buffer)
-    assert spared == {"actor": True, "critic": False}
-    assert all(parameter.requires_grad for parameter in agent.critic.parameters())
-
-
 def regimes_dense(algo, *regimes):
     presets = AGENTS[algo].Config.presets["default"]
     return {name: dataclasses.replace(m, regime=regime) for (name, m), regime in
@@ -1389,21 +1527,7 @@ def test_raw_observations_are_stored_and_normalised_when_drawn():
             tiny_of(algo)[0].observe(np.array([1.0, float("nan"), 0, 0], np.float32))
 
 
-@pytest.mark.parametrize("algo", ["sac", "ddpg"])
-def test_metrics_look_at_normalised_observations(algo):
-    agent, buffer = tiny_of(algo)
-    batch = buffer.sample(8)
-    obs = agent.normalizer(batch.obs)
-    features = agent.probe(batch)
-    torch.testing.assert_close(features["critic"]["q1"], agent.critic.q1.features(torch.cat([obs[:, 0], batch.action[:, 0]], 1)))
-    torch.testing.assert_close(features["actor"]["pi"], agent.actor.features(obs[:, 0]))
-    torch.manual_seed(0)
-    losses = agent.probe_losses(batch, buffer)
-    torch.manual_seed(0)
-    torch.testing.assert_close(losses["critic"], agent.critic_loss(batch._replace(obs=obs))[0])
-    torch.testing.assert_close(losses["actor"], agent.actor_loss(obs[:, 0])[0])
-
-
+@pytest.mark.slow
 def test_soft_targets_stay_sparse_through_thousands_of_updates():
     for regime, updates in (("dst", 2500), ("d2s", 600), ("s2d", 600)):
         agent, buffer = tiny_of("sac", regimes_dense("sac", regime, "sst"), interval=updates // 50, total_updates=updates)
@@ -1465,6 +1589,447 @@ def test_reductions_and_wrong_choices_are_told():
             tiny_of(algo, **settings)
 
 
+# ------------------------------------------------------------------------------- the agents' whole updates, a second time
+
+class Noise:
+    """Stands in for torch.randn_like: numbers that depend on the order of the calls alone, the same for both sides."""
+
+    def __init__(self, monkeypatch):
+        self.calls = 0
+        monkeypatch.setattr(torch, "randn_like", self)
+
+    def __call__(self, like):
+        self.calls += 1
+        return 1.7 * torch.sin(12.9898 * torch.arange(like.numel()) + 78.233 * self.calls).to(like).view(like.shape)
+
+
+def naive_counts(sizes, sparsity):
+    """ER by bisection of ε, then whole numbers by largest remainders. sizes: (out, in) of each layer."""
+    numbers, low, high = [a * b for a, b in sizes], 0.0, 1e6
+    wanted = (1 - sparsity) * sum(numbers)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(min(n, middle * (a + b)) for n, (a, b) in zip(numbers, sizes)) < wanted else (low, middle)
+    shares = [min(n, low * (a + b)) for n, (a, b) in zip(numbers, sizes)]
+    counts = [math.floor(share + 1e-6) for share in shares]
+    for layer in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])[:math.floor(wanted + 0.5) - sum(counts)]:
+        counts[layer] += 1
+    return counts
+
+
+def naive_adam(p, g, m, v, t, lr, decay=0.0):
+    """AdamW as its paper writes it: new (p, m, v)."""
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    return p - lr * decay * p - lr * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)) ** 0.5 + 1e-8), m, v
+
+
+class Naive:
+    """An agent a second time: forward passes, losses, topology, AdamW, targets and temperature written out, in float64.
+
+    It starts from the first one's weights and masks, and shares nothing with it afterwards.
+    """
+
+    def __init__(self, agent, modules, total_updates):
+        self.config, self.modules, self.total = agent.config, modules, total_updates
+        self.networks, self.targets = copy.deepcopy((agent.networks, agent.targets))
+        self.normalizer = getattr(agent, "normalizer", None)
+        for network in (*self.networks.values(), *self.targets.values()):
+            network.double().requires_grad_(True)
+        self.masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
+        self.moments = {name: {n: [torch.zeros_like(p)] * 2 for n, p in network.named_parameters()} for name, network in self.networks.items()}
+        self.updates, self.scale, self.target_scale, self.info = dict.fromkeys(self.networks, 0), 1.0, 1.0, {}
+        self.gaussian = hasattr(self.config, "initial_temperature")
+        if self.gaussian:
+            self.log_alpha, self.alpha_moments = math.log(self.config.initial_temperature), (0.0, 0.0)
+            self.target_entropy = self.config.target_entropy * self.networks["actor"].output.out_features
+
+    # ---- networks: `seen` takes what leaves each activation
+
+    def mlp(self, name, model, x, seen):
+        """The model's features and its output."""
+        if self.modules[name].arch_type == "simba":
+            return naive_simba(model, x, seen)
+        y = naive_block_mlp(model, x, networks.ARCH_CONFIGS[self.modules[name].arch_type], self.modules[name].residual, seen)
+        return seen[-1], y
+
+    def zs(self, encoder, obs, seen=None):
+        seen = [] if seen is None else seen
+        config = networks.ARCH_CONFIGS[self.modules["encoder"].arch_type]
+        x = self.mlp("encoder", encoder.zs_mlp, obs, seen)[1]
+        seen.append(naive_activation(config)(layer_norm(x) if config["use_layer_norm"] else x))
+        return seen[-1]
+
+    def zsa(self, encoder, zs, action, seen=None):
+        seen = [] if seen is None else seen
+        act = naive_activation(networks.ARCH_CONFIGS[self.modules["encoder"].arch_type])
+        seen.append(act(action @ encoder.za_linear.weight.T + encoder.za_linear.bias))
+        return self.mlp("encoder", encoder.zsa_mlp, torch.cat([zs, seen[-1]], -1), seen)[1]
+
+    def q(self, critic, x, seen=None):
+        return torch.cat([self.mlp("critic", q, x, [] if seen is None else seen)[1] for q in critic.children()], -1)
+
+    def policy(self, actor, x, noise=None, clip=math.inf):
+        """An action, its log-probability (0 where there is none) and what went into tanh. noise: its std; None for no noise."""
+        features, mean = self.mlp("actor", actor, x, []) if not hasattr(actor, "mlp") else self.mlp("actor", actor.mlp, x, [])
+        if not self.gaussian:
+            action = mean.tanh()
+            action = action if noise is None else (action + (noise * torch.randn_like(action)).clamp(-clip, clip)).clamp(-1, 1)
+            return action, torch.zeros(len(x), dtype=x.dtype), mean
+        log_std = -10 + 6 * (1 + (features @ actor.log_std.weight.T + actor.log_std.bias).tanh())
+        draw = torch.randn_like(mean)
+        x = mean + log_std.exp() * draw
+        log_slope = 2 * (math.log(2) - torch.logaddexp(x, -x))  # log(1 - tanh²) = -2 log cosh
+        return x.tanh(), (-draw ** 2 / 2 - log_std - math.log(2 * math.pi) / 2 - log_slope).sum(-1), mean
+
+    def act(self, obs, explore):
+        x = self.normalized(obs) if self.normalizer else self.zs(self.networks["encoder"], obs)
+        action, _, mean = self.policy(self.networks["actor"], x, getattr(self.config, "exploration_noise", None) if explore else None)
+        return action if explore or not self.gaussian else mean.tanh()
+
+    def normalized(self, obs):
+        return (obs - self.normalizer.mean) / (self.normalizer.var + 1e-8).sqrt()
+
+    # ---- losses, one value a sample
+
+    def encoder_loss(self, batch, seen):
+        c, encoder = self.config, self.networks["encoder"]
+        bins = [math.copysign(math.expm1(abs(x)), x) for x in np.linspace(-c.reward_range, c.reward_range, c.reward_bins)]
+        bins = torch.tensor(bins, dtype=torch.float64)
+        zs, alive = self.zs(encoder, batch.obs[:, 0]), torch.ones(len(batch.obs), dtype=torch.float64)
+        parts = dict.fromkeys(("reward_loss", "dynamics_loss", "terminal_loss"), 0.0)
+        for k in range(c.encoder_horizon):
+            out = self.zsa(encoder, zs, batch.action[:, k]) @ encoder.model.weight.T + encoder.model.bias
+            done, zs, logits = out[:, 0], out[:, 1:-c.reward_bins], out[:, -c.reward_bins:]
+            two_hot = torch.stack([dense_two_hot(r, bins) for r in batch.reward[:, k]])
+            parts["reward_loss"] += alive * -(two_hot * logits.log_softmax(-1)).sum(-1)
+            with torch.no_grad():
+                target = self.zs(self.targets["encoder"], batch.obs[:, k + 1])
+            parts["dynamics_loss"] += alive * ((zs - target) ** 2).mean(-1)
+            parts["terminal_loss"] += alive * seen * (done - batch.terminated[:, k]) ** 2
+            alive = alive * (batch.terminated[:, k] == 0)
+        loss = c.reward_weight * parts["reward_loss"] + c.dynamics_weight * parts["dynamics_loss"] + c.terminal_weight * parts["terminal_loss"]
+        return loss, {"encoder_loss": loss} | parts
+
+    def td_target(self, batch):
+        """y: MR.Q's by Eq. (11), MR.SAC's and the one-step targets, of shape (batch,)."""
+        c, steps = self.config, getattr(self.config, "q_horizon", 1)
+        y, discount = torch.zeros(len(batch.obs), dtype=torch.float64), torch.ones(len(batch.obs), dtype=torch.float64)
+        for k in range(steps):
+            y, discount = y + discount * batch.reward[:, k], discount * c.discount * (batch.terminated[:, k] == 0)
+        if self.normalizer:
+            x = batch.obs[:, 1]
+            action, log_prob, _ = self.policy(self.networks["actor"], x, getattr(c, "exploration_noise", None))
+            x = torch.cat([x, action], -1)
+        else:
+            actor = self.networks["actor"] if getattr(c, "target_policy", "target") == "online" else self.targets["actor"]
+            zs = self.zs(self.targets["encoder"], batch.obs[:, steps])
+            action, log_prob, _ = self.policy(actor, zs, getattr(c, "target_noise", None), getattr(c, "target_noise_clip", math.inf))
+            x = self.zsa(self.targets["encoder"], zs, action)
+        value = self.reduced(self.q(self.targets["critic"], x), getattr(c, "target_q", "min"))
+        value = value - math.exp(self.log_alpha) * log_prob if self.gaussian else value
+        return (y + discount * self.target_scale * value) / self.scale
+
+    def reduced(self, q, how):
+        return q.min(1).values if how == "min" else q.mean(1)
+
+    def critic_loss(self, batch):
+        with torch.no_grad():
+            y = self.td_target(batch)[:, None]
+            x = torch.cat([batch.obs[:, 0], batch.action[:, 0]], -1) if self.normalizer else self.zsa(
+                self.networks["encoder"], self.zs(self.networks["encoder"], batch.obs[:, 0]), batch.action[:, 0])
+        q = self.q(self.networks["critic"], x)
+        error = (q - y).abs()
+        loss = (error ** 2).sum(1) if self.normalizer else torch.where(error < 1, error ** 2 / 2, error - 0.5).mean(1)
+        info = {"critic_loss": loss, "q": q, "td_target": y} | ({} if self.normalizer else {"td_error": error.max(1).values})
+        return loss, info
+
+    def actor_loss(self, obs):
+        c, actor = self.config, self.networks["actor"]
+        if self.normalizer:
+            action, log_prob, pre = self.policy(actor, obs, getattr(c, "exploration_noise", None))
+            x = torch.cat([obs, action], -1)
+        else:
+            zs = self.zs(self.networks["encoder"], obs).detach()
+            action, log_prob, pre = self.policy(actor, zs)
+            x = self.zsa(self.networks["encoder"], zs, action)
+        loss = -self.reduced(self.q(self.networks["critic"], x), getattr(c, "actor_q", "mean"))
+        info = {}
+        if self.gaussian:
+            loss = loss + math.exp(self.log_alpha) * log_prob
+            info = {"entropy": -log_prob}
+        elif not self.normalizer:
+            loss = loss + c.pre_activation_weight * (pre ** 2).mean(1)
+            info = {"pre_activation": pre.abs()}
+        return loss, {"actor_loss": loss} | info | ({"action_size": action.abs()} if self.gaussian or self.normalizer else {})
+
+    # ---- updates
+
+    def step(self, name, loss, info, clip=math.inf):
+        parameters = dict(self.networks[name].named_parameters())
+        gradients = dict(zip(parameters, torch.autograd.grad(loss.mean(), list(parameters.values()))))
+        self.updates[name] += 1
+        self.move(name, parameters, gradients, self.updates[name])
+        for n, mask in self.masks[name].items():
+            gradients[n] = gradients[n] * mask
+        norm = math.sqrt(sum((g ** 2).sum().item() for g in gradients.values()))
+        for n, p in parameters.items():
+            p.data, *self.moments[name][n] = naive_adam(p.data, gradients[n] * min(1.0, clip / (norm + 1e-6)), *self.moments[name][n], self.updates[name],
+                                                        getattr(self.config, f"{name}_lr"), self.config.weight_decay)
+        self.info |= {key: value.mean().item() for key, value in info.items()} | {f"{name}_grad_norm": norm}
+
+    def move(self, name, parameters, gradients, t):
+        """Algorithm 1 with Eqs. (1) and (2), where the regime moves and a boundary, or the schedule's end, has come."""
+        regime, sparsity, o = self.modules[name].regime, self.modules[name].sparsity, self.modules[name].sparse_options
+        first, last = round(o["schedule_start"] * self.total), round(o["schedule_end"] * self.total)
+        moving = regime in ("s2d", "d2s")
+        if regime in ("dense", "sst") or not (t % o["update_interval"] == 0 or moving and t == last):
+            return
+        share = min(max((t - first) / (last - first), 0.0), 1.0)
+        left = (1 - share) ** o["power"]
+        wanted = {"dst": sparsity, "s2d": sparsity * left, "d2s": sparsity * (1 - left)}[regime]
+        zeta = o["drop_final"] + (o["drop_initial"] - o["drop_final"]) / 2 * (1 + math.cos(math.pi * min(t, self.total) / self.total))
+        masks = self.masks[name]
+        for (n, mask), count in zip(masks.items(), naive_counts([tuple(parameters[n].shape) for n in masks], wanted)):
+            masks[n] = naive_update_mask(parameters[n].detach(), gradients[n], mask, zeta, count)
+            stays = mask & masks[n]
+            parameters[n].data = parameters[n].data * stays
+            self.moments[name][n] = [moment * stays for moment in self.moments[name][n]]
+
+    def temper(self, entropy):
+        gradient = math.exp(self.log_alpha) * (entropy - self.target_entropy)
+        self.log_alpha, *self.alpha_moments = naive_adam(self.log_alpha, gradient, *self.alpha_moments, self.updates["actor"], self.config.temperature_lr)
+        self.info["temperature"] = math.exp(self.log_alpha)
+
+    def update(self, batches, rewards, seen):
+        """One agent update. batches: drawn for it, in order. Returns |δ| of each sample of the last batch, or None."""
+        batches = iter(batches)
+        if self.normalizer:
+            batch = next(batches)
+            batch = batch._replace(obs=self.normalized(batch.obs))
+            self.step("actor", *self.actor_loss(batch.obs[:, 0]))
+            if self.gaussian:
+                self.temper(self.info["entropy"])
+            self.step("critic", *self.critic_loss(batch))
+            for (n, target), source in zip(self.targets["critic"].named_parameters(), self.networks["critic"].parameters()):
+                target.data = (1 - self.config.target_rate) * target.data + self.config.target_rate * source.data
+                target.data = target.data * self.masks["critic"].get(n, 1)
+            return None
+        if self.updates["critic"] % self.config.target_update_freq == 0:
+            self.targets = copy.deepcopy(self.networks)
+            self.target_scale, self.scale = self.scale, float(np.mean(np.abs(rewards)))
+            self.info["reward_scale"] = self.scale
+            for _ in range(self.config.target_update_freq):
+                self.step("encoder", *self.encoder_loss(next(batches), seen))
+        batch = next(batches)
+        loss, info = self.critic_loss(batch)
+        self.step("critic", loss, info, self.config.critic_grad_clip)
+        self.step("actor", *self.actor_loss(batch.obs[:, 0]))
+        if self.gaussian:
+            self.temper(self.info["entropy"])
+        return info["td_error"]
+
+
+UNEQUAL = {  # no two alike that could be mistaken for one another
+    "batch_size": 12, "discount": 0.9, "target_update_freq": 4, "dynamics_weight": 0.7, "reward_weight": 0.3, "terminal_weight": 0.5,
+    "encoder_lr": 1e-3, "critic_lr": 2e-3, "actor_lr": 3e-3, "weight_decay": 0.05, "critic_grad_clip": 0.3, "reward_bins": 31,
+    "reward_range": 3.0, "exploration_noise": 0.15, "target_noise": 0.35, "target_noise_clip": 0.25, "pre_activation_weight": 0.2,
+    "target_rate": 0.1, "initial_temperature": 0.3, "temperature_lr": 4e-3, "target_entropy": -0.8}
+MOVING = {"update_interval": 3, "drop_initial": 0.4, "drop_final": 0.15, "schedule_start": 0.1, "schedule_end": 0.75, "power": 3.0}
+
+
+def unequal_agent(algo, regimes, **settings):
+    """An agent with unequal settings, moved away from its targets, its modules, T, and a buffer."""
+    agent_class = AGENTS[algo]
+    presets = agent_class.Config.presets["mst"]
+    modules = {name: dataclasses.replace(m, regime=regime, width_scale=width / (16 if m.arch_type == "simba" else 64), depth_scale=depth,
+                                         residual="post" if name == "critic" else "pre", sparsity=sparsity, sparse_options=MOVING)
+               for (name, m), regime, width, depth, sparsity in zip(presets.items(), regimes, (1, 1.5, 2), (1, 2, 1), (0.5, 0.6, 0.7))}
+    fields = {spec.name for spec in dataclasses.fields(agent_class.Config)}
+    config = agent_class.Config(**{name: value for name, value in UNEQUAL.items() if name in fields} | settings)
+    torch.manual_seed(3)
+    agent = agent_class(4, 2, modules, config, 14, seed=3)
+    for network in agent.networks.values():  # biases and LayerNorms that matter
+        for parameter in network.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter) * (parameter != 0 if parameter.ndim > 1 else 1)
+    buffer, episodes = play(3, 400, agent.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.prioritized)
+    for obs in buffer.obs[:50].numpy():
+        agent.observe(2 * obs + 1)
+    return agent, modules, buffer, episodes
+
+
+WHOLE_UPDATES = [  # algorithm, regimes, settings
+    ("mrq", ("s2d", "dst", "d2s"), {"encoder_horizon": 2, "q_horizon": 3}),
+    ("sac", ("d2s", "dst"), {"twin_critics": True, "actor_q": "mean"}), ("sac", ("dst", "s2d"), {"twin_critics": True, "target_q": "mean"}),
+    ("ddpg", ("dst", "d2s"), {}),
+    ("mrsac", ("dst", "s2d", "d2s"), {"encoder_horizon": 3, "q_horizon": 2, "target_policy": "online", "target_q": "mean"}),
+    ("mrsac", ("d2s", "dst", "s2d"), {"encoder_horizon": 3, "q_horizon": 2, "actor_q": "mean"})]
+
+
+@pytest.mark.parametrize("algo, regimes, settings", WHOLE_UPDATES, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regimes, settings, monkeypatch):
+    """Weights, targets, masks, moments' effect, temperature, priorities and everything logged, over fourteen updates."""
+    agent, modules, buffer, episodes = unequal_agent(algo, regimes, **settings)
+    stored = [step[3] for episode in episodes for step in episode]
+    for network in (*agent.networks.values(), *agent.targets.values()):
+        network.double()
+    if hasattr(agent, "bins"):
+        agent.bins = agent.bins.double()
+    naive, noise, drawn = Naive(agent, modules, 14), Noise(monkeypatch), []
+    sample, update_priority, horizons = buffer.sample, buffer.update_priority, []
+
+    def double_sample(batch_size, horizon=None):
+        batch = sample(batch_size, horizon)
+        assert len(batch.index) == 12
+        horizons.append(batch.reward.shape[1])
+        drawn.append(Batch(batch.index, *(part.double() for part in batch[1:])))
+        return drawn[-1]
+
+    buffer.sample, buffer.update_priority = double_sample, lambda index, error: update_priority(index, error.float())
+    first_masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7, check_dtype=False)
+    for step in range(14):
+        buffer.add(np.ones(4), np.ones(2), 3.0 * step, np.ones(4), False, True)  # the reward scale moves
+        stored.append(3.0 * step)
+        drawn.clear()
+        noise.calls, before = 0, buffer.priority.clone()
+        agent.update(buffer)
+        noise.calls = 0
+        error = naive.update(drawn, stored, float(any(step[5] for episode in episodes for step in episode)))
+        assert {key: value.item() for key, value in agent.info.items()} == pytest.approx(naive.info, rel=1e-5, abs=1e-7)
+        assert agent.updates == naive.updates
+        if error is not None:  # LAP: at least 1, to the power 0.4; of a row drawn twice the larger one
+            for row, delta in sorted(zip(drawn[-1].index.tolist(), error.tolist()), key=lambda pair: pair[1]):
+                before[row] = max(delta, 1.0) ** 0.4
+            close(buffer.priority, before)
+        for name, network in naive.networks.items():
+            close(list(agent.networks[name].parameters()), list(network.parameters()))
+            assert all(torch.equal(mask, naive.masks[name][n]) for n, mask in agent.sparse[name].masks.items())
+        for name, network in naive.targets.items():
+            close(list(agent.targets[name].parameters()), list(network.parameters()))
+    for name, network in naive.networks.items():  # it was not in vain: topologies moved
+        assert modules[name].regime == "s2d" or any((first_masks[name][n] != mask).any() for n, mask in agent.sparse[name].masks.items())
+    own = getattr(agent.config, "encoder_horizon", 1), getattr(agent.config, "q_horizon", 1)
+    assert set(horizons) == set(own) and agent.horizon == max(own)
+    # Acting, in float32 as always.
+    for network in agent.networks.values():
+        network.float()
+    obs = torch.randn(5, 4)
+    for explore in (True, False):
+        noise.calls = 0
+        action = agent.act(obs.numpy(), explore)
+        noise.calls = 0
+        np.testing.assert_allclose(action, naive.act(obs.double(), explore).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("algo, regimes, settings", [WHOLE_UPDATES[0], WHOLE_UPDATES[1], WHOLE_UPDATES[3], WHOLE_UPDATES[5]], ids=AGENTS)
+def test_every_column_of_measure_against_a_naive_computation(algo, regimes, settings, monkeypatch):
+    """On the second implementation's networks: its activations, its losses, and gradients of one sample after the other."""
+    agent, modules, buffer, _ = unequal_agent(algo, regimes, **settings)
+    for _ in range(6):
+        agent.update(buffer)
+    naive, noise, drawn, sample = Naive(agent, modules, 14), Noise(monkeypatch), [], buffer.sample
+    if hasattr(agent, "reward_scale"):
+        naive.scale, naive.target_scale = agent.reward_scale.item(), agent.target_reward_scale.item()
+    if naive.gaussian:
+        naive.log_alpha = math.log(agent.info["temperature"].item())
+    buffer.sample = lambda *arguments: drawn.append((arguments, sample(*arguments))) or drawn[-1][1]
+    row = train.measure(agent, buffer)
+    ((arguments, batch),) = drawn
+    assert arguments == (2048,)
+    batch = Batch(batch.index, *(part.double() for part in batch[1:]))
+    batch = batch._replace(obs=naive.normalized(batch.obs)) if naive.normalizer else batch
+    few = Batch(*(part[:32] for part in batch))
+    seen, features, losses, expected = {name: [] for name in naive.networks}, {}, {}, {}
+    with torch.no_grad():
+        x = batch.obs[:, 0]
+        z = torch.cat([x, batch.action[:, 0]], -1)
+        if not naive.normalizer:
+            x = naive.zs(naive.networks["encoder"], batch.obs[:, 0], seen["encoder"])
+            features["encoder"] = {"zsa": (z := naive.zsa(naive.networks["encoder"], x, batch.action[:, 0], seen["encoder"]))}
+        features["critic"] = {name: naive.mlp("critic", q, z, seen["critic"])[0] for name, q in naive.networks["critic"].named_children()}
+        features["actor"] = {"pi": naive.mlp("actor", getattr(naive.networks["actor"], "mlp", naive.networks["actor"]), x, seen["actor"])[0]}
+    noise.calls = 0
+    if "encoder" in naive.networks:
+        losses["encoder"] = naive.encoder_loss(few, float(buffer.terminated.any()))[0]
+    losses["critic"], losses["actor"] = naive.critic_loss(few)[0], naive.actor_loss(few.obs[:, 0])[0]
+    for name, network in naive.networks.items():
+        columns, parameters = {}, dict(network.named_parameters())
+        for key, values in features[name].items():
+            singular = np.linalg.svd(values.numpy(), compute_uv=False)
+            columns[f"srank_{key}"] = 1 + sum(singular[:k].sum() < 0.99 * singular.sum() for k in range(1, len(singular)))
+            columns[f"srank_{key}_cap"] = min(2048, values.shape[1])
+        dormant = [[score <= 0.025 * np.mean(scores) for score in scores] for scores in (v.abs().mean(0).numpy() for v in seen[name])]
+        columns["dormant"] = np.mean(np.concatenate(dormant))
+        gradients = [torch.cat([(g * naive.masks[name].get(n, 1)).flatten() for n, g in zip(
+            parameters, torch.autograd.grad(loss, list(parameters.values()), retain_graph=True))]) for loss in losses[name]]
+        cosines = [(a @ b / (a.norm() * b.norm())).item() for i, a in enumerate(gradients) for j, b in enumerate(gradients) if i != j]
+        cosines = [cosine for cosine in cosines if cosine == cosine]  # a gradient of zeros has no direction
+        columns["interference"], columns["interference_negative"] = np.mean(cosines), np.mean(np.array(cosines) < 0)
+        columns["parameter_norm"] = math.sqrt(sum((p ** 2).sum().item() for p in parameters.values()))
+        columns["gradient_norm"] = (sum(gradients) / 32).norm().item()
+        masks = torch.cat([m.flatten() for m in naive.masks[name].values()])
+        columns["density"] = masks.double().mean().item()
+        layers = [column for column in row if column.startswith(f"{name}/dormant/")]
+        assert [row.pop(layer) for layer in layers] == pytest.approx([np.mean(layer) for layer in dormant])
+        expected |= {f"{name}/{key}": value for key, value in columns.items()}
+    assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_no_loss_computes_a_gradient_for_another_modules_weights(algo):
+    """Between two optimiser steps, gradients arrive at the weights of the module that steps next, and at no other's."""
+    agent, buffer = tiny_of(algo)
+    arrived, seen = set(), []
+    for kind, parts in (("", agent.networks), ("target ", agent.targets)):
+        for name, network in parts.items():
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda _, name=kind + name: arrived.add(name))
+    for name in agent.networks:
+        def step(*arguments, name=name, original=agent.optimizers[name].step):
+            seen.append((name, set(arrived)))
+            arrived.clear()
+            return original(*arguments)
+        agent.optimizers[name].step = step
+    for _ in range(2):
+        agent.update(buffer)
+    assert len(seen) >= 4 and all(gradients == {name} for name, gradients in seen)
+    assert all(parameter.requires_grad for network in agent.networks.values() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_what_a_captured_graph_reads_changes_in_place(algo):
+    """Every tensor of agent, buffer, optimisers, masks and targets lies where it lay, whatever happens; and most have changed."""
+    agent, buffer = tiny_of(algo)
+    for _ in range(2):
+        agent.update(buffer)
+
+    def tensors(owner, path, depth=7):
+        if torch.is_tensor(owner):
+            yield path, owner
+        elif isinstance(owner, nn.Module):
+            yield from ((f"{path}.{name}", value) for name, value in owner.state_dict(keep_vars=True).items())
+        elif depth and path.split(".")[-1] not in ("info", "module", "generator"):
+            parts = owner if isinstance(owner, dict) else vars(owner) if hasattr(owner, "__dict__") else {}
+            for key, value in parts.items():
+                yield from tensors(value, f"{path}.{key if isinstance(key, str) else id(key)}", depth - 1)
+
+    before = {path: (tensor, tensor.data_ptr(), tensor.detach().clone()) for path, tensor in (*tensors(agent, "agent"), *tensors(buffer, "buffer"))}
+    watched = " ".join(before)
+    assert all(name in watched for name in ("max_priority", "termination_seen", "broken", "masks", "exp_avg", "projection.weight"))
+    assert ("reward_scale" in watched and "target_reward_scale" in watched) == ("encoder" in agent.networks)
+    reward = 5.0
+    for step in range(12):  # bursts, topology changes and new targets among them
+        agent.observe(np.full(4, step, np.float32))
+        buffer.add(np.ones(4), np.ones(2), reward, np.ones(4), step == 5, step == 11)
+        agent.update(buffer)
+    after = dict([*tensors(agent, "agent"), *tensors(buffer, "buffer")])
+    for path, (tensor, address, value) in before.items():
+        assert after[path] is tensor and tensor.data_ptr() == address, f"{path} was bound anew"
+    changed = {path for path, (tensor, _, value) in before.items() if not torch.equal(tensor.detach(), value)}
+    assert len(changed) > len(before) / 2
+
+
 # ---------------------------------------------------------------------------------------------------- learning, small
 
 class Corridor:
@@ -1507,6 +2072,7 @@ def play_corridor(env, agent, x, first_action=None):
     return rewards
 
 
+@pytest.mark.slow
 def test_all_five_losses_are_needed_and_learn():
     """Learns a task where each loss has something of its own to show: what it predicts is held against the truth."""
     torch.manual_seed(0)
@@ -1553,6 +2119,7 @@ def test_all_five_losses_are_needed_and_learn():
 
 
 @pytest.mark.parametrize("algo", ["sac", "ddpg"])
+@pytest.mark.slow
 def test_simba_agents_learn_a_small_task(algo):
     torch.manual_seed(0)
     rng, agent_class = np.random.RandomState(0), AGENTS[algo]
@@ -1583,7 +2150,8 @@ class NoSynchronisation(TorchDispatchMode):
     """Fails on every operation that makes the host wait for the device: reading a value, or a shape that depends on one, or
     a copy between the two that does not say that nobody waits for it."""
     FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
-                 "aten::_unique2", "aten::bincount", "aten::repeat_interleave.Tensor"}
+                 "aten::_unique2", "aten::bincount", "aten::repeat_interleave.Tensor",
+                 "aten::kthvalue"}  # waits for nothing, but has one thread block a call: 0.7 s for 100 M elements
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         by_mask = function.name().startswith("aten::index") and any(
@@ -1605,6 +2173,7 @@ class NoNumbers(NoSynchronisation):
 
 @pytest.mark.parametrize("algo, growth", [("mrq", "gradient"), ("mrq", "random"), ("sac", "gradient"), ("ddpg", "random"),
                                           ("mrsac", "gradient")])
+@pytest.mark.slow
 def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
     modules = regimes_dense(algo, *(("s2d", "dst", "d2s") if algo in ("mrq", "mrsac") else ("dst", "d2s")))
     agent, buffer = tiny_of(algo, modules)
@@ -1872,6 +2441,25 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
         assert not calls
 
 
+def test_devices_and_precisions_by_name(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fast.pick_device("auto") == fast.pick_device("cpu") == cpu
+    assert [fast.pick_precision("auto", device) for device in (cpu, cuda)] == ["fp32", "tf32"]
+    assert [fast.pick_precision(name, cuda) for name in fast.PRECISIONS] == ["fp32", "tf32", "bf16"]
+    with pytest.raises(ValueError, match="unknown precision"):
+        fast.pick_precision("fp16", cuda)
+    chosen = []
+    for name, answer in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", chosen.append)):
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert fast.pick_device("auto") == torch.device("cuda") and fast.pick_device("cuda:1") == cuda and chosen == [cuda]
+    with pytest.raises(ValueError, match="this machine has 2 CUDA devices"):
+        fast.pick_device("cuda:2")
+    for precision, setting in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
+        fast.set_precision(precision)
+        assert torch.get_float32_matmul_precision() == setting
+
+
 def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
     agent, plain, buffer = tiny(MR_DEFAULT), tiny(MR_DEFAULT), filled()
     fast.speed_up(agent, "bf16")
@@ -1942,6 +2530,7 @@ def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
 
 
 @pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.slow
 def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is
     PyTorch's own affair and is left out."""
@@ -1966,6 +2555,7 @@ def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------- envs.py
 
+@pytest.mark.slow
 def test_action_repeat_rewards_observations_and_the_time_limit():
     from dm_control import suite
     env = Env("quadruped-walk", seed=4)  # its actions reach from -1 to 1.1 in places
@@ -1985,6 +2575,7 @@ def test_action_repeat_rewards_observations_and_the_time_limit():
 
 
 @pytest.mark.parametrize("name, repeat, steps", [("cartpole-swingup", 2, 500), ("cartpole-swingup", 3, 334), ("lqr-lqr_2_1", 2, 500)])
+@pytest.mark.slow
 def test_a_time_limit_truncates_and_an_episode_stops_where_it_ends(name, repeat, steps):
     env = Env(name, action_repeat=repeat)
     env.reset()
@@ -2002,6 +2593,7 @@ def test_a_termination_is_told_from_a_time_limit():
     assert env.step(np.zeros(1))[2:] == (True, False) and env.frames == 1
 
 
+@pytest.mark.slow
 def test_every_task_of_the_suite_starts_or_says_why_not():
     assert {"dog-run", "ball_in_cup-catch", "humanoid_CMU-stand", "lqr-lqr_6_2"} <= set(task_names())
     for name in task_names():
@@ -2015,6 +2607,7 @@ def test_every_task_of_the_suite_starts_or_says_why_not():
         Env("dog_run")
 
 
+@pytest.mark.slow
 def test_discrete_actions_and_broken_observations_are_refused(monkeypatch, tmp_path):
     from dm_control import suite
     from dm_control.rl import control
@@ -2038,6 +2631,7 @@ def test_discrete_actions_and_broken_observations_are_refused(monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("name", ["walker-walk", "finger-turn_hard", "fish-swim", "lqr-lqr_6_2"])
+@pytest.mark.slow
 def test_an_env_returns_exactly_to_a_saved_moment(name):
     env, other = Env(name, seed=1), Env(name, seed=1)
     env.reset(), env.reset()
@@ -2051,6 +2645,7 @@ def test_an_env_returns_exactly_to_a_saved_moment(name):
         assert np.array_equal(obs, obs2) and reward == reward2
 
 
+@pytest.mark.slow
 def test_evaluation_episodes_depend_on_their_seed_alone():
     act = lambda obs: np.sin(7 * obs[:, :1])
     five, two = LockstepEvaluation("cartpole-swingup", 5, seed=3), LockstepEvaluation("cartpole-swingup", 2, seed=3)
@@ -2067,6 +2662,54 @@ def test_evaluation_episodes_depend_on_their_seed_alone():
     assert returns[4] == pytest.approx(total)
 
 
+class ScriptedEnv:
+    """Stands in for Env: from each seed an episode of another length, and a reward for each action taken."""
+    made = []
+
+    def __init__(self, name, seed, action_repeat):
+        self.made.append((name, seed, action_repeat))
+
+    def reset(self, seed):
+        self.left, self.total = 3 + seed % 5, 0
+        return np.array([self.left, 0], np.float32)
+
+    def step(self, action):
+        assert self.left > 0, "stepped after its end"
+        self.left -= 1
+        return np.array([self.left, float(action[0])], np.float32), float(action[0]), self.left == 0 and action[0] > 2, self.left == 0 and action[0] <= 2
+
+
+def test_episodes_of_an_evaluation_end_each_at_its_own_time(monkeypatch):
+    monkeypatch.setattr(envs, "Env", ScriptedEnv)
+    evaluation, seen = LockstepEvaluation("task", 4, seed=2, action_repeat=3), []
+
+    def act(obs):
+        seen.append(obs.copy())
+        return np.full((4, 1), len(seen), np.float32)
+
+    returns = evaluation(act, step=9)
+    assert ScriptedEnv.made == [("task", 2, 3)] * 4
+    lengths = [3 + int(np.random.SeedSequence([2, 9, episode]).generate_state(1)[0]) % 5 for episode in range(4)]
+    assert len(set(lengths)) > 1 and returns.tolist() == [sum(range(1, n + 1)) for n in lengths]  # the k-th action pays k
+    assert len(seen) == max(lengths)
+    for k, obs in enumerate(seen):  # who has ended stays where it ended
+        assert obs.tolist() == [[n - min(k, n), min(k, n)] for n in lengths]
+
+
+@pytest.mark.slow
+def test_lqr_takes_unit_actions_and_random_actions_are_uniform():
+    from dm_control import suite
+    env, raw = Env("lqr-lqr_2_1", seed=3), suite.load("lqr", "lqr_2_1", task_kwargs={"random": 3})  # its bounds are ±1e10
+    raw.reset()
+    env.reset(), raw.reset()
+    reward = env.step(np.array([0.75]))[1]
+    assert reward == pytest.approx(raw.step(np.array([0.75])).reward + raw.step(np.array([0.75])).reward)
+    actions = np.array([env.random_action() for _ in range(2000)])
+    assert actions.dtype == np.float32 and actions.min() < -0.99 and actions.max() > 0.99 and abs(actions.mean()) < 0.05
+    assert Env("lqr-lqr_2_1").random_action() != Env("lqr-lqr_2_1", seed=1).random_action()
+
+
+@pytest.mark.slow
 def test_a_worker_that_dies_is_told_in_one_line():
     evaluation = LockstepEvaluation("cartpole-swingup", 2, workers=1)
 
@@ -2077,12 +2720,357 @@ def test_a_worker_that_dies_is_told_in_one_line():
         evaluation(act, step=0)
 
 
+@pytest.mark.slow
 def test_a_worker_for_every_four_cores(monkeypatch):
     monkeypatch.setattr(envs, "_RemoteGroup", envs._Group)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     assert [len(part) for part, _ in LockstepEvaluation("cartpole-swingup", 4, workers=None).groups] == [2, 1, 1]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)))
     assert len(LockstepEvaluation("cartpole-swingup", 4, workers=None).groups) == 1
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoint.py
+
+def some_state():
+    generator = torch.Generator().manual_seed(0)
+    return {"weights": {"a": torch.randn(20, 10, generator=generator), "b": torch.ones(3, dtype=torch.bool)},
+            "step": 7, "nan": math.nan, "name": "x", "nothing": None, "scalar": torch.tensor(2.5), "pairs": [(0.9, 0.999)]}
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def damaged(path, whole, random):
+    """Writes a damaged copy of the file, in one of five ways."""
+    kind = random.choice(["cut", "flip", "zeros", "pickle", "type"])
+    data = bytearray(whole)
+    if kind == "cut":
+        data = data[:random.randrange(len(data))]
+    elif kind == "flip":
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    elif kind == "zeros":
+        start = random.randrange(len(data))
+        data[start:start + random.randrange(1, 5000)] = bytes(len(data[start:start + random.randrange(1, 5000)]))
+    if kind not in ("pickle", "type"):
+        return path.write_bytes(data)
+    content = torch.load(io.BytesIO(whole), weights_only=True)
+    key = random.choice(list(content))
+    wrong = [Evil(), {key: Evil()}] if kind == "pickle" else [3, None, "x", [], torch.zeros(2), {}, math.inf, {1: 2}]
+    torch.save(content | {key: random.choice(wrong)} if random.random() < 0.8 else random.choice(wrong), path)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_in_it_runs(count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, content, random = tmp_path / "a.pt", some_state(), Random(0)
+    check = checkpoint.write(str(path), content)
+    whole, refused = path.read_bytes(), 0
+    assert checkpoint.read(str(path))[1] == check == checkpoint.digest(content)
+    for _ in range(count):
+        damaged(path, whole, random)
+        try:
+            # What is accepted is what was written: a byte of zip's padding may be anything.
+            assert checkpoint.read(str(path))[1] == check
+        except checkpoint.Damaged as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+    assert refused > 0.8 * count and os.listdir(tmp_path) == ["a.pt"]  # no code has run, nothing was written
+    path.write_bytes(whole.replace(b"format", b"farmat"))
+    with pytest.raises(checkpoint.Damaged, match="no checkpoint"):
+        checkpoint.read(str(path))
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    path.write_bytes(whole)
+    with pytest.raises(checkpoint.Damaged, match="format 1, and this code reads format 2"):
+        checkpoint.read(str(path))
+    with pytest.raises(TypeError, match="not a Generator"):
+        checkpoint.digest({"a": torch.Generator()})
+
+
+def fill(buffer, count, rng):
+    for _ in range(count):
+        end = rng.random()
+        start = rng.normal(size=2) if buffer.episode_length == 0 else fill.last
+        fill.last = rng.normal(size=2)
+        buffer.add(start, rng.normal(size=1), rng.normal(), fill.last, end < 0.05, 0.05 < end < 0.1)
+        if buffer.sampleable and rng.random() < 0.2:
+            batch = buffer.sample(4)
+            buffer.update_priority(batch.index, torch.as_tensor(rng.normal(size=4) * 9, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("capacity", [40, 1000])
+def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
+    rng = np.random.default_rng(0)
+    buffer, checkpoints = ReplayBuffer(2, 1, capacity, horizon=3), checkpoint.Checkpoints(str(tmp_path))
+    for step in range(1, 25):
+        fill(buffer, int(rng.integers(0, 25)), rng)
+        first, rows = buffer.rows_since(max(0, checkpoints.next_row - 1))
+        assert len(rows["obs"]) <= min(capacity, 1 + buffer.position + 1 - checkpoints.next_row + 1)  # only what is new
+        checkpoints.save(step, {"replay": buffer.state_dict()}, first, rows, buffer.position + 1 - capacity, wait=True)
+        found, other = checkpoint.Checkpoints(str(tmp_path)), ReplayBuffer(2, 1, capacity, horizon=3)
+        state = found.load()
+        for start, part in found.rows():
+            other.load_rows(start, part)
+        other.load_state_dict(state["replay"])
+        for name in (*buffer.ROWS, "priority", "max_priority", "termination_seen"):
+            assert torch.equal(getattr(buffer, name), getattr(other, name)), (step, name)
+        for name in ("row", "episode_length", "sampleable", "_offered"):
+            assert getattr(buffer, name) == getattr(other, name), (step, name)
+        assert found.step == step
+    names = os.listdir(tmp_path)
+    assert sum(name.startswith("checkpoint") for name in names) == 2
+    assert sum(name.startswith("rows") for name in names) <= (8 if capacity == 40 else 24)  # what has been overwritten is gone
+
+
+def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
+    """At each of the calls by which it touches the disk: full, or killed. Then the newest that reads whole is used."""
+    rows = {"x": torch.arange(100.0)}
+
+    def begin(folder):
+        checkpoints = checkpoint.Checkpoints(str(folder))
+        folder.mkdir()
+        checkpoints.save(1, {"a": torch.ones(3)}, 0, rows, wait=True)
+        return checkpoints
+
+    def load(folder):
+        found = checkpoint.Checkpoints(str(folder))
+        state = found.load()
+        return found.step, state["a"].sum().item(), sum(len(part["x"]) for _, part in found.rows())
+
+    old, new = (1, 3.0, 100), (2, 6.0, 150)
+    for name, calls in (("torch.save", 2), ("os.fsync", 4), ("os.replace", 2)):
+        for broken in range(calls):
+            for error, killed in ((OSError(28, "No space left on device"), False), (SystemError("killed"), True)):
+                folder, count = tmp_path / f"{name}{broken}{killed}", itertools.count()
+                checkpoints = begin(folder)
+                module, function = name.split(".")
+                plain = getattr({"os": os, "torch": torch}[module], function)
+
+                def breaks(*arguments):
+                    if next(count) == broken:
+                        raise error
+                    return plain(*arguments)
+                with monkeypatch.context() as patch:
+                    patch.setattr(f"{name}", breaks)
+                    patch.setattr("threading.excepthook", lambda _: None)
+                    checkpoints.save(2, {"a": 2 * torch.ones(3)}, 100, {"x": torch.arange(50.0)}, wait=True)
+                landed = (name, broken) == ("os.fsync", 3)  # everything is in place, and only the folder not synchronised
+                assert load(folder) == (new if landed else old), (name, broken, killed)
+                if not killed:
+                    assert "No space left" in checkpoints.failure and "step 2" in checkpoints.failure
+                    assert not any(part.endswith(".part") for part in os.listdir(folder))
+                    checkpoints.save(2, {"a": 2 * torch.ones(3)}, checkpoints.next_row, {"x": torch.arange(50.0)}, wait=True)
+                    assert load(folder) == new and checkpoints.failure is None  # when there is room again
+    newest = next(tmp_path.glob("os.fsync3*/checkpoint-*2.pt"))
+    newest.write_bytes(newest.read_bytes()[:-9])
+    found = checkpoint.Checkpoints(str(newest.parent))
+    assert load(newest.parent) == old and found.load() and "is damaged" in found.skipped[0]
+    for path in newest.parent.glob("rows-*"):
+        path.unlink()
+    with pytest.raises(checkpoint.Damaged, match="no other checkpoint of this run is left whole"):
+        found.load()
+
+
+# ------------------------------------------------------------------------------------------------------- settings.py
+
+READ_ELSEWHERE = {"eval_every", "eval_episodes", "log_every", "buffer_size",  # by the loop and what is built around it
+                  "compile", "cuda_graphs"}  # speed alone
+IN_PLACES_OF_THEIR_OWN = {"mst", "reward_bins", "twin_critics", "precision"}  # everything else that shows in one module shows in all
+
+
+def other_values(kind, value):
+    """Values of the type that no setting has by default."""
+    if type(None) in get_args(kind):
+        return [other for part in get_args(kind) if part is not type(None) for other in other_values(part, value)]
+    return {float: [0.0731, 2.731], int: [7, 1007], bool: [not value]}.get(kind) or [v for v in get_args(kind) if v != value]
+
+
+def with_setting(args, group, name, value):
+    return dataclasses.replace(args, **{group: dataclasses.replace(getattr(args, group), **{name: value})} if group else {name: value})
+
+
+def what_it_builds(agent):
+    """By module: its layers' widths and what they compute, its optimiser's options, its sparse training's settings."""
+    built = {name: {"optimizer": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]}
+             for name, optimizer in agent.optimizers.items()}
+    for name, network in agent.networks.items():
+        network = copy.deepcopy(network)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.copy_(0.3 * torch.sin(1.0 + torch.arange(parameter.numel())).view_as(parameter))
+            if name == "encoder":
+                output = network(network.zs(torch.zeros(1, 4)), torch.zeros(1, 2))
+            elif "encoder" in agent.networks:  # zeros: how wide another module is must not show here
+                output = network(torch.zeros(1, agent.encoder.zs_dim))
+            else:
+                output = network(torch.zeros(1, 4), torch.zeros(1, 2)) if name == "critic" else network(torch.zeros(1, 4))
+        output = output[1] if isinstance(output, tuple) else output
+        built[name] |= {"widths": [(n, len(p)) for n, p in network.named_parameters()], "output": output.tolist(),
+                        "sparse": {k: v for k, v in vars(agent.sparse[name]).items() if isinstance(v, (bool, int, float, str))}}
+    return built
+
+
+def what_it_does(agent):
+    """What an update leaves in each module's moments, in the order of the updates; and what acting and two updates leave."""
+    buffer = play(0, 400, agent.horizon, 120, obs_dim=4, action_dim=2, prioritized=agent.prioritized)[0]
+    obs = np.random.RandomState(0).randn(5, 4).astype(np.float32)
+    for row in obs:
+        agent.observe(row)
+    torch.manual_seed(0)
+    actions = [agent.act(obs, explore=explore).tolist() for explore in (True, False)]
+    agent.update(buffer)
+    order = ("encoder", "critic", "actor", "temperature") if "encoder" in agent.networks else ("actor", "temperature", "critic")
+    moments = {name: [value.sum().item() for state in agent.optimizers[name].state.values() for value in state.values()]
+               for name in order if name in agent.optimizers}
+    agent.update(buffer)  # by now the targets are not the networks themselves
+    tensors = [value.sum().item() for network in agent.targets.values() for value in network.parameters()]
+    rest = [value.tolist() for value in (*agent.tensors().values(), *agent.info.values())]
+    return moments, (actions, tensors, rest, agent.updates, agent.updates_per_step, buffer.priority.tolist())
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_every_setting_does_something_and_does_it_in_its_own_place(algo):
+    """Changed alone, by its type alone, it shows in what is built or in what an update does; and in the run's name."""
+    own = ("--twin-critics",) if algo in ("sac", "ddpg") else ("--encoder-regime", "s2d", "--target-update-freq", "4")
+    base = flags_to_args("--algo", algo, "--mst", "--critic-regime", "d2s", "--scale", "0.05", "--total-steps", "60", "--learning-starts",
+                         "20", "--batch-size", "12", "--update-interval", "3", "--schedule-start", "0.02", *own)
+    build = lambda args: (torch.manual_seed(0), build_agent(args, 4, 2, torch.device("cpu")))[1]
+    base_built, (base_moments, base_rest) = what_it_builds(build(base)), what_it_does(build(base))
+    modules = list(module_configs(base))
+    for group, name in flag_names(base):
+        if name == "algo":  # comes with settings of its own
+            continue
+        holder = getattr(base, group) if group else base
+        spec = next(spec for spec in dataclasses.fields(holder) if spec.name == name)
+        place, refusal, shown = name.split("_")[0], "", False
+        for value in other_values(spec.type, getattr(holder, name)):
+            args = with_setting(base, group, name, value)
+            try:
+                check(args)
+                agent = None if name in READ_ELSEWHERE else build(args)
+            except ValueError as error:
+                refusal = str(error)
+                continue
+            assert run_name(args) != run_name(base), f"{name} is no part of the name {run_name(args)}"
+            if agent is None:
+                shown = True
+                break
+            built = what_it_builds(agent)
+            places = [part for part in built if built[part] != base_built[part]]
+            if places and place in built:
+                assert places == [place], f"{name} shows in {places}"
+            elif places:
+                assert set(modules) <= set(places) or name in IN_PLACES_OF_THEIR_OWN, f"{name} shows in {places} alone"
+            else:
+                moments, rest = what_it_does(agent)
+                places = [part for part in moments if moments[part] != base_moments[part]] + ["rest"] * (rest != base_rest)
+                assert not places or place not in modules or places[0] == place, f"{name} shows first in {places}"
+            shown = shown or bool(places)
+            if shown:
+                break
+        # Else it must be one that this algorithm refuses, by name.
+        assert shown or f"--{name.replace('_', '-')}" in refusal, f"{name} does nothing"
+
+
+def test_defaults_are_those_of_the_papers():
+    tables = {  # Tables 1 and 2 of the paper, and what the published SimBa uses for DeepMind Control
+        "mrq": {"batch_size": 256, "discount": 0.99, "encoder_horizon": 5, "q_horizon": 3, "target_update_freq": 250, "dynamics_weight": 1,
+                "reward_weight": 0.1, "terminal_weight": 0.1, "encoder_lr": 1e-4, "critic_lr": 3e-4, "actor_lr": 3e-4, "weight_decay": 1e-4,
+                "critic_grad_clip": 20, "reward_bins": 65, "reward_range": 10, "exploration_noise": 0.2, "target_noise": 0.2,
+                "target_noise_clip": 0.3, "pre_activation_weight": 1e-5},
+        "ddpg": {"batch_size": 256, "discount": 0.99, "target_rate": 0.005, "actor_lr": 1e-4, "critic_lr": 1e-4, "weight_decay": 0.01,
+                 "twin_critics": False, "target_q": "min", "actor_q": "min", "exploration_noise": 0.1}}
+    temperature = {"initial_temperature": 0.01, "temperature_lr": 1e-4, "target_entropy": -0.5}
+    policy = ("exploration_noise", "target_noise", "target_noise_clip", "pre_activation_weight")
+    without = lambda algo: {name: value for name, value in tables[algo].items() if name not in policy}
+    tables["sac"] = without("ddpg") | temperature
+    tables["mrsac"] = without("mrq") | temperature | {"temperature_lr": 3e-4, "target_policy": "target", "target_q": "min", "actor_q": "min"}
+    for algo, table in tables.items():
+        args = defaults(algo)
+        assert dataclasses.asdict(args.agent) == table
+        assert (args.learning_starts, args.agent.updates_per_step, args.agent.horizon) == (
+            (5000, 2, 1) if algo in ("sac", "ddpg") else (10_000, 1, 5))
+        sparse = {"sparsity": 0.8 if algo in ("sac", "ddpg") else 0.6, "distribution": "er", "growth": "gradient", "update_interval": 1000,
+                  "drop_initial": 0.5, "drop_final": 0.0, "schedule_start": 0.2, "schedule_end": 0.8, "schedule_power": 2.0}
+        assert dataclasses.asdict(args.sparse) == sparse
+        # SparseTraining by itself has the same.
+        own = {name: p.default for name, p in inspect.signature(SparseTraining).parameters.items() if p.default is not p.empty}
+        renamed = {"growth": "grow", "schedule_power": "power"}
+        assert {renamed.get(name, name): value for name, value in sparse.items()} | {"sparsity": 0.6, "seed": 0} == {
+            name: value for name, value in own.items() if name != "total_steps"}
+    assert (args.total_steps, args.eval_every, args.eval_episodes, args.buffer_size, args.log_every, args.scale, args.seed, args.mst) == (
+        500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)
+
+
+# --------------------------------------------------------------------------------------------------------- runlog.py
+
+def test_a_full_disk_leaves_whole_rows_and_loses_none(tmp_path):
+    log = RunLog(str(tmp_path / "run"), {})
+    log.start()
+    row = lambda step: {"agent_step": step, "value": step / 3}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    log.write("train", row(1))
+    size = os.path.getsize(tmp_path / "run" / "train.csv")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limit[1]))  # the next row is cut after five bytes
+        log.write("train", row(2))
+        log.write("train", row(3))
+        assert os.path.getsize(tmp_path / "run" / "train.csv") == size and "takes no more rows" in log.failure
+        where = log.positions()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    log.write("train", row(4))
+    log.close()
+    steps = lambda: [int(line["agent_step"]) for line in table(tmp_path / "run", "train.csv")]
+    assert steps() == [1, 2, 3, 4] and log.failure is None
+    log._lock.close()
+    log = RunLog(str(tmp_path / "run"), {}, resume=True)
+    log.start(where)  # back to where two rows were waiting
+    log.write("train", row(5))
+    assert steps() == [1, 2, 3, 5]
+    with pytest.raises(ValueError, match="must have the columns agent_step, value"):
+        log.write("train", {"agent_step": 1})
+    with pytest.raises(ValueError, match="rows are missing"):
+        log.start({"eval": {"end": 10, "waiting": ""}})
+
+
+def test_two_processes_never_train_one_run(tmp_path):
+    log = RunLog(str(tmp_path / "run"), {})
+    with pytest.raises(Busy, match="another process"):
+        RunLog(str(tmp_path / "run"), {}, resume=True)
+    with pytest.raises(FileExistsError, match="continue it by --resume"):
+        RunLog(str(tmp_path / "run"), {})
+    log._lock.close()
+    (tmp_path / "run" / "final.pt").touch()
+    with pytest.raises(Finished):
+        RunLog(str(tmp_path / "run"), {}, resume=True)
+
+
+def test_rows_are_on_disk_at_once_with_six_digits(tmp_path, monkeypatch):
+    told = []
+    fake = lambda **methods: type("Fake", (), {name: staticmethod(method) for name, method in methods.items()})
+    tell = lambda what: lambda *arguments, **named: told.append((what, *arguments, *sorted(named.items())))
+    monkeypatch.setitem(sys.modules, "wandb", fake(init=tell("init"), log=tell("log"), finish=tell("finish")))
+    writer = fake(add_scalar=tell("scalar"), close=tell("close"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake(SummaryWriter=lambda folder: (told.append(folder), writer)[1]))
+    folder = str(tmp_path / "run")
+    log = RunLog(folder, {"seed": 1, "scale": 0.5}, tensorboard=True, wandb_project="project")
+    log.write("eval", {"agent_step": 1234567, "return": 1 / 3, "text": "a"})
+    assert open(tmp_path / "run" / "eval.csv").read().split() == ["agent_step,return,text", "1234567,0.333333,a"]
+    log.write("train", {"agent_step": 2, "loss": 123456.789})
+    log.write("eval", {"agent_step": 3, "return": math.nan, "text": "b"})
+    assert [row["return"] for row in table(tmp_path / "run", "eval.csv")] == ["0.333333", "nan"]
+    assert table(tmp_path / "run", "train.csv") == [{"agent_step": "2", "loss": "123457"}]
+    assert json.load(open(tmp_path / "run" / "config.json")) == {"seed": 1, "scale": 0.5}
+    with pytest.raises(ValueError):
+        log.write("train", {"agent_step": 3, "other": 1.0})  # another column than the first row's
+    log.close()
+    assert ("scalar", "train/loss", 123456.789, 2) in told and ("log", {"train/agent_step": 2, "train/loss": 123456.789}) in told
+    assert ("init", ("config", {"seed": 1, "scale": 0.5}), ("dir", folder), ("name", "run"), ("project", "project")) in told
+    assert folder in told and ("close",) in told and ("finish",) in told
+    with pytest.raises(FileExistsError, match="a run never overwrites another"):
+        RunLog(folder, {})
 
 
 # ---------------------------------------------------------------------------------------------------------- train.py
@@ -2101,6 +3089,7 @@ def table(folder, name):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_run_from_the_command_line(tmp_path):
     result = run_train(tmp_path, "--mst", *SHORT)
     assert result.returncode == 0, result.stderr
@@ -2135,6 +3124,7 @@ def test_a_run_from_the_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("algo", ["sac", "ddpg", "mrsac"])
+@pytest.mark.slow
 def test_every_algorithm_runs_from_the_command_line(tmp_path, algo):
     own = ("--target-update-freq", "20") if algo == "mrsac" else ()
     result = run_train(tmp_path, "--algo", algo, "--mst", "--precision", "bf16", *SHORT[:-2], *own)
@@ -2207,6 +3197,7 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS, ids=[" ".join(flags) for flags, _ in BAD_FLAGS])
+@pytest.mark.slow
 def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, flags, message):
     if flags == ("--device", "cuda") and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -2222,6 +3213,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, flags, message)
     ("--algo", "ppo", "mrq sac ddpg mrsac"), ("--critic-regime", "rigl", "dense sst dst s2d d2s"), ("--critic-type", "7", "1 2 3 4 5 6"),
     ("--growth", "momentum", "gradient random"), ("--distribution", "erk", "er uniform"), ("--residual", "none", "pre post"),
     ("--precision", "fp16", "auto fp32 tf32 bf16")])
+@pytest.mark.slow
 def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choices):
     with pytest.raises(SystemExit) as stopped:
         flags_to_args(flag, wrong)
@@ -2229,6 +3221,159 @@ def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choice
     assert stopped.value.code == 2 and flag in said and all(f"'{choice}'" in said for choice in choices.split())
 
 
+class RecordedRun:
+    """Environment, agent, replay, evaluation and log in one, which note everything they are told. Each observation is a number."""
+    episodes = [(3, "terminated"), (2, "truncated"), (3, "truncated"), (1, "terminated"), (9, "truncated")]
+    obs_dim, action_dim, horizon, updates_per_step, prioritized, folder = 1, 1, 1, 2, False, "here"
+    device, networks, sparse, broken = torch.device("cpu"), {}, {}, {}
+
+    def __init__(self):
+        self.events, self.rows, self.time, self.episode, self.length, self.frames, self.actions = [], [], 0, -1, 0, 0, 0
+        self.info = {}
+
+    def note(self, *event):
+        self.events.append(event)
+
+    def observation(self):
+        self.time += 1
+        return np.array([self.time], np.float32)
+
+    # the environment
+    def reset(self):
+        self.episode, self.length = self.episode + 1, 0
+        obs = self.observation()
+        self.note("reset", obs[0])
+        return obs
+
+    def random_action(self):
+        self.actions += 1
+        self.note("random action")
+        return np.array([-self.actions], np.float32)
+
+    def step(self, action):
+        self.note("step", action[0])
+        self.length, self.frames = self.length + 1, self.frames + 2
+        ended = self.episodes[self.episode][1] if self.length == self.episodes[self.episode][0] else ""
+        return self.observation(), 10.0 ** self.length, ended == "terminated", ended == "truncated"
+
+    # the agent
+    def observe(self, obs):
+        self.note("observe", obs[0])
+
+    def act(self, obs, explore):
+        self.actions += 1
+        self.note("act", obs.ravel().tolist(), explore, torch.rand(()).item())
+        return np.full((*obs.shape[:-1], 1), self.actions, np.float32)
+
+    def update(self, replay):
+        assert replay is self
+        self.note("update")
+        self.info = {"loss": torch.tensor(float(len(self.events)))}
+
+    def fault(self):
+        return None
+
+    # replay, evaluation and log
+    def add(self, obs, action, reward, next_obs, terminated, truncated):
+        self.note("add", obs[0], action[0], reward, next_obs[0], terminated, truncated)
+
+    def __call__(self, act, step):
+        self.note("evaluate", step)
+        before = self.actions
+        act(np.array([[-1.0], [-2.0]]))
+        self.actions = before
+        return np.array([1.0, 4.0])
+
+    def write(self, table, row):
+        self.note("write", table)
+        self.rows.append((table, row))
+
+
+def recorded_run(monkeypatch, run, **settings):
+    """The loop on a recorded run: all events without the random numbers in them, and those of acting in training."""
+    monkeypatch.setattr(train, "measure", lambda agent, replay: run.note("measure") or {"metric": 0.5})
+    args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6} | settings))
+    torch.manual_seed(args.seed)
+    train.train(args, torch.device("cpu"), run, run, run, run, run)
+    return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
+
+
+def test_the_order_of_events_in_a_run(monkeypatch):
+    """Against a plain list of what must happen, step by step."""
+    run = RecordedRun()
+    events, draws = recorded_run(monkeypatch, run)
+    expected, obs, action = [("reset", 1.0)], 1.0, 0
+    evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False), ("measure",), ("write", "eval")]
+    ends = {2: "terminated", 4: "truncated", 7: "truncated", 8: "terminated"}  # after these steps
+    length = 0
+    for t in range(11):
+        length, action = length + 1, action + 1
+        expected += evaluation(t) if t in (0, 5, 10) else []
+        expected += [("observe", obs), ("act", [obs], True) if t >= 4 else ("random action",)]
+        expected += [("update",)] * 2 if t >= 4 else []
+        chosen = action if t >= 4 else -action
+        expected += [("step", chosen), ("add", obs, chosen, 10.0 ** length, obs + 1, ends.get(t) == "terminated", ends.get(t) == "truncated")]
+        obs += 1
+        if t in ends:
+            obs, length = obs + 1, 0
+            expected += [("reset", obs)]
+        expected += [("write", "train")] if t in (5, 8, 10) else []
+    assert events == expected + evaluation(11)
+    rows = {table: [row for name, row in run.rows if name == table] for table in ("eval", "train")}
+    timeless = lambda row: {key: value for key, value in row.items() if "second" not in key}
+    assert [timeless(row) for row in rows["eval"]] == [
+        {"agent_step": t, "frames": 2 * t, "return": 2.5, "return_std": 1.5, "metric": 0.5} for t in (0, 5, 10, 11)]
+    assert [(row["agent_step"], row["frames"], row["episode_return"]) for row in rows["train"]] == [
+        (6, 12, 110.0), (9, 18, 10.0), (11, 22, 10.0)]  # of the last episode that has ended
+    assert all(row["loss"] == 1 + max(i for i, event in enumerate(run.events[:mark]) if event == ("update",))  # of the last update
+               for row, mark in zip(rows["train"], [i for i, event in enumerate(run.events) if event == ("write", "train")]))
+    assert all(row["steps_per_second"] > 0 and row["seconds"] >= 0 for row in rows["train"])
+    # Evaluations draw random numbers of their own, the same whenever they come, and leave the training's alone.
+    evaluated = [(event[1], run.events[i + 1][3]) for i, event in enumerate(run.events) if event[0] == "evaluate"]
+    assert all(draw == (torch.manual_seed(6 + step), torch.rand(()).item())[1] for step, draw in evaluated)
+    assert recorded_run(monkeypatch, RecordedRun(), eval_every=1000)[1] == draws
+    torch.manual_seed(6)
+    assert draws == [torch.rand(()).item() for _ in draws]
+
+
+def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
+    run = RecordedRun()
+    run.fault = lambda: ("the actor's loss", 1) if run.time > 8 else None
+    with pytest.raises(FloatingPointError, match="the actor's loss was not finite at agent step 5; stopped.*here"):
+        recorded_run(monkeypatch, run)
+    assert [row["agent_step"] for table, row in run.rows if table == "train"] == [6, 9][:1 + (run.rows[-1][1]["agent_step"] == 9)]
+    run = RecordedRun()
+    act = run.act
+    run.act = lambda obs, explore: act(obs, explore) * (math.nan if run.time > 8 else 1)
+    with pytest.raises(FloatingPointError, match=r"the action is \[nan\] at agent step 6"):
+        recorded_run(monkeypatch, run)
+    assert not any(event[0] == "step" and event[1] != event[1] for event in run.events)
+
+
+@pytest.mark.slow
+def test_what_a_run_is_built_from(tmp_path):
+    """Seeds, sizes and numbers of the settings reach environment, evaluation, buffer, networks and masks."""
+    build = lambda *flags: train.build(flags_to_args("--mst", *SHORT[:-2], "--runs", str(tmp_path / "_".join(flags)), *flags))
+    device, env, agent, replay, evaluation, log = build("--seed", "7", "--eval-episodes", "3")
+    log.close()
+    same = Env("cartpole-swingup", seed=7)
+    assert np.array_equal(env.random_action(), same.random_action()) and np.array_equal(env.reset(), same.reset())
+    hold = lambda obs: np.sin(7 * obs[:, :1])
+    np.testing.assert_array_equal(evaluation(hold, 20), LockstepEvaluation("cartpole-swingup", 3, seed=7)(hold, 20))
+    assert (replay.capacity, replay.horizon, replay.prioritized, replay.obs.shape[1], replay.action.shape[1]) == (272, 5, True, 5, 1)
+    torch.manual_seed(7)
+    alike = build_agent(flags_to_args("--mst", *SHORT, "--seed", "7"), 5, 1, device)
+    masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
+    for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
+        assert torch.equal(a, b)
+    *_, agent_of_sac, small, _, log = build("--algo", "sac", "--buffer-size", "90")
+    log.close()
+    assert (small.capacity, small.horizon, small.prioritized, agent_of_sac.sparse["critic"].total_steps) == (90, 1, False, 140)
+    other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, device)
+    assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
+
+
+@pytest.mark.slow
 def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
     result = run_train(tmp_path, *SHORT, "--critic-lr", "1e30")
     assert result.returncode != 0 and re.search(r"(critic|actor)'s loss or gradient \(its update [12]\).* was not finite at agent step 6[01]; stopped", result.stderr)
@@ -2238,6 +3383,7 @@ def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("flags, package", [(("--tensorboard",), "tensorboard"), (("--wandb-project", "x"), "wandb")])
+@pytest.mark.slow
 def test_a_tracker_is_imported_only_if_asked_for(tmp_path, monkeypatch, flags, package):
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(package, package), None)  # not there
     monkeypatch.setattr(sys, "argv", ["train.py", "--runs", str(tmp_path / "runs"), *SHORT, *flags])
@@ -2248,6 +3394,41 @@ def test_a_tracker_is_imported_only_if_asked_for(tmp_path, monkeypatch, flags, p
 
 def flags_to_args(*flags):
     return parse(list(flags))
+
+
+VALUES = ["0", "1", "-1", "0.5", "5", "1e9", "1e-3", "nan", "inf", "-inf", "9" * 30, "", " ", "x", "None", "True", "../..", "a/b",
+          "é", "\0", "dog-run", "walker-wlk", "cpu", "cuda", "mst", "dst", "dense", "er", "6", "7", "1e400", "0x10", "min", "a.mp4"]
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_any_flags_are_accepted_or_refused_in_a_line(count, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random, outcomes = Random(0), {"accepted": 0, "refused by tyro": 0, "refused in one line": 0}
+    flags = {algo: sorted({"--" + name.replace("_", "-") for _, name in flag_names(defaults(algo))}
+                          | {"--" + name.replace("_", "-") for name in NOT_IN_NAME}) for algo in CONFIGS}
+    for _ in range(count):
+        algo = random.choice(list(CONFIGS))
+        line = ["--algo", algo] if random.random() < 0.9 else []
+        for flag in random.sample(flags[algo], random.randrange(1, 5)):
+            usual = {"--mst", "--resume", "--compile", "--cuda-graphs", "--eval-only", "--tensorboard", "--twin-critics"}
+            line += [flag] if flag in usual or random.random() < 0.05 else [flag, random.choice(VALUES)]
+        try:
+            args = parse(line)
+            check(args)
+        except SystemExit as stop:
+            assert stop.code in (0, 2), line
+            outcomes["refused by tyro"] += 1
+        except ValueError as error:
+            assert "\n" not in str(error) and "--" in str(error), (line, error)
+            outcomes["refused in one line"] += 1
+        else:
+            outcomes["accepted"] += 1
+            name = run_name(args)
+            assert len(name.encode()) <= 200 and "/" not in name and "\0" not in name, line
+            again = from_config(json.loads(json.dumps(dataclasses.asdict(args))))  # as config.json keeps it
+            assert again == args and differences(again, args) == "", line
+        assert "Traceback" not in capsys.readouterr().err, line
+    assert min(outcomes.values()) > count / 50 and not os.listdir(tmp_path), outcomes
 
 
 def test_presets_and_flags_reach_the_modules():
@@ -2279,10 +3460,10 @@ def test_every_algorithm_has_its_own_defaults():
 
 
 @pytest.mark.parametrize("algo, updates", [("mrq", 60), ("sac", 120)])
+@pytest.mark.slow
 def test_schedules_span_all_updates_of_a_run(algo, updates, tmp_path):
-    _, _, agent, *_, log = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
-                                                     "--learning-starts", "40", "--runs", str(tmp_path)))
-    log.close()
+    _, _, agent, *_ = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
+                                                "--learning-starts", "40", "--runs", str(tmp_path)))
     assert {sparse.total_steps for sparse in agent.sparse.values()} == {updates}
 
 
@@ -2307,6 +3488,7 @@ def test_what_changes_nothing_is_no_part_of_the_name(flags, name):
     assert run_name(flags_to_args(*flags)) == name
 
 
+@pytest.mark.slow
 def test_the_name_grows_by_what_is_needed_and_no_more():
     """Against the definition: two command lines share a name if and only if they build and train the same."""
     rng = np.random.RandomState(0)
@@ -2335,6 +3517,7 @@ def test_flags_that_change_nothing_are_told():
     assert "--scale changes nothing" in told("--scale", "3", "--encoder-scale", "1", "--critic-scale", "1", "--actor-scale", "1")
 
 
+@pytest.mark.slow
 def test_a_long_name_is_shortened_and_stays_its_own():
     numbers = [flag for name in ("critic_lr", "actor_lr", "encoder_lr", "weight_decay", "reward_weight", "terminal_weight",
                                  "dynamics_weight", "exploration_noise", "target_noise", "target_noise_clip", "reward_range")
@@ -2344,6 +3527,32 @@ def test_a_long_name_is_shortened_and_stays_its_own():
     assert sum(name.endswith("__seed=1") for name in names) == 2
 
 
+@pytest.mark.parametrize("algo, blocks", [("mrq", (2, 3, 1)), ("sac", (6, 1))])
+def test_memory_is_checked_against_the_hidden_layers_themselves(algo, blocks, monkeypatch):
+    """Sixteen bytes for each weight of the blocks, counted in the networks."""
+    presets = AGENTS[algo].Config.presets["mst"]
+    modules = {name: dataclasses.replace(m, width_scale=0.1 * (k + 1), depth_scale=depth) for k, ((name, m), depth) in enumerate(zip(presets.items(), blocks))}
+    with torch.device("meta"):
+        agent = AGENTS[algo](4, 2, modules, device="meta")
+    weights = sum(p.numel() for network in agent.networks.values() for n, p in network.named_parameters() if ".linear" in n and p.ndim == 2)
+    monkeypatch.setattr(agents, "free_memory", lambda device: 16 * weights)
+    agents.check_memory(modules, torch.device("cpu"))
+    monkeypatch.setattr(agents, "free_memory", lambda device: 16 * weights - 1)
+    with pytest.raises(MemoryError, match=f"{16 * weights / 1e9:.3g} GB to train, but cpu has .* choose a smaller --scale"):
+        agents.check_memory(modules, torch.device("cpu"))
+
+
+def test_what_is_said_of_a_run_is_true_of_its_networks():
+    agent, modules = tiny(), {name: dataclasses.replace(m, width_scale=1 / 32) for name, m in MR_MST.items()}
+    said = train.describe(agent, modules, flags_to_args("--seed", "4", "--total-steps", "12345"), "cpu", "folder").splitlines()
+    assert said[0] == "mrq on dog-run, seed 4, 12,345 agent steps on cpu" and said[-1].split() == ["writes", "folder"] and len(said) == 5
+    head = count(agent.encoder.model)
+    for line, (name, network), millions in zip(said[1:], agent.networks.items(), (count(agent.encoder) - head, count(agent.critic), count(agent.actor))):
+        density = np.mean(np.concatenate([mask.flatten() for mask in agent.sparse[name].masks.values()] or [[1]]))
+        assert line.split() == [name, "type", str(modules[name].arch_type), modules[name].regime, "width", "×0.03125,", "depth", "×1", f"{millions / 1e6:.3f}",
+                                "M", *(["+", f"{head / 1e6:.2f}", "M", "head"] if name == "encoder" else []), "density", f"{density:.3f}"]
+
+
 def test_large_networks_without_residuals_are_named(tmp_path):
     agent = tiny()
     modules = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in MR_DEFAULT.items()}
@@ -2351,9 +3560,181 @@ def test_large_networks_without_residuals_are_named(tmp_path):
     assert "--mst" not in train.describe(agent, MR_MST, flags_to_args(), "cpu", "x")
 
 
+# -------------------------------------------------------------------------------------------------------- survive.py
+
+# Where a process is killed: at an entry of one of these, or a moment later.
+MOMENTS = {"a save": (checkpoint, "write"), "an evaluation": (LockstepEvaluation, "__call__"), "a step": (Env, "step"),
+           "an encoder burst": (MRQ, "update_encoder"), "a topology update": (sparsity, "_drop_and_grow"),
+           "a log row": (RunLog, "write"), "the way back": (ReplayBuffer, "load_rows")}
+
+
+def in_process(arguments, output, kill=None, record=None):
+    """`train.py` in a process of its own, forked because importing PyTorch anew takes seconds. kill: (moment, which entry of
+    it, delay, signal). record: [the step where it was killed, the step it was resumed at]. Returns the exit status."""
+    def body():
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), ["train.py", *arguments]
+        show, restore = train.Bar.show, SavedRun.restore
+
+        def note_step(bar, step, *rest, **more):
+            record[0] = step
+            show(bar, step, *rest, **more)
+
+        def note_start(saved):
+            obs = restore(saved)
+            record[1] = saved.progress.step
+            return obs
+        if record is not None:
+            train.Bar.show, SavedRun.restore = note_step, note_start
+        if kill:
+            (owner, name), which, delay, number = MOMENTS[kill[0]], *kill[1:]
+            plain, entries = getattr(owner, name), itertools.count()
+
+            def dies(*arguments, **options):
+                if next(entries) == which:
+                    if delay:
+                        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+                    else:
+                        os.kill(os.getpid(), number)
+                return plain(*arguments, **options)
+            setattr(owner, name, dies)
+        status = 0
+        try:
+            train.main()
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+            print("" if isinstance(stop.code, int) else stop.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+            status = 99
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join(timeout=300)
+    return process.exitcode
+
+
+def tiny_run(algo, regimes=()):
+    modules = ("encoder", "critic", "actor") if algo.startswith("mr") else ("critic", "actor")
+    own = ("--target-update-freq", "20") if algo.startswith("mr") else ()
+    said = [word for module, regime in zip(modules, regimes) for word in (f"--{module}-regime", regime)]
+    return ["--algo", algo, "--env", "cartpole-swingup", "--width-scale", "0.05", "--total-steps", "130", "--learning-starts",
+            "45", "--eval-every", "60", "--eval-episodes", "1", "--log-every", "15", "--batch-size", "16", "--save-every", "20",
+            "--update-interval", "15", "--buffer-size", "100", "--device", "cpu", "--threads", "1", "--name", "run",
+            *own, *(said or ["--mst"])]
+
+
+def timeless(folder):
+    """Both tables without their clocks."""
+    return {name: [{k: v for k, v in row.items() if "second" not in k} for row in table(folder, name)]
+            for name in ("eval.csv", "train.csv")}
+
+
+def killed_again_and_again(algo, regimes, kills, folder, random, moments=MOMENTS):
+    """Trains undisturbed, then with kills, each resumed. Returns [(moment, steps lost)], after comparing the tables."""
+    folder.mkdir(exist_ok=True)
+    flags, log = tiny_run(algo, regimes), str(folder / "output")
+    assert in_process([*flags, "--runs", str(folder / "whole")], log) == 0, open(log).read()
+    record = multiprocessing.get_context("fork").Array("i", 2, lock=False)
+    entries = {"a save": 9, "an evaluation": 2, "a step": 900, "an encoder burst": 60, "a topology update": 20, "a log row": 6,
+               "the way back": 2}
+    lost, reached = [], 0
+    for number in range(kills + 1):
+        moment = random.choice([name for name in moments if algo.startswith("mr") or name != "an encoder burst"])
+        kill = (moment, random.randrange(entries[moment]), random.choice([0, 0, random.random() * 0.05]), signal.SIGKILL)
+        more, kill = ([], kill) if number < kills else (["--eval-workers", "1"], None)  # which changes no result
+        record[0], record[1] = 0, -1
+        status = in_process([*flags, "--runs", str(folder / "killed"), "--resume", *more], log, kill, record)
+        assert status == 0 or (kill and status == -signal.SIGKILL), open(log).read()
+        if record[1] >= 0 and lost:  # the way back was found: what the kills before have cost is known
+            lost[-1] = lost[-1][0], lost[-1][1] + max(0, reached - record[1])
+            reached = 0
+        if status == 0:
+            break
+        lost.append((moment, 0))
+        reached = max(reached, record[0])
+    whole, killed = folder / "whole" / "run", folder / "killed" / "run"
+    assert timeless(whole) == timeless(killed)
+    assert len(timeless(whole)["eval.csv"]) == 4 and len(timeless(whole)["train.csv"]) == 6
+    weights = [checkpoint.read(str(run / "final.pt"))[0]["networks"] for run in (whole, killed)]
+    assert checkpoint.digest(weights[0]) == checkpoint.digest(weights[1])
+    assert sorted(os.listdir(killed)) == ["config.json", "eval.csv", "final.pt", "lock", "train.csv"]
+    return lost
+
+
+@pytest.mark.parametrize("algo, regimes", [("mrq", ("d2s", "dst", "s2d")), ("sac", ())])
+def test_a_killed_run_ends_as_one_that_never_was(algo, regimes, tmp_path):
+    assert len(killed_again_and_again(algo, regimes, 3, tmp_path, Random(3))) >= 2
+
+
+@pytest.mark.soak
+def test_a_hundred_kills_over_all_algorithms_and_regimes(tmp_path, capsys):
+    random, all_lost = Random(0), []
+    for algo, turn in itertools.product(AGENTS, range(5)):
+        regimes, lost = [REGIMES[(turn + shift) % 5] for shift in range(3)], []
+        while len(lost) < 6:  # a run may end before its kill
+            lost += killed_again_and_again(algo, regimes, 8, tmp_path / f"{algo}{turn}-{len(lost)}-{random.random()}", random)
+        all_lost += lost
+        with capsys.disabled():
+            print(f"\n{algo:6} {' '.join(regimes):16} {len(lost)} kills, steps lost: {[steps for _, steps in lost]}", end="")
+    with capsys.disabled():
+        counts = {name: sum(moment == name for moment, _ in all_lost) for name in MOMENTS}
+        print(f"\n{len(all_lost)} kills {counts}, {sum(steps for _, steps in all_lost)} steps lost, 0 differences")
+    assert len(all_lost) >= 100
+
+
+def test_a_signal_saves_at_the_next_safe_point_and_stops(tmp_path):
+    flags, log = tiny_run("mrq", ("dense", "dst", "sst")), str(tmp_path / "output")
+    assert in_process([*flags, "--runs", str(tmp_path / "whole")], log) == 0
+    stopped = [*flags, "--runs", str(tmp_path / "stopped"), "--save-every", "1000", "--resume"]
+    run, said = tmp_path / "stopped" / "run", lambda: open(log).read().strip().splitlines()[-1]
+    for moment, which, number in (("an encoder burst", 33, signal.SIGTERM), ("an evaluation", 0, signal.SIGINT),
+                                  ("a step", 560, signal.SIGUSR1)):
+        assert in_process(stopped, log, (moment, which, 0, number)) == 75, open(log).read()
+        assert f"stopped by {signal.Signals(number).name}" in said() and "--resume goes on" in said()
+        state = checkpoint.Checkpoints(str(run)).load()
+        if moment == "an encoder burst":  # within it, with the action chosen whose step the burst delays
+            assert state["agent"]["updates"]["encoder"] == 34 and state["agent"]["updates"]["critic"] == 20
+            assert state["progress"]["step"] == 65 and len(state["progress"]["action"]) == 1
+        assert not (run / "final.pt").exists()
+    files = sorted(os.listdir(run))
+    for change, message in ((("--critic-lr", "0.1"), "begun with --critic-lr 0.0003, not 0.1"), (("--seed", "1"), "--seed 0, not 1"),
+                            (("--env", "walker-walk"), "--env cartpole-swingup, not walker-walk"), (("--algo", "mrsac"), "--algo mrq, not mrsac")):
+        assert in_process([*stopped, *change], log) == 1 and message in said()
+    assert sorted(os.listdir(run)) == files
+    assert in_process(stopped, log) == 0, open(log).read()
+    assert timeless(tmp_path / "whole" / "run") == timeless(run) and "Traceback" not in open(log).read()
+    assert in_process(stopped, log) == 0 and said().startswith("finished already")
+
+
+# ---------------------------------------------------------------------------------------------------------- watch.py
+
+def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
+    log = str(tmp_path / "output")
+    assert in_process([*tiny_run("sac"), "--runs", str(tmp_path)], log) == 0, open(log).read()
+    run = tmp_path / "run"
+    flags = ["--eval-only", "--checkpoint", str(run), "--eval-episodes", "1", "--device", "cpu", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    train.main()
+    assert f"step 130: return {float(table(run, 'eval.csv')[-1]['return']):.1f}" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "imageio", None)
+    for more, message in ((["--video", str(tmp_path / "a.mp4")], "pip install imageio"), (["--resume"], "leave one away"),
+                          (["--video", "a.gif"], "must be an .mp4 file"), (["--checkpoint", str(tmp_path)], "config.json")):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more])
+        with pytest.raises(SystemExit, match=message):
+            train.main()
+    (run / "final.pt").write_bytes((run / "final.pt").read_bytes()[:-100])
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit, match="final.pt is damaged"):
+        train.main()
+
+
 # ----------------------------------------------------------------------------------------------------------- bench.py
 
 @pytest.mark.parametrize("algo", ["mrq", "ddpg"])
+@pytest.mark.slow
 def test_the_benchmark_counts_what_it_says(algo, capsys):
     args = bench.Args(algo=algo, variants=["dense", "mst"], env="cartpole-swingup", steps=1)
     dense, mst = rows = bench.bench_scale(0.05, args, torch.device("cpu"))
@@ -2385,6 +3766,32 @@ def test_a_timed_phase_adds_to_no_earlier_gradient(algo, phases):
             torch.testing.assert_close(*seen, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("algo", ["mrq", "sac"])
+@pytest.mark.slow
+def test_the_benchmarks_own_factors(algo, monkeypatch):
+    """With a clock to which everything takes a millisecond, each phase shows how often an agent step has it."""
+    class Clock:
+        def __init__(self, device):
+            pass
+
+        def __call__(self, function):
+            function()
+            return 1.0
+
+    monkeypatch.setattr(bench, "Clock", Clock)
+    monkeypatch.setattr(torch, "mm", lambda a, b: a), monkeypatch.setattr(fast, "product", lambda a, b: a)
+    (row,) = bench.bench_scale(0.05, bench.Args(algo=algo, variants=["mst"], env="cartpole-swingup", steps=3), torch.device("cpu"))
+    often = {"mrq": 1, "sac": 2}[algo]
+    assert row["update"] == 2  # two captures a step, or two updates
+    assert [row[phase] for phase in bench.PHASES] == [often, 1 if algo == "mrq" else "", often, often, often, often, often / 1000, 1, 1]
+    agent, env = bench.plain_agent("mst", 0.05, Env("cartpole-swingup"), torch.device("cpu"), bench.Args(algo=algo)), Env("cartpole-swingup")
+    with FlopCounterMode(display=False) as counter:
+        for update in [agent.update] * 2 if algo == "sac" else [agent.update_encoder, agent.update_critic_and_actor]:  # an agent step has
+            update(bench.filled_replay(env, agent, 20))
+    assert row["gflop"] == counter.get_total_flops() / 1e9
+    assert row["tflop_per_s"] == pytest.approx(2 * 2048 ** 3 / 1e-3 / 1e12) and row["gb_per_s"] == pytest.approx(8 * 2 ** 25 / 1e-3 / 1e9)
+
+
 @pytest.mark.parametrize("flags, message", [
     (("--variants", "sparse"), "unknown variant 'sparse'"), (("--variants", "dense+bf16+tf32"), "at most one of +fp32"),
     (("--variants", "mst+graphs", "--device", "cpu"), "needs a CUDA device"), (("--device", "foo"), "unknown --device"),
@@ -2394,6 +3801,7 @@ def test_a_timed_phase_adds_to_no_earlier_gradient(algo, phases):
     (("--csv", "nowhere/x.csv"), "No such file"),
     (("--steps", "0"), "--steps must be at least 1"), (("--csv", __file__), "exists"),
     (("--env", "dog_run"), "did you mean dog-run")])
+@pytest.mark.slow
 def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--scales", "0.05", *flags])
     if "dog_run" not in flags:
@@ -2403,9 +3811,656 @@ def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
     assert message in stopped.value.code and "\n" not in stopped.value.code
 
 
+# ---------------------------------------------------------------------------------------------------------- sweep.sh
+
+FAKE_TRAIN = '''
+import fcntl, os, pathlib, signal, sys, time
+flag = lambda name: sys.argv[sys.argv.index(name) + 1]
+runs, name = pathlib.Path(flag("--runs")), flag("--name")
+folder = runs / name
+folder.mkdir(exist_ok=True)
+lock, stop, saved = open(folder / "lock", "w"), [], folder / "saved"
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(76)
+if (folder / "final.pt").exists():
+    sys.exit(0)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda number, _: stop.append(number))
+def note(*words):
+    with open(runs / "record", "a") as file:
+        print(name, *words, sep="|", file=file)
+step = int(saved.read_text()) if saved.exists() else 0
+note("from", step, *[os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")], *sys.argv[1:])
+if os.environ.get("FAIL") == name:
+    sys.exit("\\rstep 1\\rtrain.py: the actor has diverged\\n")
+end = 10_000 if os.environ.get("LONG") == name and step == 0 else step + 10
+while step < end and not stop:
+    time.sleep(0.01)
+    step += 1
+if stop:
+    saved.write_text(str(step))
+    note("saved", step, *stop)
+    sys.exit(75)
+(folder / "final.pt").touch()
+note("finished", step)
+'''
+GRID = ("fig11", "--smoke", "--seeds", "2")
+
+
+class Sweeps:
+    """A folder with sweep.sh, the real grids, and a train.py that only takes note of what it is told."""
+
+    def __init__(self, folder):
+        self.folder, self.runs, self.processes = folder, folder / "runs", []
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "CUDA_", "SLURM_"))}
+        self.env |= {"PYTHON": sys.executable}
+        for file in [HERE / "sweep.sh", *HERE.glob("*.py")]:
+            shutil.copy(file, folder)
+        (folder / "train.py").write_text(FAKE_TRAIN)
+        self.names, self.commands = (subprocess.run([sys.executable, "figures.py", what, *GRID], cwd=folder, text=True,
+                                                    capture_output=True).stdout.splitlines() for what in ("names", "commands"))
+        assert len(self.names) == len(self.commands) == 6
+
+    def start(self, *flags, **env):
+        self.processes.append(subprocess.Popen(
+            ["./sweep.sh", *flags], cwd=self.folder, env=self.env | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)))
+        return self.processes[-1]
+
+    def __call__(self, *flags, **env):
+        """Exit status and output of one sweep, run to its end."""
+        process = self.start(*flags, **env)
+        output = process.communicate(timeout=120)[0]
+        return process.returncode, output
+
+    def record(self, word):
+        """What the runs noted: (name, what follows the word) in order."""
+        lines = (self.runs / "record").read_text().splitlines() if (self.runs / "record").exists() else []
+        return [(line.split("|")[0], line.split("|")[2:]) for line in lines if line.split("|")[1] == word]
+
+    def wait_for(self, condition, seconds=60):
+        end = time.time() + seconds
+        while not condition():
+            assert time.time() < end, (self.runs / "record").read_text()
+            time.sleep(0.05)
+
+    def check_continuous(self):
+        """All runs are finished, each once, and each start went on where the last one of that run had saved."""
+        assert sorted(name for name, _ in self.record("finished")) == sorted(self.names)
+        for run in self.names:
+            assert ([rest[0] for name, rest in self.record("from") if name == run]
+                    == ["0"] + [rest[0] for name, rest in self.record("saved") if name == run])
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("sweep.sh is tested on Linux alone")
+    sweeps = Sweeps(tmp_path)
+    yield sweeps
+    for process in sweeps.processes:
+        if process.poll() is None:
+            process.kill()
+
+
+def test_a_sweep_runs_each_run_once_and_a_failure_neither_stops_nor_hides_the_rest(sweep, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho 'GPU 1: H100 (UUID: GPU-b)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    sweep.env["PATH"] = f"{tmp_path}:{sweep.env['PATH']}"
+    bad = sweep.names[1]
+    status, output = sweep(*GRID, FAIL=bad)
+    assert status == 1 and f"failed: {bad}: status 1, train.py: the actor has diverged" in output and "5 of 6" in output
+    assert "2 at a time on 2 GPU(s)" in output  # the default: one run a GPU
+    starts = sweep.record("from")
+    assert sorted(name for name, _ in starts) == sorted(sweep.names)
+    cores = len(os.sched_getaffinity(0))
+    assert {tuple(rest[1:4]) for _, rest in starts} == {(str(max(1, cores // 2)), "passive", gpu) for gpu in ("GPU-a", "GPU-b")}
+    given = {name: rest[4:] for name, rest in starts}
+    for name, command in zip(sweep.names, sweep.commands):
+        assert given[name] == shlex.split(command) + ["--runs", "runs", "--name", name, "--resume"]
+
+    status, output = sweep(*GRID, "--jobs", "9", "--", "--wandb-project", "two words")  # the failed one again, and only that
+    assert status == 0 and "6 of 6" in output and [name for name, _ in sweep.record("from")[6:]] == [bad]
+    rest = sweep.record("from")[-1][1]
+    assert rest[1] == "1" and rest[rest.index("--wandb-project") + 1] == "two words"
+    assert sweep(*GRID) == (0, "all 6 runs are finished, in runs\n")
+    assert sorted(name for name, _ in sweep.record("finished")) == sorted(sweep.names)
+
+
+def test_killed_sweeps_are_continued(sweep):
+    first = sweep.start(*GRID, "--jobs", "2", LONG=sweep.names[0])
+    sweep.wait_for(lambda: sweep.record("finished"))
+    os.killpg(first.pid, signal.SIGINT)  # Ctrl-C
+    output = first.communicate(timeout=60)[0]
+    assert first.returncode == 75 and "save" in output and "failed:" not in output
+    saved = sweep.record("saved")
+    assert sweep.names[0] in dict(saved) and all(rest[1:] == [str(int(signal.SIGTERM))] for _, rest in saved)  # told once
+
+    second = sweep.start(*GRID, "--jobs", "2", LONG=sweep.names[-1])
+    sweep.wait_for(lambda: sweep.names[-1] in dict(sweep.record("from")))
+    status, output = sweep(*GRID)  # a second sweep beside it
+    assert status == 76 and "5 of 6 runs are finished, 0 failed, 1 run elsewhere" in output
+    os.killpg(second.pid, signal.SIGKILL)
+    second.wait()
+    sweep.wait_for(lambda: sweep.names[-1] in dict(sweep.record("saved")))  # Linux told it
+    assert sweep(*GRID)[0] == 0
+    sweep.check_continuous()
+
+
+def test_two_sweeps_started_together_run_nothing_twice(sweep):
+    together = [sweep.start(*GRID, "--jobs", "2") for _ in range(2)]
+    assert {process.wait(60) for process in together} <= {0, 76}
+    sweep.check_continuous()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("fig99",), "fig99"), (("fig11", "--foo"), "unknown option --foo"), (("fig11", "--jobs", "0"), "--jobs must be"),
+    (("--jobs",), "--jobs wants a value"), (("--print",), "which figure?"), (("fig11", "--seeds", "x"), "--seeds x"),
+    (("fig11", "--slurm"), "no sbatch here"), (("fig11", "--", "--sparsity", "7"), "--sparsity must lie in")])
+def test_sweeps_refuse_in_one_line(flags, message, sweep, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "env", "paste", "mkdir", "sed", "nproc"):  # and no sbatch
+        (tools / name).symlink_to(shutil.which(name))
+    status, output = sweep(*flags, PATH=str(tools))
+    assert status == 2 and message in output and len(output.splitlines()) == 1, output
+
+
+def test_a_sweep_prints_plain_commands(sweep):
+    assert sweep(*GRID, "--print")[1].splitlines() == [f"python train.py {command}" for command in sweep.commands]
+    assert not sweep.runs.exists()
+
+
+# SLURM itself: authentication, a controller and one node of two cores on the loopback address, in a folder of their own.
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=sched_interval=1,bf_interval=1
+MpiDefault=none
+MaxArraySize=4
+KillWait=5
+MailProg=/bin/true
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+PartitionName=all Nodes=localhost Default=YES State=UP
+"""
+
+
+@pytest.fixture
+def slurm():
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    missing = [tool for tool in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(tool, path=path)]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here; on Debian: apt-get install slurm-wlm munge")
+    with tempfile.TemporaryDirectory(prefix="slurm") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        folder.chmod(0o755)  # munged wants its socket within everybody's reach
+        (folder / "state").mkdir()
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o600)
+        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for port in sockets:
+            port.bind(("127.0.0.1", 0))
+        ports = [port.getsockname()[1] for port in sockets]
+        for port in sockets:
+            port.close()
+        (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder, user=getpass.getuser(), controller_port=ports[0],
+                                                             node_port=ports[1]))
+        env = {"PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}
+
+        def ask(*command):
+            return subprocess.run(command, env=os.environ | env, capture_output=True, text=True).stdout
+
+        def daemon(*command):
+            with open(folder / "log", "a") as log:
+                process = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            stack.callback(process.wait, 30)
+            stack.callback(process.terminate)
+
+        daemon("munged", "--foreground", f"--socket={folder}/munge.socket", *(f"--{what}-file={folder}/munge.{what}"
+                                                                               for what in ("key", "pid", "log", "seed")))
+        daemon("slurmctld", "-D")
+        daemon("slurmd", "-D", "-N", "localhost")
+        def cancel():
+            ask("scancel", "--user", getpass.getuser())
+            for _ in range(100):  # slurmd leaves a job's processes behind when it goes first
+                if not ask("squeue", "--noheader"):
+                    break
+                time.sleep(0.2)
+
+        stack.callback(cancel)
+        end = time.time() + 30
+        while "idle" not in ask("sinfo", "--noheader", "--format", "%T"):
+            assert time.time() < end, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield env, ask
+
+
+def test_a_sweep_as_slurm_arrays(slurm, sweep):
+    env, ask = slurm
+    sweep.env |= env
+    long, *_, bad = sweep.names
+    flags = (*GRID, "--slurm", "--jobs", "2", "--time", "1", "--mem=1")  # a minute, which is to be warned of at once: within 30 s
+    status, output = sweep(*flags, LONG=long, FAIL=bad)
+    assert status == 0 and "6 are submitted now" in output and [int(n) for n in re.findall(r": (\d) runs of", output)] == [4, 2]
+    assert "0 are submitted now" in sweep(*flags)[1]  # nothing is queued twice
+    first, second = re.findall(r"job (\d+)", output)
+    assert f"afterany:{first}_*" in ask("scontrol", "show", "job", second)  # the throttle holds over both arrays
+
+    sweep.wait_for(lambda: len(sweep.record("finished")) == 3)  # the rest of the first array passes the long one
+    status, output = sweep(*GRID, "--seeds", "1")
+    assert status == 76 and "1 run elsewhere" in output  # a sweep here, beside the cluster's
+    sweep.wait_for(lambda: sweep.record("saved"))
+    assert sweep.record("saved")[0][0] == long and sweep.record("saved")[0][1][1:] == [str(int(signal.SIGUSR1))]
+    sweep.wait_for(lambda: "BeginTime" in ask("squeue", "--noheader", "--format", "%r"))
+    ask("scontrol", "update", f"JobId={first}_0", "StartTime=now")  # or SLURM waits two minutes before it starts it again
+    sweep.wait_for(lambda: not ask("squeue", "--noheader"))
+    assert len(sweep.record("finished")) == 5 and max(len([1 for n, _ in sweep.record("from") if n == name]) for name in sweep.names[1:]) == 1
+    assert "status 1" in "".join(file.read_text() for file in (sweep.runs / "slurm").glob("*.log"))
+
+    status, output = sweep(*flags)
+    assert "5 of 6 runs are finished, 0 are queued or running, 1 are submitted now" in output
+    sweep.wait_for(lambda: (sweep.runs / bad / "final.pt").exists())
+    assert sweep(*flags) == (0, "all 6 runs are finished, in runs\n")
+
+
+# --------------------------------------------------------------------------------------------------------- figures.py
+
+def modules_of(cell):
+    """module -> (type, regime, width, depth), of a figure's cell."""
+    return {name: (m.arch_type, m.regime, m.width_scale, m.depth_scale)
+            for name, m in module_configs(figures.to_args(cell.flags, "dog-run", 0)).items()}
+
+
+@pytest.mark.parametrize("name, varies, types, scales, still", [  # Section 3; Table 2 for what stands still
+    ("fig2", "encoder", {1, 2, 3, 4, 5, 6}, {1}, {"critic": (4, "dense", 1, 1), "actor": (3, "dense", 1, 1)}),
+    ("fig3", "encoder", {2, 4}, {1}, {"critic": (4, "dense", 1, 1), "actor": (3, "dense", 1, 1)}),
+    ("fig4", "encoder", {2, 4, 6}, {1, 3, 5}, {"critic": (4, "dense", 1, 1), "actor": (3, "dense", 1, 1)}),
+    ("fig5", "critic", {1, 2, 3, 4, 5, 6}, {1}, {"encoder": (6, "dense", 3, 3), "actor": (3, "dense", 1, 1)}),
+    ("fig6", "critic", {1, 2, 3, 4, 5, 6}, {1, 3, 5}, {"encoder": (6, "dense", 3, 3), "actor": (3, "dense", 1, 1)}),
+    ("fig7", "critic", {4, 6}, {5}, {"encoder": (6, "dense", 3, 3), "actor": (3, "dense", 1, 1)}),
+    ("fig8", "actor", {1, 2, 3, 4, 5, 6}, {1}, {"encoder": (6, "dense", 3, 3), "critic": (4, "dense", 1, 1)}),
+    ("fig9", "actor", {1, 3, 5}, {1, 3, 5}, {"encoder": (6, "dense", 3, 3), "critic": (4, "dense", 1, 1)}),
+    ("fig10", "actor", {3, 5}, {5}, {"encoder": (6, "dense", 3, 3), "critic": (4, "dense", 1, 1)})])
+def test_studies_of_one_module_hold_the_others_still(name, varies, types, scales, still):
+    cells = figures.FIGURES[name].cells
+    regimes = {"dense", "sst", "dst", "s2d", "d2s"}
+    assert {modules_of(cell)[varies] for cell in cells} == {(t, r, s, s) for t in types for r in regimes for s in scales}
+    for cell in cells:
+        modules = modules_of(cell)
+        arch_type, regime, scale, _ = modules.pop(varies)
+        assert modules == still and cell.series == regime
+        assert f"Type {arch_type}" in cell.panel + cell.x and (cell.x == f"×{scale:g}" or cell.panel == "" or len(scales) == 1)
+        assert all(m.sparsity == 0.6 for m in module_configs(figures.to_args(cell.flags, "dog-run", 0)).values())
+
+
+MST5 = {"encoder": (6, "dense", 5, 5), "critic": (6, "dst", 5, 5), "actor": (5, "sst", 5, 5)}
+RES5 = {"encoder": (6, "dense", 5, 5), "critic": (6, "dense", 5, 5), "actor": (5, "dense", 5, 5)}
+
+
+def simba(critic, actor, width, depth):
+    return {"critic": ("simba", critic, width, depth), "actor": ("simba", actor, width, depth)}
+
+
+@pytest.mark.parametrize("name, panel, series, x, algo, modules, rest", [  # Section 4, Appendices B.2.2 and E
+    ("fig11", "", "MR.Q", "", "mrq", {"encoder": (4, "dense", 5, 5), "critic": (4, "dense", 5, 5), "actor": (3, "dense", 5, 5)}, {}),
+    ("fig11", "", "MR.Q + Res", "", "mrq", RES5, {}),
+    ("fig11", "", "MR.Q + Res + MST", "", "mrq", MST5, {"distribution": "er", "growth": "gradient", "sparsity": 0.6}),
+    ("fig12", "distribution", "uniform", "", "mrq", MST5, {"distribution": "uniform", "growth": "gradient"}),
+    ("fig12", "growth (critic)", "SET", "", "mrq", MST5, {"distribution": "er", "growth": "random"}),
+    ("fig12", "sparsity", "sparsity 0.9", "", "mrq", MST5, {"sparsity": 0.9}),
+    ("fig12", "sparsity", "sparsity 0 (dense)", "", "mrq", RES5, {}),
+    ("fig13", "SAC, width", "plain", "×4", "sac", simba("dense", "dense", 4, 1), {}),
+    ("fig13", "SAC, depth", "MST", "×4", "sac", simba("dst", "sst", 1, 4), {"sparsity": 0.8}),
+    ("fig13", "DDPG, width and depth", "MST", "×3", "ddpg", simba("dst", "sst", 3, 3), {"sparsity": 0.8}),
+    ("fig13", "DDPG, depth", "plain", "×1", "ddpg", simba("dense", "dense", 1, 1), {}),
+    ("fig14", "", "critic DST, actor SST (MST)", "", "sac", simba("dst", "sst", 4, 3), {"sparsity": 0.8}),
+    ("fig14", "", "critic SST, actor DST", "", "sac", simba("sst", "dst", 4, 3), {}),
+    ("fig14", "", "critic DST, actor DST", "", "sac", simba("dst", "dst", 4, 3), {}),
+    ("fig14", "", "critic SST, actor SST", "", "sac", simba("sst", "sst", 4, 3), {}),
+    ("fig17", "", "post-layer", "×3", "mrq", {"encoder": (6, "dense", 3, 3), "critic": (6, "dense", 3, 3), "actor": (5, "dense", 3, 3)},
+     {"residual": "post"}),
+    ("fig17", "", "pre-layer", "×1", "mrq", {"encoder": (6, "dense", 1, 1), "critic": (6, "dense", 1, 1), "actor": (5, "dense", 1, 1)},
+     {"residual": "pre"}),
+    ("fig26", "MR.SAC, width", "plain", "×5", "mrsac", {"encoder": (6, "dense", 5, 1), "critic": (6, "dense", 5, 1), "actor": (5, "dense", 5, 1)}, {}),
+    ("fig26", "MR.SAC, width and depth", "MST", "×5", "mrsac", MST5, {"sparsity": 0.6})])
+def test_arms_are_what_they_are_called(name, panel, series, x, algo, modules, rest):
+    cell, = [c for c in figures.FIGURES[name].cells if (c.panel, c.series, c.x) == (panel, series, x)]
+    args = figures.to_args(cell.flags, "dog-run", 0)
+    assert args.algo == algo and modules_of(cell) == modules
+    assert {**vars(args), **vars(args.sparse)}.items() >= rest.items()
+
+
+def test_figures_have_as_many_runs_as_the_text_says():
+    eight, five = 8 * 2, 5 * 2  # seeds × tasks
+    wanted = {"fig2": 6 * 5 * eight, "fig3": 2 * 5 * eight, "fig4": 3 * 5 * 3 * eight, "fig5": 480, "fig6": 6 * 5 * 3 * eight,
+              "fig7": 2 * 5 * eight, "fig8": 480, "fig9": 3 * 5 * 3 * eight, "fig10": 2 * 5 * eight, "fig11": 3 * eight,
+              "fig12": 7 * 8, "fig13": 2 * 2 * 7 * eight, "fig14": 4 * 8, "fig17": 4 * eight, "fig26": 2 * 7 * five}
+    names = {name: [run.name for run in figures.runs(figure)] for name, figure in figures.FIGURES.items()}
+    assert {name: len(set(of)) for name, of in names.items()} == wanted
+    assert figures.FIGURES["fig12"].tasks == ("dog-run",) and figures.FIGURES["fig14"].tasks == ("humanoid-run",)
+    distinct = set().union(*names.values())
+    shared = (wanted["fig3"] + wanted["fig7"] + wanted["fig10"]  # parts of Figs. 2, 6 and 9
+              + 15 * eight + 30 * eight + 15 * eight  # scale 1 of Figs. 4, 6 and 9: Figs. 2, 5 and 8
+              + 2 * eight  # the default critic and actor on the Type 6 encoder at scale 3: Figs. 4, 5 and 8
+              + 2 * 8)  # MST and + Res at scale 5 on dog-run: Figs. 11 and 12
+    assert len(distinct) == sum(wanted.values()) - shared
+
+
+@pytest.mark.parametrize("size", ["", "--smoke", "--laptop"])
+def test_a_run_of_several_figures_has_one_name(size):
+    options = figures.options(argparse.ArgumentParser()).parse_args([size] if size else [])
+    meant = {}
+    for name, figure in figures.chosen(options).items():
+        for run in figures.runs(figure, tasks=figure.tasks[:1], seeds=[0]):
+            meant.setdefault(repr((run.task, effective(run.args))), set()).add(run.name)
+            assert run.name == run_name(run.args)
+    assert all(len(names) == 1 for names in meant.values())
+    assert len(set().union(*meant.values())) == len(meant)  # ... and no two runs share one
+    for cell in [cell for figure in figures.chosen(options).values() for cell in figure.cells][::17]:
+        args = figures.to_args(cell.flags, "dog-run", 3)
+        assert run_name(parse(figures.arguments(args))) == run_name(args)
+
+
+def test_small_forms_keep_what_a_cell_is_about():
+    for name, figure in figures.FIGURES.items():
+        small = figures.smoke(figure)
+        for cell, tiny in zip(figure.cells, small.cells):
+            own, shrunk = (module_configs(figures.to_args(c.flags, "dog-run", 0)) for c in (cell, tiny))
+            for module in own:
+                assert [getattr(own[module], part) == getattr(shrunk[module], part)
+                        for part in ("arch_type", "regime", "depth_scale", "residual", "sparsity")] == [True] * 5
+                assert shrunk[module].width_scale <= own[module].width_scale / 3
+    mst, = [c for c in figures.LAPTOP["fig11"].cells if c.series == "MR.Q + Res + MST"]
+    assert modules_of(mst) == {"encoder": (6, "dense", 0.25, 5), "critic": (6, "dst", 0.25, 5), "actor": (5, "sst", 0.25, 5)}
+    critics = [modules_of(c) for c in figures.LAPTOP["fig7"].cells]
+    assert [c["critic"] for c in critics] == [(6, regime, 0.25, 5) for regime in ("dense", "sst", "dst", "s2d", "d2s")]
+    assert all(c["encoder"] == (6, "dense", 0.25, 3) and c["actor"] == (3, "dense", 0.25, 1) for c in critics)
+    assert all(figure.tasks == ("walker-walk",) and figure.seeds >= 5 for figure in figures.LAPTOP.values())
+
+
+def run_main(module, monkeypatch, capsys, *argv):
+    """(status or message, stdout lines, stderr lines) of a command line of figures.py or plot.py."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
+    try:
+        status = module.main()
+    except SystemExit as stopped:
+        status = stopped.code
+    captured = capsys.readouterr()
+    return status, captured.out.splitlines(), captured.err.splitlines()
+
+
+def test_figures_print_commands_and_names_in_one_order(monkeypatch, capsys):
+    narrowed = ("fig11", "fig12", "--tasks", "dog-run", "--seeds", "4,6", "--steps", "20000")
+    _, commands, _ = run_main(figures, monkeypatch, capsys, "commands", *narrowed)
+    _, names, _ = run_main(figures, monkeypatch, capsys, "names", *narrowed)
+    assert "--env dog-run --total-steps 20000 --mst --scale 5 --seed 6" in commands
+    assert len(set(commands)) == len(commands) == 2 * (3 + 5)  # three arms, and of Fig. 12's seven cells five more
+    assert [run_name(parse(command.split())) for command in commands] == names
+    _, commands, _ = run_main(figures, monkeypatch, capsys, "commands", "fig11", "--seeds", "1", "--more", "--precision bf16 --scale 3")
+    assert "--env dog-run --precision bf16 --mst --scale 3 --seed 0" in commands and len(commands) == 6
+    _, rows, _ = run_main(figures, monkeypatch, capsys, "list")
+    assert all(any(row.split()[0] == name for row in rows[1:-2]) for name in figures.FIGURES) and "4,100 distinct" in rows[-1]
+    assert any("1,440" in row and "critic 2.6 M / 33 M / 139 M" in row for row in rows)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (("commands", "fig1"), "unknown figure 'fig1': choose one of fig2"), (("names", "fig14", "--laptop"), "no laptop study"),
+    (("commands",), "name a figure"), (("commands", "fig2", "--seeds", "a"), "--seeds a"), (("names", "fig2", "--seeds", "0"), "--seeds 0"),
+    (("commands", "fig2", "--steps", "50"), "--total-steps 50 trains nothing")])
+def test_figures_refuse_in_one_line(argv, message, monkeypatch, capsys):
+    status, out, _ = run_main(figures, monkeypatch, capsys, *argv)
+    assert message in status and "\n" not in status and not out
+
+
+def test_figures_and_plots_need_no_torch():
+    subprocess.run([sys.executable, "-c", "import figures, plot, sys; sys.exit('torch' in sys.modules)"], cwd=HERE, check=True)
+
+
+# -------------------------------------------------------------------------------------------------------- estimate.py
+
+def test_sizes_are_those_of_the_networks():
+    flags = {repr(cell.flags): cell.flags for figure in figures.FIGURES.values() for cell in figure.cells}
+    counted = {}
+    for task, cell in itertools.product(("dog-run", "humanoid-run"), flags.values()):
+        args = figures.to_args(cell, task, 0)
+        counted[repr((args.algo, task, [(m.width_scale, m.depth_scale) for m in module_configs(args).values()]))] = args
+    for args in counted.values():
+        (obs, action), modules = estimate.SHAPES[args.env], module_configs(args)
+        with torch.device("meta"):
+            if args.algo in ("sac", "ddpg"):
+                sizes = {name: networks.scaled_size(1, m.width_scale, m.depth_scale, *networks.SIMBA_SIZES[name]) for name, m in modules.items()}
+                actor = networks.SimbaGaussian if args.algo == "sac" else networks.SimbaMLP
+                built = {"critic": networks.SimbaCritic(obs, action, *sizes["critic"]), "actor": actor(obs, action, *sizes["actor"])}
+            else:
+                encoder = networks.Encoder(obs, action, **modules["encoder"].size())
+                actor = networks.GaussianActor if args.algo == "mrsac" else networks.Actor
+                built = {"encoder": encoder, "critic": networks.Critic(encoder.zsa_dim, **modules["critic"].size()),
+                         "actor": actor(encoder.zs_dim, action, **modules["actor"].size())}
+                del encoder.model  # the prediction head is counted apart
+        assert estimate.sizes(args) == {name: sum(p.numel() for p in network.parameters()) for name, network in built.items()}
+    assert [estimate.millions(x) for x in (154.27, 16.56, 1.323, 0.2, 0.045)] == ["154 M", "17 M", "1.3 M", "0.2 M", "45 k"]
+
+
+def test_estimates_pass_through_what_was_timed():
+    assert estimate.step_ms(parse(["--scale", "3"])) == pytest.approx(595 + 267 + 191, rel=0.01)  # README, Speed
+    assert estimate.step_ms(parse(["--algo", "sac", "--env", "humanoid-run"])) == pytest.approx(85, rel=0.01)
+    assert 595 < estimate.step_ms(parse(["--encoder-scale", "4"])) < 2420 < estimate.step_ms(parse(["--encoder-scale", "6"]))
+
+
+# ------------------------------------------------------------------------------------------------------- aggregate.py
+
+def strata(*tasks):
+    """Tasks of one value a seed -> (1 point, seeds, 1 episode) each."""
+    return [np.array(values, float).reshape(1, -1, 1) for values in tasks]
+
+
+def test_interquartile_means_by_hand():
+    assert aggregate.iqm(strata([9, 1, 2, 3, 4, 5, 6, 100]))[0] == [4.5]  # (3 + 4 + 5 + 6) / 4
+    assert aggregate.iqm(strata([0, 3, 4, 8, 99]))[0] == [5.0]  # a quarter of five: one at each end
+    assert aggregate.iqm(strata([0, 10, 20, 30], [1, 11, 21, 31]))[0] == [15.5]  # (10 + 11 + 20 + 21) / 4, all runs together
+    episodes = [np.array([[[0, 50, 60, 70], [61, 62, 63, 1000]]], float)]
+    assert aggregate.iqm(episodes)[0] == [61.5]  # (60 + 61 + 62 + 63) / 4: two seeds of four episodes, pooled
+    centre, low, high = aggregate.mean_sd(strata([1, 3], [10, 18]))
+    assert centre == [8] and [high[0] - 8, 8 - low[0]] == [pytest.approx(math.sqrt((2 + 32) / 2))] * 2  # variances within a task
+    assert np.isnan(aggregate.iqm(strata([7]))[1:]).all() and np.isnan(aggregate.mean_sd(strata([7]))[1:]).all()  # one seed
+
+
+def test_intervals_are_those_of_scipy_at_the_widened_level():
+    values = np.random.default_rng(3).normal(100, 10, 8)
+    centre, low, high = (part[0] for part in aggregate.iqm(strata(values)))
+    beyond = aggregate.tail([8])
+    assert beyond == pytest.approx(scipy.stats.norm.sf(math.sqrt(8 / 7) * 2.364624), rel=1e-5)  # Student's t, 7 degrees
+    theirs = scipy.stats.bootstrap((values,), lambda x, axis: scipy.stats.trim_mean(x, 0.25, axis=axis), method="percentile",
+                                   n_resamples=20000, confidence_level=1 - 2 * beyond, rng=np.random.default_rng(0))
+    assert centre == pytest.approx(scipy.stats.trim_mean(values, 0.25))
+    assert [low, high] == pytest.approx(list(theirs.confidence_interval), abs=0.8) and high - low > 10
+
+
+@pytest.mark.parametrize("seeds, tasks", [(5, 1), (8, 1), (8, 2)])
+def test_95_percent_intervals_cover_about_95_percent(seeds, tasks, monkeypatch):
+    monkeypatch.setattr(aggregate, "RESAMPLES", 2000)
+    rng = np.random.default_rng(seeds + tasks)
+    points = 800
+    _, low, high = aggregate.iqm([rng.normal(0, 1, (points, seeds, 1)) for _ in range(tasks)])  # every true IQM is 0
+    assert 0.925 < ((low <= 0) & (0 <= high)).mean() < 0.985
+
+
+def test_seeds_are_resampled_within_their_task():
+    _, low, high = aggregate.iqm(strata([0, 1] * 4, [100, 101] * 4))
+    assert high[0] - low[0] < 60  # pooled resampling would draw 12 of 16 from one task now and then: wider than 90
+    clustered = np.repeat(np.random.default_rng(0).normal(0, 1, (1, 8, 1)), 50, 2)
+    once, many = aggregate.iqm([clustered[:, :, :1]]), aggregate.iqm([clustered])
+    assert many[2] - many[1] == pytest.approx(once[2] - once[1], rel=0.25)  # 50 equal episodes are no 400 seeds
+    clustered[:, :, 0] = -9
+    assert np.concatenate(aggregate.iqm([clustered])[1:]) == pytest.approx(np.concatenate(many[1:]), abs=0.1)  # ... and one odd episode does not matter
+
+
+def write_run(folder, args, rows, columns=("return",), tail="", config=None):
+    """A run's folder as train.py writes it: rows of (agent_step, values...)."""
+    folder = Path(folder) / run_name(args)
+    folder.mkdir(parents=True)
+    lines = [",".join(["agent_step", "frames", *columns])] + [",".join(map(str, (row[0], 2 * row[0], *row[1:]))) for row in rows]
+    (folder / "eval.csv").write_text("\n".join(lines) + "\n" + tail)
+    (folder / "config.json").write_text(json.dumps(config or dataclasses.asdict(args)))
+    return folder
+
+
+def test_cut_and_repeated_rows(tmp_path):
+    folder = write_run(tmp_path, flags_to_args(), [(5000, 20), (0, 1.5), (5000, 30), (10000, "x")], tail="15000,30000,4")
+    run = aggregate.read_run(folder, ["return"])
+    assert run.table["agent_step"].tolist() == [0, 5000] and run.table["return"].tolist() == [1.5, 30]
+    assert run.last_step == 5000 and "2 rows cut short or broken" in run.notes[0]  # "4" may have been "432"
+    (folder / "eval.csv").write_text("")
+    with pytest.raises(ValueError, match="no columns agent_step"):
+        aggregate.read_run(folder, ["return"])
+
+
+def test_curves_count_the_seeds_that_are_there():
+    def run(steps, values):
+        return aggregate.Run("", {"agent_step": np.array(steps), "frames": 2.0 * np.array(steps), "m": np.array(values, float)})
+
+    one, two, three = run([0, 10, 20], [math.nan, 3, 5]), run([0, 10], [math.nan, 5]), run([0, 10, 20], [math.nan, 100, 7])
+    frames, centre, low, high = aggregate.curve([[one, two, three]], ("m",), aggregate.mean_sd, False)
+    assert frames.tolist() == [20, 40] and centre.tolist() == [36, 6]  # NaN at step 0: nothing to measure; then 3, then 2 seeds
+    assert high - centre == pytest.approx([np.std([3, 5, 100], ddof=1), math.sqrt(2)])
+    assert aggregate.curve([[one], [run([0, 10], [math.nan] * 2)]], ("m",), aggregate.iqm, False) is None
+    assert aggregate.curve([[one]], ("other",), aggregate.iqm, False) is None
+    assert aggregate.final([[one, two, three]], ("m",), 20, aggregate.mean_sd, False)[0] == 6  # two is not finished
+
+
+def test_ten_thousand_runs_aggregate_within_a_minute(tmp_path):
+    columns = ["return", *(f"m{number}" for number in range(60))]
+    rows = [(step, *np.random.default_rng(step).normal(size=61).round(4)) for step in range(0, 505000, 5000)]
+    wanted = {}
+    default = flags_to_args()
+    source = write_run(tmp_path, default, rows, columns)
+    for seed in range(200):  # a fiftieth
+        args = dataclasses.replace(default, seed=1 + seed)
+        wanted[run_name(args)] = args
+        folder = tmp_path / run_name(args)
+        folder.mkdir()
+        os.link(source / "eval.csv", folder / "eval.csv")
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(args)))
+    began = time.process_time()
+    runs, wrong, told = aggregate.gather(wanted, [str(tmp_path)], ["return"])
+    for group in range(25):
+        assert len(aggregate.curve([list(runs.values())[8 * group:8 * group + 8]], ("return",), aggregate.iqm, False)[0]) == 101
+    assert time.process_time() - began < 60 / 50 * 4 and len(runs) == 200 and not wrong and not told  # four times the room: CI
+
+
+# ------------------------------------------------------------------------------------------------------------ plot.py
+
+def test_a_figure_shows_its_runs_and_names_the_rest(tmp_path, monkeypatch, capsys):
+    options = ("fig11", tmp_path / "runs", "--laptop", "--out", tmp_path, "--seeds", "3")
+    columns = ["return", "critic/srank_q1", "critic/srank_q2", "critic/dormant", "actor/dormant"]
+    kept = {}
+    for run in figures.runs(figures.LAPTOP["fig11"], seeds=range(3)):
+        cell, seed, args = run.cell, run.seed, run.args
+        rows = [(step, step / 100 + 10 * seed + len(cell.series), 50, 60 + seed, 0.1, 0.2) for step in (0, 6000, 12000)]
+        if (cell.series, seed) == ("MR.Q + Res", 2):
+            rows = rows[:2]  # unfinished
+        if (cell.series, seed) != ("MR.Q", 1):  # missing
+            kept[cell.series, seed] = write_run(tmp_path / "runs", args, rows, columns)
+    config = json.loads((kept["MR.Q", 2] / "config.json").read_text())
+    config["critic"]["critic_regime"] = "dst"
+    (kept["MR.Q", 2] / "config.json").write_text(json.dumps(config))
+    with open(kept["MR.Q + Res + MST", 0] / "eval.csv", "a") as file:
+        file.write("13000,26")
+
+    pages = []
+    monkeypatch.setattr(plot.plt, "close", pages.append)
+    status, out, told = run_main(plot, monkeypatch, capsys, *options, "--save", tmp_path / "fig11.csv")
+    assert not status and (tmp_path / "fig11-laptop.png").stat().st_size > 10_000 and (tmp_path / "fig11-laptop.pdf").exists()
+    page, = pages
+    first = page.axes[0]
+    (x, y), = [line.get_data() for line in first.get_lines() if line.get_color() == plot.STYLES["MR.Q + Res + MST"][0]]
+    assert list(x) == [0, 12000, 24000] and list(y) == [26, 86, 146]  # the IQM of three is their mean: 16 + 10 + step / 100
+    (x, y), = [line.get_data() for line in page.axes[1].get_lines() if line.get_color() == plot.STYLES["MR.Q"][0]]
+    assert list(y) == [55.0, 55.0, 55.0]  # both Q's SRank, of seed 0 alone
+    assert first.get_ylim()[0] < 0 and first.get_ylim()[1] > 150  # no marker is cut
+    assert first.get_xlabel() == "environment frames" and "return" in first.get_ylabel()
+    assert [text.get_text() for text in page.legends[0].get_texts()] == ["MR.Q", "MR.Q + Res", "MR.Q + Res + MST"]
+    said = page.texts[-1].get_text().replace("\n", " ")
+    assert all(part in said for part in ("δ = 0.01", "τ = 0.025", "batch of 2,048", "3 of 9 runs", "missing: MR.Q, walker-walk, seed 1",
+                                         "of other settings: MR.Q, walker-walk, seed 2", "unfinished: MR.Q + Res, walker-walk, seed 2"))
+    assert any("config.json says --critic-regime dst" in line for line in told) and any("1 row cut short" in line for line in told)
+
+    *_, again = run_main(plot, monkeypatch, capsys, options[0], tmp_path / "fig11.csv", *options[2:], "--statistic", "mean-sd")[2], pages[1]
+    assert [list(line.get_ydata()) for line in again.axes[0].get_lines()] == [list(line.get_ydata()) for line in first.get_lines()]
+
+
+def test_every_layout_fits_its_page(monkeypatch, tmp_path):
+    """No text leaves the page, and none lies on another: figures of every kind, drawn from made-up runs of one seed."""
+    def made_up(wanted, paths, columns):
+        steps = np.arange(0, 500001, 50000)
+        table = {"agent_step": steps, "frames": 2.0 * steps} | {column: 1e-3 * steps for column in columns}
+        return {name: aggregate.Run(name, table) for name in list(wanted)[:-3]}, dict.fromkeys(list(wanted)[-3:], "missing"), []
+
+    monkeypatch.setattr(plot, "gather", made_up)
+    for name in ("fig2", "fig4", "fig7", "fig11", "fig12", "fig14"):
+        options = plot.command_line().parse_args([name, "runs", "--seeds", "1", "--out", str(tmp_path)])
+        page, _ = plot.draw_figure(name, options)
+        page.canvas.draw()
+        beyond = {label for axes in page.axes for axis in (axes.xaxis, axes.yaxis)  # ticks that are not drawn
+                  for label, place in zip(axis.get_ticklabels(), axis.get_ticklocs())
+                  if not min(axis.get_view_interval()) <= place <= max(axis.get_view_interval())}
+        texts = [text for text in page.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in beyond]
+        boxes = [text.get_window_extent() for text in texts]
+        outside = [t.get_text() for t, b in zip(texts, boxes) if b.x0 < 0 or b.y0 < 0 or b.x1 > page.bbox.x1 or b.y1 > page.bbox.y1]
+        crossing = [(s.get_text(), t.get_text()) for (s, a), (t, b) in itertools.combinations(zip(texts, boxes), 2) if a.overlaps(b)]
+        over = [t.get_text() for t, b in zip(texts, boxes) for axes in page.axes
+                if axes is not t.axes and b.overlaps(axes.get_window_extent())]
+        assert not outside and not crossing and not over, name
+        plot.plt.close(page)
+
+
+def test_any_runs_compared_with_published_ones(tmp_path, monkeypatch, capsys):
+    for seed in range(2):
+        for flags in ((), ("--critic-regime", "dst")):
+            write_run(tmp_path / "runs", flags_to_args(*flags, "--seed", str(seed)), [(0, 1), (5000, 3 + seed)])
+    (tmp_path / "reference.csv").write_text("env,agent_step,seed,return\n" + "".join(
+        f"{task},{step},{seed},{step / 1000 + seed}\n" for task in ("dog-run", "dog-trot") for step in (0, 5000, 9000) for seed in (0, 2)))
+    pages = []
+    monkeypatch.setattr(plot.plt, "close", pages.append)
+    status, _, told = run_main(plot, monkeypatch, capsys, "curves", *(tmp_path / "runs").iterdir(), tmp_path / "none", "--out", tmp_path,
+                               "--reference", tmp_path / "reference.csv")
+    page, = pages
+    curves = {tuple(line.get_ydata()) for line in page.axes[0].get_lines()}
+    assert not status and curves == {(1, 6), (1, 3.5)} and "none" in told[0]  # the reference no further than our 10,000 frames
+    assert {text.get_text() for text in page.legends[0].get_texts()} == {"default", "critic-regime=dst", "published"}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (("fig1", "."), "unknown figure 'fig1'"), (("fig6", "empty"), "none of the 1440 runs of fig6 is there"), (("fig6", "no"), "no: no such folder"),
+    (("fig6", __file__), "is no file that --save wrote"), (("curves", "no"), "no/eval.csv: No such file")])
+def test_plots_refuse_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    status, out, told = run_main(plot, monkeypatch, capsys, *argv)
+    assert status == 1 and not out and len(told) == 1 and message in told[0]
+
+
 # ------------------------------------------------------------------------------------------------------------- copies
 
-@pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics"])
+@pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics", "checkpoint"])
+@pytest.mark.slow
 def test_a_file_runs_alone(name, tmp_path):
     """Its docstring's example, in an empty folder, with everything but torch and numpy out of reach."""
     source = (HERE / f"{name}.py").read_text()

@@ -6,18 +6,28 @@
     python train.py --encoder-type 2 --encoder-regime s2d              # a cell of Figure 2
     python train.py --algo sac --mst --width-scale 4 --depth-scale 3   # Figure 14's size; --help after --algo: its flags
 
-Steps are agent steps: two frames each. Each run writes runs/<name>/config.json, eval.csv and train.csv.
+    python train.py --mst --scale 5 --env dog-run --resume             # goes on where a killed run was last saved
+    python train.py --eval-only --checkpoint runs/dog-run__mst__scale=5__seed=0 --video dog.mp4    # watch what came of it
+
+Steps are agent steps: two frames each. Each run writes runs/<name>/config.json, eval.csv, train.csv, checkpoints while it
+lasts, and final.pt when it has ended. Exit status: 0 ended, 75 saved and stopped by a signal, 76 another process trains this
+run, 1 failed.
 Paper: Sections 3 and 4, Algorithm 1, Tables 1 and 2.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C while PyTorch imports, or the run is built: nothing is there to save
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ntrain.py: stopped by hand before training began\n"), os._exit(1)))
+
 import contextlib
 import dataclasses
+import json
 import math
-import os
-import platform
-import sys
+import shutil
 import time
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -25,15 +35,40 @@ from tqdm import tqdm
 
 import fast
 import metrics
+import watch
 from agents import build_agent
+from checkpoint import Checkpoints
 from envs import Env, LockstepEvaluation
 from replay import Batch, ReplayBuffer
-from runlog import RunLog
-from settings import check, module_configs, notes, parse, run_name
+from runlog import Busy, Finished, RunLog, circumstances
+from settings import check, differences, from_config, module_configs, notes, parse, run_name
+from survive import SavedRun, Stopped, StopSignals
 
-REFUSED = (ValueError, MemoryError, OSError, ImportError, RuntimeError)  # what building a run may raise; see `one_line`
+REFUSED = (ValueError, MemoryError, OSError, ImportError, RuntimeError, FloatingPointError)  # what a run may raise; see `one_line`
 METRIC_BATCH = 2048  # samples that SRank and the dormant ratio are read from
 INTERFERENCE_SAMPLES = 32  # per-sample gradients that are compared
+
+
+class Unbroken:
+    """A stream whose reader may leave (`| head -1`) or whose disk may be full: what is written then goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.stream = open(os.devnull, "w")
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def describe(agent, modules, args, device, folder):
@@ -77,103 +112,188 @@ def measure(agent, replay):
 def build(args):
     """Everything a run needs; whatever is wrong with the flags is found here, before the folder is made."""
     check(args)
+    folder = os.path.join(args.runs, args.name or run_name(args))
+    check_same_run(args, folder)
     device = fast.pick_device(args.device)
+    torch.set_num_threads(args.threads or fast.usable_cores())
     modules = module_configs(args)
     torch.manual_seed(args.seed)
     env = Env(args.env, seed=args.seed)
+    compiled, _, speed_notes = fast.pick_speed(args.compile, args.cuda_graphs, fast.pick_precision(args.precision, device), device)
+    if compiled:
+        fast.check_compiler(device)
     agent = build_agent(args, env.obs_dim, env.action_dim, device)
     rows = min(args.buffer_size, 2 * args.total_steps + 2 * agent.horizon + 2)  # no more than the run can fill
     replay = ReplayBuffer(env.obs_dim, env.action_dim, rows, agent.horizon, agent.prioritized, device=device)
     evaluation = LockstepEvaluation(args.env, args.eval_episodes, args.seed, workers=args.eval_workers)
-    folder = os.path.join(args.runs, args.name or run_name(args))
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                **{package: version(package) for package in ("numpy", "dm_control", "mujoco")}}
-    config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()},
-                                         "versions": versions, "device_used": str(device)}
-    log = RunLog(folder, config, args.tensorboard, args.wandb_project)
-    speed_notes = fast.pick_speed(args.compile, args.cuda_graphs, fast.pick_precision(args.precision, device), device)[2]
-    print("\n".join([describe(agent, modules, args, device, folder), *notes(args), *speed_notes]), flush=True)
-    return device, env, agent, replay, evaluation, log
+    config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | (
+        circumstances()) | {"device_used": str(device), "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "threads_used": torch.get_num_threads()}
+    log = RunLog(folder, config, args.tensorboard, args.wandb_project, args.resume)
+    saved = SavedRun(Checkpoints(folder), args, device, agent, replay, env, log)
+    print("\n".join([describe(agent, modules, args, device, folder), describe_saving(saved), *notes(args), *speed_notes]),
+          flush=True)
+    return device, env, agent, replay, evaluation, log, saved
 
 
-def train(args, device, env, agent, replay, evaluation, log):
+def check_same_run(args, folder):
+    """Finished, or ValueError in one line, if --resume finds a run that has ended, or another one."""
+    path = os.path.join(folder, "config.json")
+    if args.resume and os.path.exists(path):
+        try:
+            with open(path) as file:
+                before = from_config(json.load(file))
+        except ValueError as error:
+            raise ValueError(f"--resume: {path} cannot be read: {str(error).splitlines()[0]}") from None
+        if differing := differences(before, args):
+            raise ValueError(f"--resume: {folder} was begun with {differing}: choose another --name, or the same flags")
+        if os.path.exists(os.path.join(folder, "final.pt")):
+            raise Finished(folder)
+
+
+def describe_saving(saved):
+    one, buffer = saved.size()
+    total, free = 3 * one + buffer, shutil.disk_usage(saved.log.folder).free  # two, and a third while it is written
+    line = (f"  saves    every {saved.args.save_every:,} steps: up to {total / 1e9:.2f} GB (the last two, {one / 1e9:.2f} GB "
+            f"each, one more while it is written, and a replay buffer of {buffer / 1e9:.2f} GB)")
+    return line if total < free else line + f"\n  note: the disk has {free / 1e9:.2f} GB free: saving will fail, training not"
+
+
+class Bar:
+    """The progress bar: what is going on, the last return, and the time left. That goes by the updates of all modules
+    alike, so that a burst of 250 encoder updates moves it, and the cheap random steps do not mislead it."""
+
+    def __init__(self, args, agent, start):
+        self.agent, self.lines = agent, {}
+        self.all_updates = len(agent.updates) * (args.total_steps - args.learning_starts) * agent.updates_per_step
+        self.bar = tqdm(total=args.total_steps, initial=start, dynamic_ncols=True,
+                        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
+        self.interval = 0.5 if sys.stderr.isatty() else 60  # seconds between two drawings
+        self.drawn, self.first, self.began = time.monotonic(), None, None
+        self.write, self.close = self.bar.write, self.bar.close
+
+    def show(self, step, doing, **more):
+        now, done = time.monotonic(), sum(self.agent.updates.values())
+        if self.first is None and done:  # of this process
+            self.first, self.began = done, now
+        self.bar.n, self.lines = step, self.lines | more
+        if now - self.drawn < self.interval:
+            return
+        left = "?"
+        if self.first is not None and done > self.first:
+            left = tqdm.format_interval((now - self.began) / (done - self.first) * (self.all_updates - done))
+        self.drawn = now
+        self.bar.set_postfix_str(", ".join([f"{left} left", *(f"{key} {value}" for key, value in self.lines.items()), doing]))
+
+
+def train(args, device, env, agent, replay, evaluation, log, saved):
     """The one loop. At step t: act on obs_t; update on what was stored up to t-1; step; store. Fast or slow, in this
-    order: the device may train while the environment steps, and nothing but the clock changes."""
-    began = time.time()
-    logged_step, logged_time = 0, began
-    last_return, episode_return = math.nan, 0.0
-    bar = tqdm(total=args.total_steps, unit="step", dynamic_ncols=True, smoothing=0.05,
-               mininterval=0.5 if sys.stderr.isatty() else 60)
+    order: the device may train while the environment steps, and nothing but the clock changes. `run` is where it stands."""
+    obs = saved.restore()  # of a run that is resumed
+    if obs is None:
+        obs = env.reset()
+    run, stop, bar, told = saved.progress, StopSignals(), Bar(args, agent, saved.progress.step), set()
+    agent.between_updates = lambda doing: (stop.check(), bar.show(run.step, doing))
 
     def evaluate(step):
+        def act(obs):
+            stop.check()  # an evaluation is abandoned, and played anew when the run goes on
+            return agent.act(obs, explore=False)
+
+        bar.show(step, "evaluating")
         # Random numbers drawn in here are put back: evaluating changes nothing of what is learnt.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(args.seed + step)
-            returns = evaluation(lambda obs: agent.act(obs, explore=False), step)
+            try:
+                returns = evaluation(act, step)
+            except ChildProcessError:
+                stop.check()  # a signal to all processes has ended the workers too
+                raise
             log.write("eval", {"agent_step": step, "frames": env.frames, "return": returns.mean(),
-                               "return_std": returns.std(), "seconds": time.time() - began} | measure(agent, replay))
-        bar.set_postfix_str(f"return {returns.mean():.1f}", refresh=False)
+                               "return_std": returns.std(), "seconds": saved.seconds()} | measure(agent, replay))
+        bar.show(step, "learning", **{"return": f"{returns.mean():.1f}"})
         bar.write(f"step {step:>9,}  return {returns.mean():7.1f} ± {returns.std():.1f}")
 
     def write_training(step):
-        nonlocal logged_step, logged_time
-        info = {name: value.item() for name, value in agent.info.items()}
-        speed = (step - logged_step) / (time.time() - logged_time)  # evaluations included
-        logged_step, logged_time = step, time.time()
-        log.write("train", {"agent_step": step, "frames": env.frames, "episode_return": last_return} | info
+        info, now = {name: value.item() for name, value in agent.info.items()}, saved.seconds()
+        speed = (step - run.logged_step) / (now - run.logged_seconds)  # evaluations included
+        run.logged_step, run.logged_seconds = step, now
+        log.write("train", {"agent_step": step, "frames": env.frames, "episode_return": run.last_return} | info
                   | {f"{name}_density": sparse.density() for name, sparse in agent.sparse.items()}
-                  | {"steps_per_second": speed, "seconds": time.time() - began})
-        if fault := agent.fault():
-            raise FloatingPointError(f"{fault[0]} was not finite at agent step {args.learning_starts + fault[1]:,}; stopped. "
-                                     f"All rows up to here are in {log.folder}")
+                  | {"steps_per_second": speed, "seconds": now})
+        saved.check_health()
 
-    obs = env.reset()
-    for step in range(args.total_steps):
-        if step % args.eval_every == 0:
-            evaluate(step)
+    def tell_failures():
+        """A full disk stops nothing; each trouble is told once."""
+        for failure in {saved.checkpoints.failure, log.failure} - told - {None}:
+            told.add(failure)
+            bar.write(f"note: {failure}; the run goes on")
 
-        learning = step >= args.learning_starts
-        if step == args.learning_starts:
-            logged_step, logged_time = step, time.time()
-        agent.observe(obs)
-        action = agent.act(obs, explore=True) if learning else env.random_action()
-        if not np.isfinite(action).all():  # the last update broke the actor: seen without asking the device each step
-            write_training(step)  # names the loss that broke, if it shows already
-            raise FloatingPointError(f"the action is {action} at agent step {step}: the actor has diverged; stopped. All "
-                                     f"rows up to here are in {log.folder}")
+    for run.step in range(run.step, args.total_steps):
+        step, learning = run.step, run.step >= args.learning_starts
+        if run.action is None:  # else the run is resumed in the midst of this step's update
+            stop.check()
+            saved.save_if_due()
+            if step % args.eval_every == 0:
+                evaluate(step)
+            if step == args.learning_starts:
+                run.logged_step, run.logged_seconds = step, saved.seconds()
+            agent.observe(obs)
+            run.action = agent.act(obs, explore=True) if learning else env.random_action()
+            if not np.isfinite(run.action).all():  # the last update broke the actor: seen without asking the device
+                write_training(step)  # names the loss that broke, if it shows already
+                raise FloatingPointError(f"the action is {run.action} at agent step {step}: the actor has diverged; "
+                                         f"stopped. All rows up to here are in {log.folder}")
         if learning:
             for _ in range(agent.updates_per_step):
                 agent.update(replay)
-        next_obs, reward, terminated, truncated = env.step(action)
-        replay.add(obs, action, reward, next_obs, terminated, truncated)
-        episode_return += reward
-        obs = next_obs
+        next_obs, reward, terminated, truncated = env.step(run.action)
+        replay.add(obs, run.action, reward, next_obs, terminated, truncated)
+        run.episode_return += reward
+        obs, run.action = next_obs, None
         if terminated or truncated:
-            obs, last_return, episode_return = env.reset(), episode_return, 0.0
+            obs, run.last_return, run.episode_return = env.reset(), run.episode_return, 0.0
 
-        bar.update()
+        bar.show(step + 1, "learning" if learning else "random steps")
         if learning and ((step + 1) % args.log_every == 0 or step + 1 == args.total_steps):
             write_training(step + 1)
-    evaluate(args.total_steps)
+        tell_failures()
+    run.step = args.total_steps
+    evaluate(run.step)
     bar.close()
+    log.close()
+    saved.finish()
 
 
 def main():
+    log = None
     try:
         args = parse(description=__doc__)
-        parts = build(args)
+        if args.eval_only:
+            check(args)
+            return watch.main(args)
+        *parts, log, saved = build(args)
+        train(args, *parts, log, saved)
+    except Stopped as stopped:
+        sys.exit(save_and_stop(saved, stopped))
+    except Finished as folder:
+        return print(f"finished already: {folder}")
+    except Busy as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(76)
     except REFUSED as error:
-        sys.exit(f"train.py: {one_line(error)}")
-    log = parts[-1]
-    try:
-        train(args, *parts)
-    except (FloatingPointError, RuntimeError) as error:
-        sys.exit(f"\ntrain.py: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(f"\ntrain.py: stopped by hand; all rows up to here are in {log.folder}")
-    finally:
-        log.close()
+        told = one_line(error)
+        sys.exit(f"\ntrain.py: {told}; the last checkpoint is {saved.checkpoints.last()}" if log else f"train.py: {told}")
     print(f"done: {os.path.join(log.folder, 'eval.csv')}")
+
+
+def save_and_stop(saved, stopped):
+    """Returns the exit status: 75, or 1 if it could not be saved."""
+    step = saved.progress.step
+    saved.save(wait=True)
+    failure = saved.checkpoints.failure
+    told = f"but {failure}: the last is {saved.checkpoints.last()}" if failure else "and saved; the same command with --resume goes on"
+    print(f"\ntrain.py: stopped by {stopped} at agent step {step:,}, {told}", file=sys.stderr)
+    return 1 if failure else 75
 
 
 def one_line(error):
@@ -186,4 +306,5 @@ def one_line(error):
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     main()
