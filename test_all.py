@@ -2481,6 +2481,36 @@ def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
         assert all(v.dtype == torch.float32 for state in optimizer.state.values() for v in state.values())
 
 
+@pytest.mark.parametrize("algo", ["mrq", "sac"])
+def test_bfloat16_copies_follow_their_weights(algo):
+    (agent, buffer), other = tiny_of(algo), tiny_of(algo, seed=9)[0]
+    for one in (agent, other):
+        fast.speed_up(one, "bf16")
+    for _ in range(5):  # targets, a topology change
+        agent.update(buffer)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    checked = 0
+    for one in (agent, other):
+        for network in (*one.networks.values(), *one.targets.values()):
+            for layer in network.modules():
+                if isinstance(layer, nn.Linear) and layer not in one.heads():
+                    x = torch.randn(3, layer.in_features)
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        assert torch.equal(layer(x), F.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()))
+                    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))  # acting is not rounded
+                    checked += 1
+    assert checked > 20
+
+
+def test_gradients_of_a_weight_used_often_add_up_in_float32():
+    """300 equal parts: a bfloat16 sum stops growing at 256 times one of them."""
+    layer = nn.Linear(8, 8)
+    x, copies = torch.ones(2, 8, requires_grad=True), (layer.weight.bfloat16(), layer.bias.bfloat16())
+    sum(fast.BFloat16Linear.apply(x, layer.weight, layer.bias, *copies).float().sum() for _ in range(300)).backward()
+    assert (layer.weight.grad == 600).all() and (layer.bias.grad == 600).all()
+    torch.testing.assert_close(x.grad, 300 * copies[0].float().sum(0).expand(2, 8), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("algo", ["sac", "ddpg", "mrsac"])
 def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
     (agent, one_buffer), (plain, other_buffer) = tiny_of(algo, seed=1), tiny_of(algo, seed=1)
