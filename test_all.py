@@ -1875,16 +1875,16 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
     if hasattr(agent, "bins"):
         agent.bins = agent.bins.double()
     naive, noise, drawn = Naive(agent, modules, 14), Noise(monkeypatch), []
-    sample, update_priority, horizons = buffer.sample, buffer.update_priority, []
+    gather, update_priority, horizons = buffer.gather, buffer.update_priority, []
 
-    def double_sample(batch_size, horizon=None):
-        batch = sample(batch_size, horizon)
+    def double_gather(index, horizon=None):
+        batch = gather(index, horizon)
         assert len(batch.index) == 12
         horizons.append(batch.reward.shape[1])
         drawn.append(Batch(batch.index, *(part.double() for part in batch[1:])))
         return drawn[-1]
 
-    buffer.sample, buffer.update_priority = double_sample, lambda index, error: update_priority(index, error.float())
+    buffer.gather, buffer.update_priority = double_gather, lambda index, error: update_priority(index, error.float())
     first_masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7, check_dtype=False)
     for step in range(14):
@@ -2874,7 +2874,7 @@ def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- settings.py
 
-READ_ELSEWHERE = {"eval_every", "eval_episodes", "log_every", "buffer_size",  # by the loop and what is built around it
+READ_ELSEWHERE = {"eval_every", "eval_episodes", "metrics_every", "log_every", "buffer_size",  # by the loop and what is built around it
                   "compile", "cuda_graphs"}  # speed alone
 IN_PLACES_OF_THEIR_OWN = {"mst", "reward_bins", "twin_critics", "precision"}  # everything else that shows in one module shows in all
 
@@ -3298,12 +3298,12 @@ class RecordedRun:
 
 def recorded_run(monkeypatch, run, **settings):
     """The loop on a recorded run: all events without the random numbers in them, and those of acting in training."""
-    monkeypatch.setattr(train, "measure", lambda agent, replay: run.note("measure") or {"metric": 0.5})
+    monkeypatch.setattr(train, "measure", lambda agent, replay, wanted: run.note("measure", wanted) or {"metric": 0.5})
     monkeypatch.setattr(train, "StopSignals", lambda: argparse.Namespace(check=lambda: None))
     monkeypatch.setattr(SavedRun, "save", lambda self: run.note("save", self.progress.step))
     monkeypatch.setattr(SavedRun, "finish", lambda self: run.note("finish", self.progress.step))
     args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6,
-                                              "save_every": 2} | settings))
+                                              "save_every": 2, "metrics_every": 2} | settings))
     torch.manual_seed(args.seed)
     device = torch.device("cpu")
     train.train(args, device, run, run, run, run, run,
@@ -3316,7 +3316,8 @@ def test_the_order_of_events_in_a_run(monkeypatch):
     run = RecordedRun()
     events, draws = recorded_run(monkeypatch, run)
     expected, obs, action = [("reset", 1.0)], 1.0, 0
-    evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False), ("measure",), ("write", "eval")]
+    evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False),
+                               ("measure", step in (0, 10, 11)), ("write", "eval")]
     ends = {2: "terminated", 4: "truncated", 7: "truncated", 8: "terminated"}  # after these steps
     length = 0
     for t in range(11):
@@ -4467,6 +4468,14 @@ def test_plots_refuse_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     status, out, told = run_main(plot, monkeypatch, capsys, *argv)
     assert status == 1 and not out and len(told) == 1 and message in told[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- README.md
+
+def test_the_readme_has_the_table_of_figures_as_it_is(monkeypatch, capsys):
+    told = run_main(figures, monkeypatch, capsys, "list", "--markdown")[1]
+    readme = (HERE / "README.md").read_text()
+    assert len(told) > 15 and all(line in readme for line in told)
 
 
 # ------------------------------------------------------------------------------------------------------------- copies
