@@ -2806,14 +2806,14 @@ def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
     for step in range(1, 25):
         fill(buffer, int(rng.integers(0, 25)), rng)
         first, rows = buffer.rows_since(max(0, checkpoints.next_row - 1))
-        assert len(rows["obs"]) <= min(capacity, 1 + buffer.position + 1 - checkpoints.next_row + 1)  # only what is new
+        assert len(rows["rows"]) <= min(capacity, 1 + buffer.position + 1 - checkpoints.next_row + 1)  # only what is new
         checkpoints.save(step, {"replay": buffer.state_dict()}, first, rows, buffer.position + 1 - capacity, wait=True)
         found, other = checkpoint.Checkpoints(str(tmp_path)), ReplayBuffer(2, 1, capacity, horizon=3)
         state = found.load()
         for start, part in found.rows():
             other.load_rows(start, part)
         other.load_state_dict(state["replay"])
-        for name in (*buffer.ROWS, "priority", "max_priority", "termination_seen"):
+        for name in ("rows", "priority", "max_priority", "termination_seen"):
             assert torch.equal(getattr(buffer, name), getattr(other, name)), (step, name)
         for name in ("row", "episode_length", "sampleable", "_offered"):
             assert getattr(buffer, name) == getattr(other, name), (step, name)
@@ -2997,7 +2997,7 @@ def test_defaults_are_those_of_the_papers():
         # SparseTraining by itself has the same.
         own = {name: p.default for name, p in inspect.signature(SparseTraining).parameters.items() if p.default is not p.empty}
         renamed = {"growth": "grow", "schedule_power": "power"}
-        assert {renamed.get(name, name): value for name, value in sparse.items()} | {"sparsity": 0.6, "seed": 0} == {
+        assert {renamed.get(name, name): value for name, value in sparse.items()} | {"sparsity": 0.6, "seed": None, "leave_out": ()} == {
             name: value for name, value in own.items() if name != "total_steps"}
     assert (args.total_steps, args.eval_every, args.eval_episodes, args.buffer_size, args.log_every, args.scale, args.seed, args.mst) == (
         500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)
@@ -3795,8 +3795,9 @@ def test_the_benchmarks_own_factors(algo, monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda a, b: a), monkeypatch.setattr(fast, "product", lambda a, b: a)
     (row,) = bench.bench_scale(0.05, bench.Args(algo=algo, variants=["mst"], env="cartpole-swingup", steps=3), torch.device("cpu"))
     often = {"mrq": 1, "sac": 2}[algo]
-    assert row["update"] == 2  # two captures a step, or two updates
-    assert [row[phase] for phase in bench.PHASES] == [often, 1 if algo == "mrq" else "", often, often, often, often, often / 1000, 1, 1]
+    refresh, encoder = (1 / 250, 1) if algo == "mrq" else ("", "")
+    assert row["update"] == 2 + (refresh or 0)  # two captures a step and a burst's beginning, or two updates
+    assert [row[phase] for phase in bench.PHASES] == [refresh, often, encoder, often, often, often, often, often / 1000, 1, 1, 1, 1]
     agent, env = bench.plain_agent("mst", 0.05, Env("cartpole-swingup"), torch.device("cpu"), bench.Args(algo=algo)), Env("cartpole-swingup")
     with FlopCounterMode(display=False) as counter:
         for update in [agent.update] * 2 if algo == "sac" else [agent.update_encoder, agent.update_critic_and_actor]:  # an agent step has
