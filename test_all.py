@@ -1875,16 +1875,16 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
     if hasattr(agent, "bins"):
         agent.bins = agent.bins.double()
     naive, noise, drawn = Naive(agent, modules, 14), Noise(monkeypatch), []
-    sample, update_priority, horizons = buffer.sample, buffer.update_priority, []
+    gather, update_priority, horizons = buffer.gather, buffer.update_priority, []
 
-    def double_sample(batch_size, horizon=None):
-        batch = sample(batch_size, horizon)
+    def double_gather(index, horizon=None):
+        batch = gather(index, horizon)
         assert len(batch.index) == 12
         horizons.append(batch.reward.shape[1])
         drawn.append(Batch(batch.index, *(part.double() for part in batch[1:])))
         return drawn[-1]
 
-    buffer.sample, buffer.update_priority = double_sample, lambda index, error: update_priority(index, error.float())
+    buffer.gather, buffer.update_priority = double_gather, lambda index, error: update_priority(index, error.float())
     first_masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
     close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7, check_dtype=False)
     for step in range(14):
@@ -2967,8 +2967,7 @@ def test_defaults_are_those_of_the_papers():
         # SparseTraining by itself has the same.
         own = {name: p.default for name, p in inspect.signature(SparseTraining).parameters.items() if p.default is not p.empty}
         renamed = {"growth": "grow", "schedule_power": "power"}
-        assert {renamed.get(name, name): value for name, value in sparse.items()} | {"sparsity": 0.6, "seed": 0} == {
-            name: value for name, value in own.items() if name != "total_steps"}
+        assert all(own[renamed.get(name, name)] == (0.6 if name == "sparsity" else value) for name, value in sparse.items())
     assert (args.total_steps, args.eval_every, args.eval_episodes, args.buffer_size, args.log_every, args.scale, args.seed, args.mst) == (
         500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)
 
@@ -3023,9 +3022,10 @@ def test_rows_are_on_disk_at_once_with_six_digits(tmp_path, monkeypatch):
     tell = lambda what: lambda *arguments, **named: told.append((what, *arguments, *sorted(named.items())))
     monkeypatch.setitem(sys.modules, "wandb", fake(init=tell("init"), log=tell("log"), finish=tell("finish")))
     writer = fake(add_scalar=tell("scalar"), close=tell("close"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake(SummaryWriter=lambda folder: (told.append(folder), writer)[1]))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake(SummaryWriter=lambda folder, purge_step=None: (told.append(folder), writer)[1]))
     folder = str(tmp_path / "run")
     log = RunLog(folder, {"seed": 1, "scale": 0.5}, tensorboard=True, wandb_project="project")
+    log.start()
     log.write("eval", {"agent_step": 1234567, "return": 1 / 3, "text": "a"})
     assert open(tmp_path / "run" / "eval.csv").read().split() == ["agent_step,return,text", "1234567,0.333333,a"]
     log.write("train", {"agent_step": 2, "loss": 123456.789})
@@ -3192,10 +3192,10 @@ def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choice
 
 
 class RecordedRun:
-    """Environment, agent, replay, evaluation and log in one, which note everything they are told. Each observation is a number."""
+    """Environment, agent, replay, evaluation, checkpoints and log in one, which note everything they are told. Each observation is a number."""
     episodes = [(3, "terminated"), (2, "truncated"), (3, "truncated"), (1, "terminated"), (9, "truncated")]
     obs_dim, action_dim, horizon, updates_per_step, prioritized, folder = 1, 1, 1, 2, False, "here"
-    device, networks, sparse, broken = torch.device("cpu"), {}, {}, {}
+    device, networks, sparse, updates, failure = torch.device("cpu"), {}, {}, {}, None
 
     def __init__(self):
         self.events, self.rows, self.time, self.episode, self.length, self.frames, self.actions = [], [], 0, -1, 0, 0, 0
@@ -3243,7 +3243,16 @@ class RecordedRun:
     def fault(self):
         return None
 
-    # replay, evaluation and log
+    # checkpoints, replay, evaluation and log
+    def load(self):
+        return None
+
+    def start(self):
+        self.note("start")
+
+    def close(self):
+        self.note("close")
+
     def add(self, obs, action, reward, next_obs, terminated, truncated):
         self.note("add", obs[0], action[0], reward, next_obs[0], terminated, truncated)
 
@@ -3262,9 +3271,11 @@ class RecordedRun:
 def recorded_run(monkeypatch, run, **settings):
     """The loop on a recorded run: all events without the random numbers in them, and those of acting in training."""
     monkeypatch.setattr(train, "measure", lambda agent, replay: run.note("measure") or {"metric": 0.5})
-    args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6} | settings))
+    args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "save_every": 4, "seed": 6} | settings))
     torch.manual_seed(args.seed)
-    train.train(args, torch.device("cpu"), run, run, run, run, run)
+    saved = SavedRun(run, args, torch.device("cpu"), run, run, run, run)
+    saved.save, saved.finish = lambda: run.note("save"), lambda: run.note("finish")
+    train.train(args, torch.device("cpu"), run, run, run, run, run, saved)
     return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
 
 
@@ -3272,12 +3283,13 @@ def test_the_order_of_events_in_a_run(monkeypatch):
     """Against a plain list of what must happen, step by step."""
     run = RecordedRun()
     events, draws = recorded_run(monkeypatch, run)
-    expected, obs, action = [("reset", 1.0)], 1.0, 0
+    expected, obs, action = [("start",), ("reset", 1.0)], 1.0, 0
     evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False), ("measure",), ("write", "eval")]
     ends = {2: "terminated", 4: "truncated", 7: "truncated", 8: "terminated"}  # after these steps
     length = 0
     for t in range(11):
         length, action = length + 1, action + 1
+        expected += [("save",)] if t in (4, 8) else []
         expected += evaluation(t) if t in (0, 5, 10) else []
         expected += [("observe", obs), ("act", [obs], True) if t >= 4 else ("random action",)]
         expected += [("update",)] * 2 if t >= 4 else []
@@ -3288,7 +3300,7 @@ def test_the_order_of_events_in_a_run(monkeypatch):
             obs, length = obs + 1, 0
             expected += [("reset", obs)]
         expected += [("write", "train")] if t in (5, 8, 10) else []
-    assert events == expected + evaluation(11)
+    assert events == expected + evaluation(11) + [("close",), ("finish",)]
     rows = {table: [row for name, row in run.rows if name == table] for table in ("eval", "train")}
     timeless = lambda row: {key: value for key, value in row.items() if "second" not in key}
     assert [timeless(row) for row in rows["eval"]] == [
@@ -3324,7 +3336,7 @@ def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
 def test_what_a_run_is_built_from(tmp_path):
     """Seeds, sizes and numbers of the settings reach environment, evaluation, buffer, networks and masks."""
     build = lambda *flags: train.build(flags_to_args("--mst", *SHORT[:-2], "--runs", str(tmp_path / "_".join(flags)), *flags))
-    device, env, agent, replay, evaluation, log = build("--seed", "7", "--eval-episodes", "3")
+    device, env, agent, replay, evaluation, log, _ = build("--seed", "7", "--eval-episodes", "3")
     log.close()
     same = Env("cartpole-swingup", seed=7)
     assert np.array_equal(env.random_action(), same.random_action()) and np.array_equal(env.reset(), same.reset())
@@ -3336,7 +3348,7 @@ def test_what_a_run_is_built_from(tmp_path):
     masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
     for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
         assert torch.equal(a, b)
-    *_, agent_of_sac, small, _, log = build("--algo", "sac", "--buffer-size", "90")
+    *_, agent_of_sac, small, _, log, _ = build("--algo", "sac", "--buffer-size", "90")
     log.close()
     assert (small.capacity, small.horizon, small.prioritized, agent_of_sac.sparse["critic"].total_steps) == (90, 1, False, 140)
     other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, device)
