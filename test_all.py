@@ -57,6 +57,7 @@ import figures
 import metrics
 import networks
 import plot
+import replay
 import sparsity
 import train
 from envs import Env, LockstepEvaluation, task_names
@@ -689,6 +690,9 @@ def test_convolutions_random_numbers_nan_and_refusals():
         assert torch.equal(tensor.to(torch.complex128), expected)
     assert set(sparse.layer_densities()) == {"0.weight", "3.weight"}
     assert sparse.density() == pytest.approx(0.2, abs=2 / (16 * 27 + 4 * 16 * 36))
+    for options in ({"sparsity": 0.0}, {"schedule_start": 1, "schedule_end": 1}, {"schedule_start": 0, "schedule_end": 0},
+                    {"drop_initial": 1, "drop_final": 1}, {"drop_initial": 0, "drop_final": 0}, {"total_steps": 1, "update_interval": 1}):
+        SparseTraining(model, optimizer, "d2s", **options)  # the ends themselves are allowed
     nan, base = float("nan"), ("s2d", 0.5, 9, 1, "er", "gradient")
     for arguments, message in ((("rigl",), "unknown regime"), (("dst", nan), "sparsity"), (("dst", 1.0), "sparsity"), (("dst", 0.5, 0), "total_steps"),
                                (("dst", 0.5, 9, 1, "er", "gradient", 1.5), "drop_initial"),
@@ -1015,12 +1019,18 @@ def test_multi_step_returns_by_hand():
     assert not_done.tolist() == [[1.0], [0.0], [0.0]]
 
 
-def test_a_million_dog_run_transitions_fit_and_what_cannot_fit_is_refused():
+def test_a_million_dog_run_transitions_fit_and_what_cannot_fit_is_refused(monkeypatch):
     buffer = ReplayBuffer(223, 38, 1_002_000)  # with the 2,000 last observations of 500-step episodes
     size = sum(value.numel() * value.element_size() for value in vars(buffer).values() if torch.is_tensor(value))
     assert 1.0e9 < size <= 1.3e9
     with pytest.raises(MemoryError, match="GB"):
         ReplayBuffer(223, 38, 10**11)
+    monkeypatch.setattr(replay, "free_memory", lambda device: size)
+    ReplayBuffer(223, 38, 1_002_000)  # what is there is enough
+    monkeypatch.setattr(replay, "free_memory", lambda device: 0.999 * size)
+    with pytest.raises(MemoryError, match=r"1,002,000 rows takes 1.\d\d GB, but cpu has 1.\d\d GB"):
+        ReplayBuffer(223, 38, 1_002_000)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="nothing to draw"):
         ReplayBuffer(2, 1, 100).sample(4)
     buffer = ReplayBuffer(1, 1, 12, horizon=5)
@@ -2908,6 +2918,7 @@ def test_every_setting_does_something_and_does_it_in_its_own_place(algo):
     build = lambda args: (torch.manual_seed(0), build_agent(args, 4, 2, torch.device("cpu")))[1]
     base_built, (base_moments, base_rest) = what_it_builds(build(base)), what_it_does(build(base))
     modules = list(module_configs(base))
+    assert {sparse.total_steps for sparse in build(base).sparse.values()} == {(60 - 20) * base.agent.updates_per_step}
     for group, name in flag_names(base):
         if name == "algo":  # comes with settings of its own
             continue
@@ -3439,14 +3450,6 @@ def test_every_algorithm_has_its_own_defaults():
     assert regimes("--algo", "ddpg", "--actor-regime", "dst", "--critic-sparsity", "0.5", "--scale", "2") == {
         "critic": ("dense", 0.5, 2, 2), "actor": ("dst", 0.8, 2, 2)}  # Fig. 14 swaps the regimes
     assert regimes("--algo", "mrsac", "--mst")["encoder"][0] == "dense"
-
-
-@pytest.mark.parametrize("algo, updates", [("mrq", 60), ("sac", 120)])
-@pytest.mark.slow
-def test_schedules_span_all_updates_of_a_run(algo, updates, tmp_path):
-    _, _, agent, *_ = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
-                                                "--learning-starts", "40", "--runs", str(tmp_path)))
-    assert {sparse.total_steps for sparse in agent.sparse.values()} == {updates}
 
 
 def test_run_names_tell_runs_apart():
