@@ -214,9 +214,11 @@ class MRQ(ModularAgent):
 
         By the plain methods of the class: what trains may be compiled, for another batch size and without this graph.
         """
-        plain = type(self)
+        plain, horizon = type(self), self.config.encoder_horizon
         zs = plain.encode(self, batch.obs[:, 0])
-        return {"encoder": plain.encoder_loss(self, batch, replay.termination_seen)[0],
+        unrolled = batch._replace(obs=batch.obs[:, :horizon + 1], action=batch.action[:, :horizon],  # the batch may be longer
+                                  reward=batch.reward[:, :horizon], terminated=batch.terminated[:, :horizon])
+        return {"encoder": plain.encoder_loss(self, unrolled, replay.termination_seen)[0],
                 "critic": plain.critic_loss(self, batch, zs)[0], "actor": plain.actor_loss(self, zs)[0]}
 
     def tensors(self):

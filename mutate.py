@@ -205,8 +205,9 @@ def main():
         limit = 60 + 4 * sum(tests[name]["seconds"] for name in chosen)
         status, killer = in_a_copy(Chosen(chosen), limit, [(path.name, source)])
         what = " ".join(f"{path.name}:{line} {change}".split())
-        survivors += [what] if status == 0 else []
-        print(f"{number} {what[:200]} | {f'caught by {killer or status}' if status else 'SURVIVED'}, {time.time() - began:.0f} s", flush=True)
+        alive = status == 0 or not chosen
+        survivors += [what] if alive else []
+        print(f"{number} {what[:200]} | {'SURVIVED' if alive else f'caught by {killer or status}'}, {time.time() - began:.0f} s", flush=True)
     print(f"\n{args.number - len(survivors)} of {args.number} caught. Survivors:", *survivors, sep="\n  ")
 
 

@@ -57,6 +57,7 @@ import figures
 import metrics
 import networks
 import plot
+import replay
 import sparsity
 import train
 from envs import Env, LockstepEvaluation, task_names
@@ -689,6 +690,9 @@ def test_convolutions_random_numbers_nan_and_refusals():
         assert torch.equal(tensor.to(torch.complex128), expected)
     assert set(sparse.layer_densities()) == {"0.weight", "3.weight"}
     assert sparse.density() == pytest.approx(0.2, abs=2 / (16 * 27 + 4 * 16 * 36))
+    for options in ({"sparsity": 0.0}, {"schedule_start": 1, "schedule_end": 1}, {"schedule_start": 0, "schedule_end": 0},
+                    {"drop_initial": 1, "drop_final": 1}, {"drop_initial": 0, "drop_final": 0}, {"total_steps": 1, "update_interval": 1}):
+        SparseTraining(model, optimizer, "d2s", **options)  # the ends themselves are allowed
     nan, base = float("nan"), ("s2d", 0.5, 9, 1, "er", "gradient")
     for arguments, message in ((("rigl",), "unknown regime"), (("dst", nan), "sparsity"), (("dst", 1.0), "sparsity"), (("dst", 0.5, 0), "total_steps"),
                                (("dst", 0.5, 9, 1, "er", "gradient", 1.5), "drop_initial"),
@@ -1015,12 +1019,18 @@ def test_multi_step_returns_by_hand():
     assert not_done.tolist() == [[1.0], [0.0], [0.0]]
 
 
-def test_a_million_dog_run_transitions_fit_and_what_cannot_fit_is_refused():
+def test_a_million_dog_run_transitions_fit_and_what_cannot_fit_is_refused(monkeypatch):
     buffer = ReplayBuffer(223, 38, 1_002_000)  # with the 2,000 last observations of 500-step episodes
     size = sum(value.numel() * value.element_size() for value in vars(buffer).values() if torch.is_tensor(value))
     assert 1.0e9 < size <= 1.3e9
     with pytest.raises(MemoryError, match="GB"):
         ReplayBuffer(223, 38, 10**11)
+    monkeypatch.setattr(replay, "free_memory", lambda device: size)
+    ReplayBuffer(223, 38, 1_002_000)  # what is there is enough
+    monkeypatch.setattr(replay, "free_memory", lambda device: 0.999 * size)
+    with pytest.raises(MemoryError, match=r"1,002,000 rows takes 1.\d\d GB, but cpu has 1.\d\d GB"):
+        ReplayBuffer(223, 38, 1_002_000)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="nothing to draw"):
         ReplayBuffer(2, 1, 100).sample(4)
     buffer = ReplayBuffer(1, 1, 12, horizon=5)
@@ -2938,6 +2948,7 @@ def test_every_setting_does_something_and_does_it_in_its_own_place(algo):
     build = lambda args: (torch.manual_seed(0), build_agent(args, 4, 2, torch.device("cpu")))[1]
     base_built, (base_moments, base_rest) = what_it_builds(build(base)), what_it_does(build(base))
     modules = list(module_configs(base))
+    assert {sparse.total_steps for sparse in build(base).sparse.values()} == {(60 - 20) * base.agent.updates_per_step}
     for group, name in flag_names(base):
         if name == "algo":  # comes with settings of its own
             continue
@@ -3223,10 +3234,10 @@ def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choice
 
 
 class RecordedRun:
-    """Environment, agent, replay, evaluation and log in one, which note everything they are told. Each observation is a number."""
+    """Environment, agent, replay, evaluation, checkpoints and log in one, which note everything they are told. Each observation is a number."""
     episodes = [(3, "terminated"), (2, "truncated"), (3, "truncated"), (1, "terminated"), (9, "truncated")]
     obs_dim, action_dim, horizon, updates_per_step, prioritized, folder = 1, 1, 1, 2, False, "here"
-    device, networks, sparse, broken = torch.device("cpu"), {}, {}, {}
+    device, networks, sparse, updates, failure = torch.device("cpu"), {}, {}, {}, None
 
     def __init__(self):
         self.events, self.rows, self.time, self.episode, self.length, self.frames, self.actions = [], [], 0, -1, 0, 0, 0
@@ -3274,7 +3285,16 @@ class RecordedRun:
     def fault(self):
         return None
 
-    # replay, evaluation and log
+    # checkpoints, replay, evaluation and log
+    def load(self):
+        return None
+
+    def start(self):
+        self.note("start")
+
+    def close(self):
+        self.note("close")
+
     def add(self, obs, action, reward, next_obs, terminated, truncated):
         self.note("add", obs[0], action[0], reward, next_obs[0], terminated, truncated)
 
@@ -3289,10 +3309,6 @@ class RecordedRun:
         self.note("write", table)
         self.rows.append((table, row))
 
-    # what remains of a run that is not resumed
-    failure = None
-    updates = {}
-    start = close = lambda self: None
     between_updates = lambda self, doing: None
 
 
@@ -3315,7 +3331,7 @@ def test_the_order_of_events_in_a_run(monkeypatch):
     """Against a plain list of what must happen, step by step."""
     run = RecordedRun()
     events, draws = recorded_run(monkeypatch, run)
-    expected, obs, action = [("reset", 1.0)], 1.0, 0
+    expected, obs, action = [("start",), ("reset", 1.0)], 1.0, 0
     evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False),
                                ("measure", step in (0, 10, 11)), ("write", "eval")]
     ends = {2: "terminated", 4: "truncated", 7: "truncated", 8: "terminated"}  # after these steps
@@ -3333,7 +3349,7 @@ def test_the_order_of_events_in_a_run(monkeypatch):
             obs, length = obs + 1, 0
             expected += [("reset", obs)]
         expected += [("write", "train")] if t in (5, 8, 10) else []
-    assert events == expected + evaluation(11) + [("finish", 11)]
+    assert events == expected + evaluation(11) + [("close",), ("finish", 11)]
     rows = {table: [row for name, row in run.rows if name == table] for table in ("eval", "train")}
     timeless = lambda row: {key: value for key, value in row.items() if "second" not in key}
     assert [timeless(row) for row in rows["eval"]] == [
@@ -3470,14 +3486,6 @@ def test_every_algorithm_has_its_own_defaults():
     assert regimes("--algo", "ddpg", "--actor-regime", "dst", "--critic-sparsity", "0.5", "--scale", "2") == {
         "critic": ("dense", 0.5, 2, 2), "actor": ("dst", 0.8, 2, 2)}  # Fig. 14 swaps the regimes
     assert regimes("--algo", "mrsac", "--mst")["encoder"][0] == "dense"
-
-
-@pytest.mark.parametrize("algo, updates", [("mrq", 60), ("sac", 120)])
-@pytest.mark.slow
-def test_schedules_span_all_updates_of_a_run(algo, updates, tmp_path):
-    _, _, agent, *_ = train.build(flags_to_args("--algo", algo, "--mst", *SHORT[:-2], "--total-steps", "100",
-                                                "--learning-starts", "40", "--runs", str(tmp_path)))
-    assert {sparse.total_steps for sparse in agent.sparse.values()} == {updates}
 
 
 def test_run_names_tell_runs_apart():
