@@ -1420,7 +1420,9 @@ def test_another_agents_state_is_refused_before_anything_changes():
     agent = tiny_of("sac", seed=2)[0]
     weights = [p.clone() for p in agent.critic.parameters()]
     dense = tiny_of("sac", regimes_dense("sac"))[0].state_dict()
-    for state, message in ((dense, "regime 'dense'"), (tiny_of("mrsac")[0].state_dict(), "encoder, critic, actor, this agent has"),
+    second = copy.deepcopy(tiny_of("sac", seed=3)[0].state_dict())  # the first module's masks fit, but are not this agent's
+    second["sparse"]["actor"]["regime"] = "s2d"
+    for state, message in ((dense, "regime 'dense'"), (second, "regime 's2d'"), (tiny_of("mrsac")[0].state_dict(), "encoder, critic, actor, this agent has"),
                            (tiny_of("ddpg")[0].state_dict(), "the saved optimizers are critic, actor, this agent has")):
         with pytest.raises(ValueError, match=message):
             agent.load_state_dict(state)
