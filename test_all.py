@@ -432,6 +432,8 @@ def test_updates_happen_when_a_boundary_is_crossed_and_never_at_step_0():
     backward(model, 10)
     assert [step for step in (0, 1, 99, 130, 180, 200, 201, 450, 451, 999) if sparse.update_topology(step)] == [
         130, 200, 450, 999]
+    every = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", total_steps=1000, update_interval=1)
+    assert [step for step in (0, 1, 2, 2, 3) if every.update_topology(step)] == [1, 2, 3]
 
 
 def test_a_schedule_ends_where_it_says_even_between_two_boundaries():
@@ -1290,7 +1292,7 @@ def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatc
     monkeypatch.setattr(agent, f"{name}_loss", lambda *arguments: (
         (lambda losses, *rest: (losses + (wrong if next(calls) == bad else 0.0), *rest))(*original(*arguments))))
     weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n, network in agent.networks.items()}
-    while agent.fault() is None:
+    for _ in itertools.takewhile(lambda _: agent.fault() is None, range(20)):
         agent.update(buffer)
     then = weights()
     for _ in range(5):  # another burst among them
@@ -2954,6 +2956,10 @@ def test_every_setting_does_something_and_does_it_in_its_own_place(algo):
         assert shown or f"--{name.replace('_', '-')}" in refusal, f"{name} does nothing"
 
 
+def test_a_schedule_may_be_a_single_step():
+    check(flags_to_args("--schedule-start", "0.5", "--schedule-end", "0.5"))
+
+
 def test_defaults_are_those_of_the_papers():
     tables = {  # Tables 1 and 2 of the paper, and what the published SimBa uses for DeepMind Control
         "mrq": {"batch_size": 256, "discount": 0.99, "encoder_horizon": 5, "q_horizon": 3, "target_update_freq": 250, "dynamics_weight": 1,
@@ -3290,10 +3296,12 @@ def recorded_run(monkeypatch, run, **settings):
     return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
 
 
-def test_the_order_of_events_in_a_run(monkeypatch):
+def test_the_order_of_events_in_a_run(monkeypatch, capsys):
     """Against a plain list of what must happen, step by step."""
     run = RecordedRun()
     events, draws = recorded_run(monkeypatch, run)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines() if "return" in line] == [
+        f"step {t:>9}  return     2.5 ± 1.5" for t in (0, 5, 10, 11)]
     expected, obs, action = [("start",), ("reset", 1.0)], 1.0, 0
     evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False), ("measure",), ("write", "eval")]
     ends = {2: "terminated", 4: "truncated", 7: "truncated", 8: "terminated"}  # after these steps
@@ -3767,8 +3775,10 @@ def test_the_benchmarks_own_factors(algo, monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda a, b: a), monkeypatch.setattr(fast, "product", lambda a, b: a)
     (row,) = bench.bench_scale(0.05, bench.Args(algo=algo, variants=["mst"], env="cartpole-swingup", steps=3), torch.device("cpu"))
     often = {"mrq": 1, "sac": 2}[algo]
-    assert row["update"] == 2  # two captures a step, or two updates
-    assert [row[phase] for phase in bench.PHASES] == [often, 1 if algo == "mrq" else "", often, often, often, often, often / 1000, 1, 1]
+    expected = dict.fromkeys(bench.PHASES, 1) | dict.fromkeys(("sample", "critic", "actor", "optimiser", "masks"), often)
+    expected |= {"refresh": 1 / 250, "topology": often / 1000} if algo == "mrq" else {"refresh": "", "encoder": "", "topology": often / 1000}
+    assert {phase: row[phase] for phase in bench.PHASES} == expected
+    assert row["update"] == 2 + (1 / 250 if algo == "mrq" else 0)  # two captures a step and a refresh in 250, or two updates
     agent, env = bench.plain_agent("mst", 0.05, Env("cartpole-swingup"), torch.device("cpu"), bench.Args(algo=algo)), Env("cartpole-swingup")
     with FlopCounterMode(display=False) as counter:
         for update in [agent.update] * 2 if algo == "sac" else [agent.update_encoder, agent.update_critic_and_actor]:  # an agent step has
