@@ -58,7 +58,7 @@ def write(path, content):
             os.remove(beside)
         if isinstance(error, OSError):
             raise
-        raise OSError(f"{path} could not be written: {str(error).splitlines()[0]}") from None
+        raise OSError("PyTorch's writer failed: is the disk full?") from None
     return check
 
 

@@ -93,6 +93,7 @@ def speed_up(agent, precision="fp32", compile=False):
         # Masking rides on the passes that clipping makes over the gradients.
         agent.mask_and_clip = torch.compile(agent.mask_and_clip, fullgraph=True, dynamic=False)
     if precision == "bf16":
+        keep_copies(agent)
         for layer in agent.heads():
             _keep_float32(layer, agent.device.type)
     for name in (*agent.losses, *agent.passes):
@@ -166,6 +167,66 @@ class OneDNNLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad  # nothing is computed for who is frozen
         return (product(grad, weight.t()) if needs_x else None, product(grad.t(), x.t()) if needs_weight else None,
                 grad.sum(0) if needs_bias else None)
+
+
+def keep_copies(agent):
+    """bfloat16 copies of the weights to multiply by, renewed whenever the weights change and not at each use: after an
+    optimiser's step, after targets move (MR.Q's: once in 250 updates), after loading. In place: a graph reads them, too."""
+    renew_target = {name: _give_copies(target, agent.heads()) for name, target in agent.targets.items()}
+    for name, network in agent.networks.items():
+        agent.optimizers[name].register_step_post_hook(_give_copies(network, agent.heads()))
+    for mover in ("refresh_targets", "update_target"):
+        if hasattr(agent, mover):
+            setattr(agent, mover, _followed_by(getattr(agent, mover), list(renew_target.values())))
+
+
+def _give_copies(network, heads):
+    """Lets all linear layers but the heads multiply by copies; returns what renews these."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear) and layer not in heads]
+    weights = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    copies = [weight.detach().bfloat16() for weight in weights]
+    for layer, *copy in zip(layers, copies[::2], copies[1::2]):
+        layer.forward = functools.partial(_linear_by_copy, layer, *copy)
+
+    @torch.no_grad()
+    def renew(*_):
+        torch._foreach_copy_(copies, weights)
+    network.register_load_state_dict_post_hook(renew)
+    return renew
+
+
+def _followed_by(function, others):
+    def wrapped(*arguments, **options):
+        function(*arguments, **options)
+        for other in others:
+            other()
+    return wrapped
+
+
+def _linear_by_copy(layer, weight, bias, x):
+    if not torch.is_autocast_enabled(x.device.type):  # acting, evaluation and metrics are in float32
+        return F.linear(x, layer.weight, layer.bias)
+    return BFloat16Linear.apply(x, layer.weight, layer.bias, weight, bias)
+
+
+class BFloat16Linear(torch.autograd.Function):
+    """A product of bfloat16 copies whose gradients are the float32 weights': autograd adds the parts of a weight that is
+    used several times, as in the encoder's unroll, in the precision in which they come."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_copy, bias_copy):
+        x = x.bfloat16()
+        ctx.save_for_backward(x, weight_copy)
+        return F.linear(x, weight_copy, bias_copy)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight_copy = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (grad @ weight_copy if needs_x else None,
+                (rows.t() @ x.flatten(0, -2)).float() if needs_weight else None,
+                rows.sum(0).float() if needs_bias else None, None, None)
 
 
 def _in_bfloat16(function, device_type):

@@ -128,22 +128,20 @@ def gradient_gram(losses, parameters, masks=None, group_size=2 ** 24):
     masks = [None] * len(parameters) if masks is None else masks
     trained = [(parameter, mask) for parameter, mask in zip(parameters, masks) if parameter.requires_grad]
     gram = torch.zeros(len(losses), len(losses), dtype=torch.float64, device=losses.device)
+    each = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
     found = False
     for group in _groups(trained, group_size):
-        rows = torch.zeros(len(losses), sum(parameter.numel() for parameter, _ in group), device=losses.device)
-        for row, loss in zip(rows, losses):
-            gradients = torch.autograd.grad(loss, [parameter for parameter, _ in group], retain_graph=True,
-                                            allow_unused=True)
-            start = 0
-            for (parameter, mask), gradient in zip(group, gradients):
-                if gradient is not None:
-                    found = True
-                    part = gradient if mask is None else gradient.masked_fill(~mask, 0.0)
-                    row[start:start + parameter.numel()] = part.flatten()
-                start += parameter.numel()
-        for part in rows.split(2 ** 16, dim=1):
-            part = part.double()  # float32 may be multiplied as tf32 or bfloat16, and has no squares below 1e-38
-            gram += part @ part.T
+        # All samples in one backward pass, each with a gradient of its own.
+        gradients = torch.autograd.grad(losses, [parameter for parameter, _ in group], grad_outputs=each,
+                                        retain_graph=True, allow_unused=True, is_grads_batched=True)
+        for (_, mask), gradient in zip(group, gradients):  # (samples, *parameter's shape)
+            if gradient is None:
+                continue
+            found = True
+            rows = (gradient if mask is None else gradient.masked_fill(~mask, 0.0)).flatten(1)
+            for part in rows.split(2 ** 16, dim=1):
+                part = part.double()  # float32 may be multiplied as tf32 or bfloat16, and has no squares below 1e-38
+                gram += part @ part.T
     return gram if found else gram.fill_(float("nan"))
 
 

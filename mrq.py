@@ -138,17 +138,18 @@ class MRQ(ModularAgent):
 
         termination_seen: 1.0 or 0.0, a device scalar; the done loss counts only once there is something to tell apart.
         """
-        config = self.config
+        config, horizon = self.config, self.config.encoder_horizon
+        action, reward, terminated = (part[:, :horizon] for part in (batch.action, batch.reward, batch.terminated))
         with torch.no_grad():
             # The target is the target encoder's z_s of the real next observation.
-            next_obs = batch.obs[:, 1:].flatten(0, 1)  # one large product, where (batch, H, ·) would make H small ones
+            next_obs = batch.obs[:, 1:horizon + 1].flatten(0, 1)  # one large product, where (batch, H, ·) would make H small ones
             target_zs = self.targets["encoder"].zs(next_obs).unflatten(0, (len(batch.obs), -1))  # (batch, H, zs)
         zs = self.encoder.zs(batch.obs[:, 0])  # (batch, zs)
-        done, zs, reward_logits = self.encoder.unroll(zs, batch.action)  # Eq. (7): (batch, H, ·) each
-        alive = still_running(batch.terminated)  # (batch, H) 0 after a termination; the terminating step itself counts
-        reward_loss = (alive * two_hot_cross_entropy(reward_logits, batch.reward, self.bins)).sum(1)  # Eqs. (8), (9)
+        done, zs, reward_logits = self.encoder.unroll(zs, action)  # Eq. (7): (batch, H, ·) each
+        alive = still_running(terminated)  # (batch, H) 0 after a termination; the terminating step itself counts
+        reward_loss = (alive * two_hot_cross_entropy(reward_logits, reward, self.bins)).sum(1)  # Eqs. (8), (9)
         dynamics_loss = (alive * F.mse_loss(zs, target_zs, reduction="none").mean(-1)).sum(1)  # Eqs. (8), (10)
-        terminal_loss = (alive * F.mse_loss(done.squeeze(-1), batch.terminated, reduction="none")).sum(1)  # Eqs. (8), (10)
+        terminal_loss = (alive * F.mse_loss(done.squeeze(-1), terminated, reduction="none")).sum(1)  # Eqs. (8), (10)
         loss = (config.reward_weight * reward_loss + config.dynamics_weight * dynamics_loss
                 + config.terminal_weight * termination_seen * terminal_loss)  # (batch,)
         info = {"encoder_loss": loss, "reward_loss": reward_loss, "dynamics_loss": dynamics_loss,

@@ -99,11 +99,12 @@ class RunLog:
             self.failure = None
         except OSError as error:
             self.failure = f"{table}.csv takes no more rows ({error.strerror}): they are kept, and written when it does"
+        numbers = {f"{table}/{name}": value for name, value in row.items() if not isinstance(value, str)}
         if self.tensorboard:
-            for name, value in row.items():
-                self.tensorboard.add_scalar(f"{table}/{name}", value, row["agent_step"])
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, row["agent_step"])
         if self.wandb:
-            self.wandb.log({f"{table}/{name}": value for name, value in row.items()})
+            self.wandb.log(numbers)
 
     def positions(self, step=None):
         """How far each table has come, as plain values, for `start`. What they speak of is on the disk then."""

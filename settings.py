@@ -213,6 +213,7 @@ class Args:
     learning_starts: int = 10_000  # random steps before learning; 5,000 for sac and ddpg
     eval_every: int = 5_000  # agent steps between two evaluations
     eval_episodes: int = 10  # episodes an evaluation
+    metrics_every: int = 1  # evaluations from one that measures the plasticity metrics to the next; the last one does
     eval_workers: int | None = None  # processes that step evaluations, without changing them; one for every four cores
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int = 0  # CPU threads of PyTorch; 0 is as many as the process may use: give 1 to each of several runs at once

@@ -1422,7 +1422,9 @@ def test_another_agents_state_is_refused_before_anything_changes():
     agent = tiny_of("sac", seed=2)[0]
     weights = [p.clone() for p in agent.critic.parameters()]
     dense = tiny_of("sac", regimes_dense("sac"))[0].state_dict()
-    for state, message in ((dense, "regime 'dense'"), (tiny_of("mrsac")[0].state_dict(), "encoder, critic, actor, this agent has"),
+    second = copy.deepcopy(tiny_of("sac", seed=3)[0].state_dict())  # the first module's masks fit, but are not this agent's
+    second["sparse"]["actor"]["regime"] = "s2d"
+    for state, message in ((dense, "regime 'dense'"), (second, "regime 's2d'"), (tiny_of("mrsac")[0].state_dict(), "encoder, critic, actor, this agent has"),
                            (tiny_of("ddpg")[0].state_dict(), "the saved optimizers are critic, actor, this agent has")):
         with pytest.raises(ValueError, match=message):
             agent.load_state_dict(state)
@@ -2493,6 +2495,36 @@ def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
         assert all(v.dtype == torch.float32 for state in optimizer.state.values() for v in state.values())
 
 
+@pytest.mark.parametrize("algo", ["mrq", "sac"])
+def test_bfloat16_copies_follow_their_weights(algo):
+    (agent, buffer), other = tiny_of(algo), tiny_of(algo, seed=9)[0]
+    for one in (agent, other):
+        fast.speed_up(one, "bf16")
+    for _ in range(5):  # targets, a topology change
+        agent.update(buffer)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    checked = 0
+    for one in (agent, other):
+        for network in (*one.networks.values(), *one.targets.values()):
+            for layer in network.modules():
+                if isinstance(layer, nn.Linear) and layer not in one.heads():
+                    x = torch.randn(3, layer.in_features)
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        assert torch.equal(layer(x), F.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()))
+                    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))  # acting is not rounded
+                    checked += 1
+    assert checked > 20
+
+
+def test_gradients_of_a_weight_used_often_add_up_in_float32():
+    """300 equal parts: a bfloat16 sum stops growing at 256 times one of them."""
+    layer = nn.Linear(8, 8)
+    x, copies = torch.ones(2, 8, requires_grad=True), (layer.weight.bfloat16(), layer.bias.bfloat16())
+    sum(fast.BFloat16Linear.apply(x, layer.weight, layer.bias, *copies).float().sum() for _ in range(300)).backward()
+    assert (layer.weight.grad == 600).all() and (layer.bias.grad == 600).all()
+    torch.testing.assert_close(x.grad, 300 * copies[0].float().sum(0).expand(2, 8), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("algo", ["sac", "ddpg", "mrsac"])
 def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
     (agent, one_buffer), (plain, other_buffer) = tiny_of(algo, seed=1), tiny_of(algo, seed=1)
@@ -2788,14 +2820,14 @@ def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
     for step in range(1, 25):
         fill(buffer, int(rng.integers(0, 25)), rng)
         first, rows = buffer.rows_since(max(0, checkpoints.next_row - 1))
-        assert len(rows["obs"]) <= min(capacity, 1 + buffer.position + 1 - checkpoints.next_row + 1)  # only what is new
+        assert len(rows["rows"]) <= min(capacity, 1 + buffer.position + 1 - checkpoints.next_row + 1)  # only what is new
         checkpoints.save(step, {"replay": buffer.state_dict()}, first, rows, buffer.position + 1 - capacity, wait=True)
         found, other = checkpoint.Checkpoints(str(tmp_path)), ReplayBuffer(2, 1, capacity, horizon=3)
         state = found.load()
         for start, part in found.rows():
             other.load_rows(start, part)
         other.load_state_dict(state["replay"])
-        for name in (*buffer.ROWS, "priority", "max_priority", "termination_seen"):
+        for name in ("rows", "priority", "max_priority", "termination_seen"):
             assert torch.equal(getattr(buffer, name), getattr(other, name)), (step, name)
         for name in ("row", "episode_length", "sampleable", "_offered"):
             assert getattr(buffer, name) == getattr(other, name), (step, name)
@@ -2856,7 +2888,7 @@ def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- settings.py
 
-READ_ELSEWHERE = {"eval_every", "eval_episodes", "log_every", "buffer_size",  # by the loop and what is built around it
+READ_ELSEWHERE = {"eval_every", "eval_episodes", "metrics_every", "log_every", "buffer_size",  # by the loop and what is built around it
                   "compile", "cuda_graphs"}  # speed alone
 IN_PLACES_OF_THEIR_OWN = {"mst", "reward_bins", "twin_critics", "precision"}  # everything else that shows in one module shows in all
 
@@ -2984,7 +3016,8 @@ def test_defaults_are_those_of_the_papers():
         # SparseTraining by itself has the same.
         own = {name: p.default for name, p in inspect.signature(SparseTraining).parameters.items() if p.default is not p.empty}
         renamed = {"growth": "grow", "schedule_power": "power"}
-        assert all(own[renamed.get(name, name)] == (0.6 if name == "sparsity" else value) for name, value in sparse.items())
+        assert {renamed.get(name, name): value for name, value in sparse.items()} | {"sparsity": 0.6, "seed": None, "leave_out": ()} == {
+            name: value for name, value in own.items() if name != "total_steps"}
     assert (args.total_steps, args.eval_every, args.eval_episodes, args.buffer_size, args.log_every, args.scale, args.seed, args.mst) == (
         500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)
 
@@ -3039,7 +3072,7 @@ def test_rows_are_on_disk_at_once_with_six_digits(tmp_path, monkeypatch):
     tell = lambda what: lambda *arguments, **named: told.append((what, *arguments, *sorted(named.items())))
     monkeypatch.setitem(sys.modules, "wandb", fake(init=tell("init"), log=tell("log"), finish=tell("finish")))
     writer = fake(add_scalar=tell("scalar"), close=tell("close"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake(SummaryWriter=lambda folder, purge_step=None: (told.append(folder), writer)[1]))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake(SummaryWriter=lambda folder, purge_step: (told.append(folder), writer)[1]))
     folder = str(tmp_path / "run")
     log = RunLog(folder, {"seed": 1, "scale": 0.5}, tensorboard=True, wandb_project="project")
     log.start()
@@ -3284,15 +3317,21 @@ class RecordedRun:
         self.note("write", table)
         self.rows.append((table, row))
 
+    between_updates = lambda self, doing: None
+
 
 def recorded_run(monkeypatch, run, **settings):
     """The loop on a recorded run: all events without the random numbers in them, and those of acting in training."""
-    monkeypatch.setattr(train, "measure", lambda agent, replay: run.note("measure") or {"metric": 0.5})
-    args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "save_every": 4, "seed": 6} | settings))
+    monkeypatch.setattr(train, "measure", lambda agent, replay, wanted: run.note("measure", wanted) or {"metric": 0.5})
+    monkeypatch.setattr(train, "StopSignals", lambda: argparse.Namespace(check=lambda: None))
+    monkeypatch.setattr(SavedRun, "save", lambda self: run.note("save", self.progress.step))
+    monkeypatch.setattr(SavedRun, "finish", lambda self: run.note("finish", self.progress.step))
+    args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6,
+                                              "save_every": 2, "metrics_every": 2} | settings))
     torch.manual_seed(args.seed)
-    saved = SavedRun(run, args, torch.device("cpu"), run, run, run, run)
-    saved.save, saved.finish = lambda: run.note("save"), lambda: run.note("finish")
-    train.train(args, torch.device("cpu"), run, run, run, run, run, saved)
+    device = torch.device("cpu")
+    train.train(args, device, run, run, run, run, run,
+                SavedRun(argparse.Namespace(load=lambda: None, step=None, failure=None), args, device, run, run, run, run))
     return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
 
 
@@ -3303,12 +3342,13 @@ def test_the_order_of_events_in_a_run(monkeypatch, capsys):
     assert [line.strip() for line in capsys.readouterr().out.splitlines() if "return" in line] == [
         f"step {t:>9}  return     2.5 ± 1.5" for t in (0, 5, 10, 11)]
     expected, obs, action = [("start",), ("reset", 1.0)], 1.0, 0
-    evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False), ("measure",), ("write", "eval")]
+    evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False),
+                               ("measure", step in (0, 10, 11)), ("write", "eval")]
     ends = {2: "terminated", 4: "truncated", 7: "truncated", 8: "terminated"}  # after these steps
     length = 0
     for t in range(11):
         length, action = length + 1, action + 1
-        expected += [("save",)] if t in (4, 8) else []
+        expected += [("save", t)] if t in (2, 4, 6, 8, 10) else []
         expected += evaluation(t) if t in (0, 5, 10) else []
         expected += [("observe", obs), ("act", [obs], True) if t >= 4 else ("random action",)]
         expected += [("update",)] * 2 if t >= 4 else []
@@ -3319,11 +3359,11 @@ def test_the_order_of_events_in_a_run(monkeypatch, capsys):
             obs, length = obs + 1, 0
             expected += [("reset", obs)]
         expected += [("write", "train")] if t in (5, 8, 10) else []
-    assert events == expected + evaluation(11) + [("close",), ("finish",)]
+    assert events == expected + evaluation(11) + [("close",), ("finish", 11)]
     rows = {table: [row for name, row in run.rows if name == table] for table in ("eval", "train")}
     timeless = lambda row: {key: value for key, value in row.items() if "second" not in key}
     assert [timeless(row) for row in rows["eval"]] == [
-        {"agent_step": t, "frames": 2 * t, "return": 2.5, "return_std": 1.5, "metric": 0.5} for t in (0, 5, 10, 11)]
+        {"agent_step": t, "frames": 2 * t, "return": 2.5, "return_std": 1.5, "returns": "1 4", "metric": 0.5} for t in (0, 5, 10, 11)]
     assert [(row["agent_step"], row["frames"], row["episode_return"]) for row in rows["train"]] == [
         (6, 12, 110.0), (9, 18, 10.0), (11, 22, 10.0)]  # of the last episode that has ended
     assert all(row["loss"] == 1 + max(i for i, event in enumerate(run.events[:mark]) if event == ("update",))  # of the last update
@@ -3355,8 +3395,7 @@ def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
 def test_what_a_run_is_built_from(tmp_path):
     """Seeds, sizes and numbers of the settings reach environment, evaluation, buffer, networks and masks."""
     build = lambda *flags: train.build(flags_to_args("--mst", *SHORT[:-2], "--runs", str(tmp_path / "_".join(flags)), *flags))
-    device, env, agent, replay, evaluation, log, _ = build("--seed", "7", "--eval-episodes", "3")
-    log.close()
+    device, env, agent, replay, evaluation, *_ = build("--seed", "7", "--eval-episodes", "3")
     same = Env("cartpole-swingup", seed=7)
     assert np.array_equal(env.random_action(), same.random_action()) and np.array_equal(env.reset(), same.reset())
     hold = lambda obs: np.sin(7 * obs[:, :1])
@@ -3367,8 +3406,7 @@ def test_what_a_run_is_built_from(tmp_path):
     masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
     for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
         assert torch.equal(a, b)
-    *_, agent_of_sac, small, _, log, _ = build("--algo", "sac", "--buffer-size", "90")
-    log.close()
+    _, _, agent_of_sac, small, *_ = build("--algo", "sac", "--buffer-size", "90")
     assert (small.capacity, small.horizon, small.prioritized, agent_of_sac.sparse["critic"].total_steps) == (90, 1, False, 140)
     other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, device)
     assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
@@ -3678,6 +3716,7 @@ def test_a_hundred_kills_over_all_algorithms_and_regimes(tmp_path, capsys):
     assert len(all_lost) >= 100
 
 
+@pytest.mark.slow
 def test_a_signal_saves_at_the_next_safe_point_and_stops(tmp_path):
     flags, log = tiny_run("mrq", ("dense", "dst", "sst")), str(tmp_path / "output")
     assert in_process([*flags, "--runs", str(tmp_path / "whole")], log) == 0
@@ -3704,6 +3743,7 @@ def test_a_signal_saves_at_the_next_safe_point_and_stops(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- watch.py
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
     log = str(tmp_path / "output")
     assert in_process([*tiny_run("sac"), "--runs", str(tmp_path)], log) == 0, open(log).read()
@@ -3775,10 +3815,9 @@ def test_the_benchmarks_own_factors(algo, monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda a, b: a), monkeypatch.setattr(fast, "product", lambda a, b: a)
     (row,) = bench.bench_scale(0.05, bench.Args(algo=algo, variants=["mst"], env="cartpole-swingup", steps=3), torch.device("cpu"))
     often = {"mrq": 1, "sac": 2}[algo]
-    expected = dict.fromkeys(bench.PHASES, 1) | dict.fromkeys(("sample", "critic", "actor", "optimiser", "masks"), often)
-    expected |= {"refresh": 1 / 250, "topology": often / 1000} if algo == "mrq" else {"refresh": "", "encoder": "", "topology": often / 1000}
-    assert {phase: row[phase] for phase in bench.PHASES} == expected
-    assert row["update"] == 2 + (1 / 250 if algo == "mrq" else 0)  # two captures a step and a refresh in 250, or two updates
+    refresh, encoder = (1 / 250, 1) if algo == "mrq" else ("", "")
+    assert row["update"] == 2 + (refresh or 0)  # two captures a step and a burst's beginning, or two updates
+    assert [row[phase] for phase in bench.PHASES] == [refresh, often, encoder, often, often, often, often, often / 1000, 1, 1, 1, 1]
     agent, env = bench.plain_agent("mst", 0.05, Env("cartpole-swingup"), torch.device("cpu"), bench.Args(algo=algo)), Env("cartpole-swingup")
     with FlopCounterMode(display=False) as counter:
         for update in [agent.update] * 2 if algo == "sac" else [agent.update_encoder, agent.update_critic_and_actor]:  # an agent step has
@@ -3900,6 +3939,7 @@ def sweep(tmp_path):
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_run_once_and_a_failure_neither_stops_nor_hides_the_rest(sweep, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho 'GPU 1: H100 (UUID: GPU-b)'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -3924,6 +3964,7 @@ def test_a_sweep_runs_each_run_once_and_a_failure_neither_stops_nor_hides_the_re
     assert sorted(name for name, _ in sweep.record("finished")) == sorted(sweep.names)
 
 
+@pytest.mark.slow
 def test_killed_sweeps_are_continued(sweep):
     first = sweep.start(*GRID, "--jobs", "2", LONG=sweep.names[0])
     sweep.wait_for(lambda: sweep.record("finished"))
@@ -3954,6 +3995,7 @@ def test_two_sweeps_started_together_run_nothing_twice(sweep):
     (("fig99",), "fig99"), (("fig11", "--foo"), "unknown option --foo"), (("fig11", "--jobs", "0"), "--jobs must be"),
     (("--jobs",), "--jobs wants a value"), (("--print",), "which figure?"), (("fig11", "--seeds", "x"), "--seeds x"),
     (("fig11", "--slurm"), "no sbatch here"), (("fig11", "--", "--sparsity", "7"), "--sparsity must lie in")])
+@pytest.mark.slow
 def test_sweeps_refuse_in_one_line(flags, message, sweep, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -3963,6 +4005,7 @@ def test_sweeps_refuse_in_one_line(flags, message, sweep, tmp_path):
     assert status == 2 and message in output and len(output.splitlines()) == 1, output
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_plain_commands(sweep):
     assert sweep(*GRID, "--print")[1].splitlines() == [f"python train.py {command}" for command in sweep.commands]
     assert not sweep.runs.exists()
@@ -4047,6 +4090,7 @@ def slurm():
         yield env, ask
 
 
+@pytest.mark.slow
 def test_a_sweep_as_slurm_arrays(slurm, sweep):
     env, ask = slurm
     sweep.env |= env
@@ -4224,6 +4268,7 @@ def test_figures_refuse_in_one_line(argv, message, monkeypatch, capsys):
     assert message in status and "\n" not in status and not out
 
 
+@pytest.mark.slow
 def test_figures_and_plots_need_no_torch():
     subprocess.run([sys.executable, "-c", "import figures, plot, sys; sys.exit('torch' in sys.modules)"], cwd=HERE, check=True)
 
@@ -4450,6 +4495,14 @@ def test_plots_refuse_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     status, out, told = run_main(plot, monkeypatch, capsys, *argv)
     assert status == 1 and not out and len(told) == 1 and message in told[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- README.md
+
+def test_the_readme_has_the_table_of_figures_as_it_is(monkeypatch, capsys):
+    told = run_main(figures, monkeypatch, capsys, "list", "--markdown")[1]
+    readme = (HERE / "README.md").read_text()
+    assert len(told) > 15 and all(line in readme for line in told)
 
 
 # ------------------------------------------------------------------------------------------------------------- copies

@@ -89,9 +89,9 @@ def describe(agent, modules, args, device, folder):
     return "\n".join(lines + [f"  writes   {folder}"])
 
 
-def measure(agent, replay):
-    """The plasticity metrics of every module, as columns. NaN where there is nothing to measure yet."""
-    ready = replay.sampleable > 0  # else: a batch of zeros, to know the columns from the first row on
+def measure(agent, replay, wanted=True):
+    """The plasticity metrics of every module, as columns. NaN where there is nothing to measure yet, or it is not wanted."""
+    ready = wanted and replay.sampleable > 0  # else: two zeros for a batch, to know the columns
     index = torch.zeros(2, dtype=torch.long, device=replay.device)
     batch = replay.sample(METRIC_BATCH) if ready else replay.gather(index)
     with contextlib.ExitStack() as stack:
@@ -199,6 +199,7 @@ def train(args, device, env, agent, replay, evaluation, log, saved):
             stop.check()  # an evaluation is abandoned, and played anew when the run goes on
             return agent.act(obs, explore=False)
 
+        measured = step // args.eval_every % args.metrics_every == 0 or step == args.total_steps
         bar.show(step, "evaluating")
         # Random numbers drawn in here are put back: evaluating changes nothing of what is learnt.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -209,7 +210,8 @@ def train(args, device, env, agent, replay, evaluation, log, saved):
                 stop.check()  # a signal to all processes has ended the workers too
                 raise
             log.write("eval", {"agent_step": step, "frames": env.frames, "return": returns.mean(),
-                               "return_std": returns.std(), "seconds": saved.seconds()} | measure(agent, replay))
+                               "return_std": returns.std(), "returns": " ".join(f"{value:.6g}" for value in returns),
+                               "seconds": saved.seconds()} | measure(agent, replay, measured))
         bar.show(step, "learning", **{"return": f"{returns.mean():.1f}"})
         bar.write(f"step {step:>9,}  return {returns.mean():7.1f} ± {returns.std():.1f}")
 

@@ -8,7 +8,6 @@ through OpenGL: of a screen, of a GPU or Mesa (MUJOCO_GL=egl), or of libOSMesa (
 """
 
 import dataclasses
-import gc
 import json
 import os
 import sys
@@ -89,17 +88,13 @@ def film(imageio, env, act, seed, path, height=480, width=640):
 
 def check_drawing(env):
     """ValueError, in one line, where there is no OpenGL."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # a half-made drawing context complains again as it goes
+    warnings.simplefilter("ignore")  # about displays
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            env.render(8, 8)
+        env.render(8, 8)
     except Exception as error:  # of many kinds: whatever OpenGL there is, or is not
+        sys.unraisablehook = lambda _: None  # the half-made drawing context complains again as it goes
         raise ValueError(f"--video: nothing can be drawn here ({type(error).__name__}): with a GPU or Mesa set MUJOCO_GL=egl, "
                          "or MUJOCO_GL=osmesa with libOSMesa") from None
-    finally:
-        gc.collect()
-        sys.unraisablehook = hook
 
 
 def import_imageio():
