@@ -3,10 +3,11 @@
     python mutate.py --number 400 --seed 0             # a random sample over all files; survivors are listed at the end
     python mutate.py --number 50 --files sparsity.py   # of one file
 
-A mutant changes one comparison, one operator, one constant or one argument, or deletes one statement; texts and types stay.
-First the suite runs once, with a note of which test runs which line. Then each mutant, in a copy of the project, meets the
-tests that run its line (a line that runs on import: its file), fast ones first, until one fails or takes far too long. Tests
-that start processes of their own come last: what runs there cannot be seen. A smaller sample is the beginning of a larger one.
+A mutant changes one comparison, one operator, one constant or one argument, or deletes one statement; texts and types
+stay. First the suite runs once, with a note of which test runs which line. Then each mutant, in a copy of the project,
+meets the tests that run its line (all, if that runs on import), fast ones first, until one fails or takes far too long.
+Tests that start processes of their own come last: what runs there cannot be seen. A smaller sample is the beginning of a
+larger one. PYTEST_ADDOPTS='-m "not slow"' asks the mathematical part alone.
 """
 
 import ast
@@ -171,8 +172,7 @@ def run_tests(folder, plugin, limit=1e9):
 def tests_for(tests, file, line):
     """The names of the tests to run for a mutant there, in order."""
     chosen = [name for name, test in tests.items() if f"{file}:{line}" in test["lines"]]
-    chosen = chosen or [name for name, test in tests.items() if any(other.startswith(f"{file}:") for other in test["lines"])]
-    chosen = {*chosen, *(name for name, test in tests.items() if test["processes"])}
+    chosen = {*(chosen or tests), *(name for name, test in tests.items() if test["processes"])}
     return sorted((name for name in chosen if not tests[name]["red"]), key=lambda name: (tests[name]["processes"], tests[name]["seconds"]))
 
 

@@ -432,6 +432,8 @@ def test_updates_happen_when_a_boundary_is_crossed_and_never_at_step_0():
     backward(model, 10)
     assert [step for step in (0, 1, 99, 130, 180, 200, 201, 450, 451, 999) if sparse.update_topology(step)] == [
         130, 200, 450, 999]
+    every = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", total_steps=1000, update_interval=1)
+    assert [step for step in (0, 1, 2, 2, 3) if every.update_topology(step)] == [1, 2, 3]
 
 
 def test_a_schedule_ends_where_it_says_even_between_two_boundaries():
@@ -1290,7 +1292,7 @@ def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatc
     monkeypatch.setattr(agent, f"{name}_loss", lambda *arguments: (
         (lambda losses, *rest: (losses + (wrong if next(calls) == bad else 0.0), *rest))(*original(*arguments))))
     weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n, network in agent.networks.items()}
-    while agent.fault() is None:
+    for _ in itertools.takewhile(lambda _: agent.fault() is None, range(20)):
         agent.update(buffer)
     then = weights()
     for _ in range(5):  # another burst among them
@@ -2986,6 +2988,10 @@ def test_every_setting_does_something_and_does_it_in_its_own_place(algo):
         assert shown or f"--{name.replace('_', '-')}" in refusal, f"{name} does nothing"
 
 
+def test_a_schedule_may_be_a_single_step():
+    check(flags_to_args("--schedule-start", "0.5", "--schedule-end", "0.5"))
+
+
 def test_defaults_are_those_of_the_papers():
     tables = {  # Tables 1 and 2 of the paper, and what the published SimBa uses for DeepMind Control
         "mrq": {"batch_size": 256, "discount": 0.99, "encoder_horizon": 5, "q_horizon": 3, "target_update_freq": 250, "dynamics_weight": 1,
@@ -3329,10 +3335,12 @@ def recorded_run(monkeypatch, run, **settings):
     return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
 
 
-def test_the_order_of_events_in_a_run(monkeypatch):
+def test_the_order_of_events_in_a_run(monkeypatch, capsys):
     """Against a plain list of what must happen, step by step."""
     run = RecordedRun()
     events, draws = recorded_run(monkeypatch, run)
+    assert [line.strip() for line in capsys.readouterr().out.splitlines() if "return" in line] == [
+        f"step {t:>9}  return     2.5 ± 1.5" for t in (0, 5, 10, 11)]
     expected, obs, action = [("start",), ("reset", 1.0)], 1.0, 0
     evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False),
                                ("measure", step in (0, 10, 11)), ("write", "eval")]
@@ -3708,6 +3716,7 @@ def test_a_hundred_kills_over_all_algorithms_and_regimes(tmp_path, capsys):
     assert len(all_lost) >= 100
 
 
+@pytest.mark.slow
 def test_a_signal_saves_at_the_next_safe_point_and_stops(tmp_path):
     flags, log = tiny_run("mrq", ("dense", "dst", "sst")), str(tmp_path / "output")
     assert in_process([*flags, "--runs", str(tmp_path / "whole")], log) == 0
@@ -3734,6 +3743,7 @@ def test_a_signal_saves_at_the_next_safe_point_and_stops(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- watch.py
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
     log = str(tmp_path / "output")
     assert in_process([*tiny_run("sac"), "--runs", str(tmp_path)], log) == 0, open(log).read()
@@ -3929,6 +3939,7 @@ def sweep(tmp_path):
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_run_once_and_a_failure_neither_stops_nor_hides_the_rest(sweep, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho 'GPU 1: H100 (UUID: GPU-b)'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
@@ -3953,6 +3964,7 @@ def test_a_sweep_runs_each_run_once_and_a_failure_neither_stops_nor_hides_the_re
     assert sorted(name for name, _ in sweep.record("finished")) == sorted(sweep.names)
 
 
+@pytest.mark.slow
 def test_killed_sweeps_are_continued(sweep):
     first = sweep.start(*GRID, "--jobs", "2", LONG=sweep.names[0])
     sweep.wait_for(lambda: sweep.record("finished"))
@@ -3983,6 +3995,7 @@ def test_two_sweeps_started_together_run_nothing_twice(sweep):
     (("fig99",), "fig99"), (("fig11", "--foo"), "unknown option --foo"), (("fig11", "--jobs", "0"), "--jobs must be"),
     (("--jobs",), "--jobs wants a value"), (("--print",), "which figure?"), (("fig11", "--seeds", "x"), "--seeds x"),
     (("fig11", "--slurm"), "no sbatch here"), (("fig11", "--", "--sparsity", "7"), "--sparsity must lie in")])
+@pytest.mark.slow
 def test_sweeps_refuse_in_one_line(flags, message, sweep, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -3992,6 +4005,7 @@ def test_sweeps_refuse_in_one_line(flags, message, sweep, tmp_path):
     assert status == 2 and message in output and len(output.splitlines()) == 1, output
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_plain_commands(sweep):
     assert sweep(*GRID, "--print")[1].splitlines() == [f"python train.py {command}" for command in sweep.commands]
     assert not sweep.runs.exists()
@@ -4076,6 +4090,7 @@ def slurm():
         yield env, ask
 
 
+@pytest.mark.slow
 def test_a_sweep_as_slurm_arrays(slurm, sweep):
     env, ask = slurm
     sweep.env |= env
@@ -4253,6 +4268,7 @@ def test_figures_refuse_in_one_line(argv, message, monkeypatch, capsys):
     assert message in status and "\n" not in status and not out
 
 
+@pytest.mark.slow
 def test_figures_and_plots_need_no_torch():
     subprocess.run([sys.executable, "-c", "import figures, plot, sys; sys.exit('torch' in sys.modules)"], cwd=HERE, check=True)
 
