@@ -15,6 +15,7 @@ Paper: Sections 3 and 4, Appendices B.2.2, D and E. Figures 18-25 are the rows o
 import argparse
 import dataclasses
 import itertools
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -253,7 +254,12 @@ def to_args(flags, task, seed, more=()):
     for name, value in flags.items():
         _set(args, groups[name], name, float(value) if name.endswith(("scale", "sparsity")) else value)
     args.env, args.seed = task, seed
-    return parse([*arguments(args), *more]) if more else args
+    if not more:
+        return args
+    args = parse([*arguments(args), *more])
+    if (args.env, args.seed) != (task, seed):
+        raise ValueError("--more cannot hold --env or --seed: --tasks and --seeds choose them")
+    return args
 
 
 @dataclass(frozen=True)
@@ -411,8 +417,11 @@ def main():
             raise ValueError("name a figure, or all")
         for run in {run.name: run for name in names for run in selected(name, parsed)[1]}.values():
             print(run.name if parsed.what == "names" else shlex.join(run.command))
+        sys.stdout.flush()
     except ValueError as error:
         sys.exit(f"figures.py: {error}")
+    except BrokenPipeError:  # `| head`: the rest is not wanted, at the interpreter's own last flush neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -3412,6 +3412,20 @@ def test_what_a_run_is_built_from(tmp_path):
     assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 1), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_signal_before_training_is_told_in_a_line(number, status, tmp_path):
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), "--runs", str(tmp_path)], stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    caught = lambda: int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text()).group(1), 16)
+    while not caught() >> (signal.SIGUSR1 - 1) & 1:  # the last of them that train.py takes
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[1].split("\n") == ["", "train.py: stopped before training began", ""]
+    assert process.returncode == status and not os.listdir(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_loss_that_turns_nan_stops_the_run(tmp_path):
     result = run_train(tmp_path, *SHORT, "--critic-lr", "1e30")
@@ -4262,7 +4276,7 @@ def test_figures_print_commands_and_names_in_one_order(monkeypatch, capsys):
 @pytest.mark.parametrize("argv, message", [
     (("commands", "fig1"), "unknown figure 'fig1': choose one of fig2"), (("names", "fig14", "--laptop"), "no laptop study"),
     (("commands",), "name a figure"), (("commands", "fig2", "--seeds", "a"), "--seeds a"), (("names", "fig2", "--seeds", "0"), "--seeds 0"),
-    (("commands", "fig2", "--steps", "50"), "--total-steps 50 trains nothing")])
+    (("commands", "fig2", "--steps", "50"), "--total-steps 50 trains nothing"), (("names", "fig2", "--more", "--seed 3"), "--more cannot hold")])
 def test_figures_refuse_in_one_line(argv, message, monkeypatch, capsys):
     status, out, _ = run_main(figures, monkeypatch, capsys, *argv)
     assert message in status and "\n" not in status and not out

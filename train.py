@@ -19,8 +19,15 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # Ctrl-C while PyTorch imports, or the run is built: nothing is there to save
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ntrain.py: stopped by hand before training began\n"), os._exit(1)))
+
+def stopped_early(number, _):
+    os.write(2, b"\ntrain.py: stopped before training began\n")
+    os._exit(1 if number == signal.SIGINT else 75)  # 75: started again with --resume, it goes on
+
+
+if __name__ == "__main__":  # a signal while PyTorch imports, or the run is built: nothing is there to save
+    for early in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])):
+        signal.signal(early, stopped_early)
 
 import contextlib
 import dataclasses
