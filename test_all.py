@@ -3481,7 +3481,7 @@ def test_any_flags_are_accepted_or_refused_in_a_line(count, tmp_path, monkeypatc
             again = from_config(json.loads(json.dumps(dataclasses.asdict(args))))  # as config.json keeps it
             assert again == args and differences(again, args) == "", line
         assert "Traceback" not in capsys.readouterr().err, line
-    assert min(outcomes.values()) > count / 50 and not os.listdir(tmp_path), outcomes
+    assert min(outcomes.values()) >= count / 100 and not os.listdir(tmp_path), outcomes
 
 
 def test_presets_and_flags_reach_the_modules():
@@ -3619,6 +3619,7 @@ def in_process(arguments, output, kill=None, record=None):
     def body():
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1), os.dup2(handle, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would its children
         sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), ["train.py", *arguments]
         show, restore = train.Bar.show, SavedRun.restore
 
