@@ -3454,6 +3454,7 @@ VALUES = ["0", "1", "-1", "0.5", "5", "1e9", "1e-3", "nan", "inf", "-inf", "9" *
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.slow
 def test_any_flags_are_accepted_or_refused_in_a_line(count, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     random, outcomes = Random(0), {"accepted": 0, "refused by tyro": 0, "refused in one line": 0}
@@ -3711,6 +3712,7 @@ def killed_again_and_again(algo, regimes, kills, folder, random, moments=MOMENTS
 
 
 @pytest.mark.parametrize("algo, regimes", [("mrq", ("d2s", "dst", "s2d")), ("sac", ())])
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_never_was(algo, regimes, tmp_path):
     assert len(killed_again_and_again(algo, regimes, 3, tmp_path, Random(3))) >= 2
 
@@ -4218,6 +4220,7 @@ def test_figures_have_as_many_runs_as_the_text_says():
 
 
 @pytest.mark.parametrize("size", ["", "--smoke", "--laptop"])
+@pytest.mark.slow
 def test_a_run_of_several_figures_has_one_name(size):
     options = figures.options(argparse.ArgumentParser()).parse_args([size] if size else [])
     meant = {}
@@ -4260,6 +4263,7 @@ def run_main(module, monkeypatch, capsys, *argv):
     return status, captured.out.splitlines(), captured.err.splitlines()
 
 
+@pytest.mark.slow
 def test_figures_print_commands_and_names_in_one_order(monkeypatch, capsys):
     narrowed = ("fig11", "fig12", "--tasks", "dog-run", "--seeds", "4,6", "--steps", "20000")
     _, commands, _ = run_main(figures, monkeypatch, capsys, "commands", *narrowed)
@@ -4461,6 +4465,7 @@ def test_a_figure_shows_its_runs_and_names_the_rest(tmp_path, monkeypatch, capsy
     assert [list(line.get_ydata()) for line in again.axes[0].get_lines()] == [list(line.get_ydata()) for line in first.get_lines()]
 
 
+@pytest.mark.slow
 def test_every_layout_fits_its_page(monkeypatch, tmp_path):
     """No text leaves the page, and none lies on another: figures of every kind, drawn from made-up runs of one seed."""
     def made_up(wanted, paths, columns):
