@@ -136,7 +136,8 @@ class MRQ(ModularAgent):
     def encoder_loss(self, batch, termination_seen):
         """Unrolls z_s through the real actions, and predicts reward, next z_s and done at each step.  Eqs. (7)-(10)
 
-        termination_seen: 1.0 or 0.0, a device scalar; the done loss counts only once there is something to tell apart.
+        batch: of at least H_Enc steps. termination_seen: 1.0 or 0.0, a device scalar; the done loss counts only once there is
+        something to tell apart.
         """
         config, horizon = self.config, self.config.encoder_horizon
         action, reward, terminated = (part[:, :horizon] for part in (batch.action, batch.reward, batch.terminated))
@@ -214,11 +215,9 @@ class MRQ(ModularAgent):
 
         By the plain methods of the class: what trains may be compiled, for another batch size and without this graph.
         """
-        plain, horizon = type(self), self.config.encoder_horizon
+        plain = type(self)
         zs = plain.encode(self, batch.obs[:, 0])
-        unrolled = batch._replace(obs=batch.obs[:, :horizon + 1], action=batch.action[:, :horizon],  # the batch may be longer
-                                  reward=batch.reward[:, :horizon], terminated=batch.terminated[:, :horizon])
-        return {"encoder": plain.encoder_loss(self, unrolled, replay.termination_seen)[0],
+        return {"encoder": plain.encoder_loss(self, batch, replay.termination_seen)[0],
                 "critic": plain.critic_loss(self, batch, zs)[0], "actor": plain.actor_loss(self, zs)[0]}
 
     def tensors(self):

@@ -2775,7 +2775,7 @@ def damaged(path, whole, random):
     torch.save(content | {key: random.choice(wrong)} if random.random() < 0.8 else random.choice(wrong), path)
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.slow])])
 def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_in_it_runs(count, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, content, random = tmp_path / "a.pt", some_state(), Random(0)
@@ -3453,7 +3453,7 @@ VALUES = ["0", "1", "-1", "0.5", "5", "1e9", "1e-3", "nan", "inf", "-inf", "9" *
           "é", "\0", "dog-run", "walker-wlk", "cpu", "cuda", "mst", "dst", "dense", "er", "6", "7", "1e400", "0x10", "min", "a.mp4"]
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=[pytest.mark.soak, pytest.mark.slow])])
 @pytest.mark.slow
 def test_any_flags_are_accepted_or_refused_in_a_line(count, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -3718,6 +3718,7 @@ def test_a_killed_run_ends_as_one_that_never_was(algo, regimes, tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.slow
 def test_a_hundred_kills_over_all_algorithms_and_regimes(tmp_path, capsys):
     random, all_lost = Random(0), []
     for algo, turn in itertools.product(AGENTS, range(5)):
