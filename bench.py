@@ -6,10 +6,11 @@
     python bench.py --algo sac --env humanoid-run --width-scale 4 --depth-scale 3
 
 Every figure is a median, in milliseconds per agent step; the encoder's burst, what is refreshed before it (targets, scales,
-draws) and the topology updates are spread over the steps they serve; observe and add are what the loop does beside. The variants of one scale take turns within one run, so
-that a noisy machine is noisy to all of them: read the ratios. FLOPs are counted by PyTorch's own counter during a real update, bytes are counted from the optimiser's
-traffic, and the rates that turn both into a floor are measured on the spot. Phases are timed apart and uncaptured;
-"masks" is the plain pass over the gradients, which +compile fuses with clipping.
+draws) and the topology updates are spread over the steps they serve; observe and add are what the loop does beside. The
+variants of one scale take turns within one run, so that a noisy machine is noisy to all of them: read the ratios. FLOPs are
+counted by PyTorch's own counter during a real update, bytes are counted from the optimiser's traffic, and the rates that
+turn both into a floor are measured on the spot. Phases are timed apart and uncaptured; "masks" is the plain pass over the
+gradients, which +compile fuses with clipping.
 """
 
 import contextlib
@@ -35,7 +36,8 @@ from mrq import MRQ
 from replay import ReplayBuffer
 from train import REFUSED, one_line
 
-PHASES = ("refresh", "sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act", "observe", "add")
+PHASES = ("refresh", "sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act",
+          "observe", "add")
 BYTES_A_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all but the gradient, 4 bytes each
 
 

@@ -31,7 +31,7 @@ class ModularAgent:
     captures = {}  # method that may be captured as a CUDA graph -> modules that one call of it updates
 
     def __init__(self, networks, modules, learning_rates, weight_decay, targets, total_updates, device, seed):
-        """networks, modules (ModuleConfig), learning_rates: by module name; targets: names of the modules that have a target copy."""
+        """networks, modules (ModuleConfig), learning_rates: by module name; targets: names of modules with a target copy."""
         self.networks, self.device = networks, torch.device(device)
         self.optimizers, self.sparse = {}, {}
         for number, (name, network) in enumerate(networks.items()):

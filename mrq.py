@@ -1,7 +1,7 @@
 """MR.Q with module-specific training: encoder, critic and actor, each with its own architecture, size and regime.
 
-What it claims: the losses of Eqs. (7)-(12) and the settings of Tables 1 and 2 (in settings.py), updated in the paper's order; no module's
-loss computes a gradient for another module's weights; and one update reads nothing back from the device.
+What it claims: the losses of Eqs. (7)-(12) and the settings of Tables 1 and 2 (in settings.py), updated in the paper's
+order; no module's loss computes a gradient for another module's weights; and one update reads nothing back from the device.
 
 Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it by `python train.py`; or, as a part:
 
@@ -143,7 +143,7 @@ class MRQ(ModularAgent):
         action, reward, terminated = (part[:, :horizon] for part in (batch.action, batch.reward, batch.terminated))
         with torch.no_grad():
             # The target is the target encoder's z_s of the real next observation.
-            next_obs = batch.obs[:, 1:horizon + 1].flatten(0, 1)  # one large product, where (batch, H, ·) would make H small ones
+            next_obs = batch.obs[:, 1:horizon + 1].flatten(0, 1)  # one large product; (batch, H, ·) would make H small ones
             target_zs = self.targets["encoder"].zs(next_obs).unflatten(0, (len(batch.obs), -1))  # (batch, H, zs)
         zs = self.encoder.zs(batch.obs[:, 0])  # (batch, zs)
         done, zs, reward_logits = self.encoder.unroll(zs, action)  # Eq. (7): (batch, H, ·) each

@@ -192,7 +192,8 @@ def circumstances():
                 "torch", "numpy", "dm_control", "mujoco")},
             "system": platform.platform(), "processor": _processor(), "cores": os.cpu_count(),
             "environment": {name: value for name, value in sorted(os.environ.items())
-                            if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "CUDA_", "CUBLAS_", "TORCH_", "SLURM_JOB_ID"))}}
+                            if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "CUDA_", "CUBLAS_", "TORCH_",
+                                                "SLURM_JOB_ID"))}}
 
 
 def _commit(folder):

@@ -373,7 +373,8 @@ def differences(before, now):
 
 EPISODE_STEPS = 500  # agent steps: 1,000 frames of two each
 RANGES = {  # what a number may be, where it is not [1, 1e12] for a whole one and [0, inf) for any other
-    "seed": "[0, 4294967295]", "eval_workers": "[0, 1000]", "threads": "[0, 1024]", "eval_episodes": "[1, 10000]", "reward_bins": "[2, 100000]",
+    "seed": "[0, 4294967295]", "eval_workers": "[0, 1000]", "threads": "[0, 1024]", "eval_episodes": "[1, 10000]",
+    "reward_bins": "[2, 100000]",
     "discount": "(0, 1]", "target_rate": "(0, 1]", "initial_temperature": "(0, inf)", "critic_grad_clip": "(0, inf)",
     "reward_range": "(0, 80]", "target_entropy": "(-inf, inf)", "sparsity": "[0, 1)", "encoder_sparsity": "[0, 1)",
     "critic_sparsity": "[0, 1)", "actor_sparsity": "[0, 1)", "drop_initial": "[0, 1]", "drop_final": "[0, 1]",

@@ -51,7 +51,8 @@ from runlog import Busy, Finished, RunLog, circumstances
 from settings import check, differences, from_config, module_configs, notes, parse, run_name
 from survive import SavedRun, Stopped, StopSignals
 
-REFUSED = (ValueError, MemoryError, OSError, ImportError, RuntimeError, FloatingPointError)  # what a run may raise; see `one_line`
+# What a run may raise: `one_line` tells it.
+REFUSED = (ValueError, MemoryError, OSError, ImportError, RuntimeError, FloatingPointError)
 METRIC_BATCH = 2048  # samples that SRank and the dormant ratio are read from
 INTERFERENCE_SAMPLES = 32  # per-sample gradients that are compared
 
@@ -126,15 +127,17 @@ def build(args):
     modules = module_configs(args)
     torch.manual_seed(args.seed)
     env = Env(args.env, seed=args.seed)
-    compiled, _, speed_notes = fast.pick_speed(args.compile, args.cuda_graphs, fast.pick_precision(args.precision, device), device)
+    precision = fast.pick_precision(args.precision, device)
+    compiled, _, speed_notes = fast.pick_speed(args.compile, args.cuda_graphs, precision, device)
     if compiled:
         fast.check_compiler(device)
     agent = build_agent(args, env.obs_dim, env.action_dim, device)
     rows = min(args.buffer_size, 2 * args.total_steps + 2 * agent.horizon + 2)  # no more than the run can fill
     replay = ReplayBuffer(env.obs_dim, env.action_dim, rows, agent.horizon, agent.prioritized, device=device)
     evaluation = LockstepEvaluation(args.env, args.eval_episodes, args.seed, workers=args.eval_workers)
-    config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | (
-        circumstances()) | {"device_used": str(device), "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "threads_used": torch.get_num_threads()}
+    config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | circumstances()
+    config |= {"device_used": str(device), "threads_used": torch.get_num_threads(),
+               "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
     log = RunLog(folder, config, args.tensorboard, args.wandb_project, args.resume)
     saved = SavedRun(Checkpoints(folder), args, device, agent, replay, env, log)
     print("\n".join([describe(agent, modules, args, device, folder), describe_saving(saved), *notes(args), *speed_notes]),
@@ -300,7 +303,9 @@ def save_and_stop(saved, stopped):
     step = saved.progress.step
     saved.save(wait=True)
     failure = saved.checkpoints.failure
-    told = f"but {failure}: the last is {saved.checkpoints.last()}" if failure else "and saved; the same command with --resume goes on"
+    told = "and saved; the same command with --resume goes on"
+    if failure:
+        told = f"but {failure}: the last is {saved.checkpoints.last()}"
     print(f"\ntrain.py: stopped by {stopped} at agent step {step:,}, {told}", file=sys.stderr)
     return 1 if failure else 75
 
