@@ -26,6 +26,7 @@ fail() { echo "sweep.sh: $*" >&2; exit 2; }
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "needs bash 4.4 or newer, not $BASH_VERSION"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
+"$python" -c "import tyro" 2>/dev/null || fail "$python lacks this project's packages: activate its environment, or set PYTHON"
 mode=here runs=runs jobs="" grid=() sbatch_options=() more=()
 
 read_arguments() {

@@ -4024,6 +4024,10 @@ def test_sweeps_refuse_in_one_line(flags, message, sweep, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sweep_without_the_packages_says_so(sweep):
+    assert sweep("list", PYTHON="false") == (2, "sweep.sh: false lacks this project's packages: activate its environment, or set PYTHON\n")
+
+
 def test_a_sweep_prints_plain_commands(sweep):
     assert sweep(*GRID, "--print")[1].splitlines() == [f"python train.py {command}" for command in sweep.commands]
     assert not sweep.runs.exists()
