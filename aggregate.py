@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import norm, t
 
-import figures
-from settings import effective, telling_flags
+from settings import differences, from_config
 
 RESAMPLES = 5000
 
@@ -205,17 +204,12 @@ def plainly(error):
 
 
 def difference(config, args):
-    """What a run's config.json says otherwise than these settings, or None."""
+    """What a run's config.json says otherwise than these settings, in a line; empty if nothing."""
     try:
-        own = figures.from_config(config)
-    except (KeyError, TypeError) as error:
-        return f"config.json is not one of this code ({error})"
-    if (own.env, own.seed, effective(own)) == (args.env, args.seed, effective(args)):
-        return None
-    said, wanted = ([f"--env {a.env}", f"--algo {a.algo}", f"--seed {a.seed}", *(f"{f} {v}" for f, v in telling_flags(a))]
-                    for a in (own, args))
-    return (f"config.json says {' '.join(s for s in said if s not in wanted) or 'the defaults'}, the figure asks for "
-            f"{' '.join(w for w in wanted if w not in said) or 'the defaults'}")
+        said = differences(from_config(config), args)
+    except ValueError as error:
+        return f"config.json: {error}"
+    return said and f"config.json says {said}"
 
 
 # ---- aggregation ----

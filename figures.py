@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass
 
 from estimate import millions, sizes, step_ms
-from settings import _set, check, defaults, flag_names, parse, run_name, telling_flags
+from settings import check, defaults, flag_names, parse, run_name, set_setting, telling_flags
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
 TYPES = (1, 2, 3, 4, 5, 6)
@@ -252,7 +252,7 @@ def to_args(flags, task, seed, more=()):
     args = defaults(flags.get("algo", "mrq"))
     groups = {name: group for group, name in flag_names(args)}
     for name, value in flags.items():
-        _set(args, groups[name], name, float(value) if name.endswith(("scale", "sparsity")) else value)
+        set_setting(args, groups[name], name, float(value) if name.endswith(("scale", "sparsity")) else value)
     args.env, args.seed = task, seed
     if not more:
         return args
@@ -292,17 +292,6 @@ def arguments(args, telling=None):
     return [*(["--algo", args.algo] if args.algo != "mrq" else []), "--env", args.env, *said, "--seed", str(args.seed)]
 
 
-def from_config(config):
-    """settings.Args of a run's config.json; KeyError or TypeError if it is none."""
-    args = defaults(config["algo"])
-    for group, name in flag_names(args):
-        part = config if group is None else config.get(group, {})
-        if name in part:  # a flag that is newer than the run had its default
-            _set(args, group, name, part[name])
-    args.env, args.seed = config["env"], config["seed"]
-    return args
-
-
 # ---- the command line ----
 
 def size(figure, cell):
@@ -311,20 +300,20 @@ def size(figure, cell):
     return (sum(counts.values()) if figure.sized == "agent" else counts[figure.sized]) / 1e6
 
 
-# Milliseconds of an agent step of the laptop studies, on one thread of the machine of estimate.py; two fit two cores.
-LAPTOP_MS = {"fig2": 46, "fig3": 46, "fig6": 99, "fig7": 99, "fig8": 80, "fig9": 80, "fig10": 80, "fig11": 130,
-             "fig12": 130}  # Fig. 13: not timed
+# Milliseconds of an agent step of the laptop studies, the mean of their runs, on one core of an Intel Xeon (AVX-512); two
+# runs fit two cores.
+LAPTOP_MS = {"fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 55, "fig9": 56, "fig10": 56, "fig11": 87, "fig12": 89,
+             "fig13": 83}
 SMOKE_SECONDS = 6  # of one core: a run, start included
 
 
-
 def hours(name, found, options):
-    """Of two CPU cores, for all these runs; None where no step was timed."""
+    """Of two CPU cores, for all these runs."""
     if options.smoke:
         return len(found) * SMOKE_SECONDS / 2 / 3600
     steps = [run.args.total_steps - run.args.learning_starts for run in found]
     if options.laptop:
-        return sum(steps) * LAPTOP_MS[name] / 2 / 3.6e6 if name in LAPTOP_MS else None
+        return sum(steps) * LAPTOP_MS[name] / 2 / 3.6e6
     return sum(count * step_ms(run.args) for count, run in zip(steps, found)) / 3.6e6
 
 
@@ -335,10 +324,10 @@ def table(options, names):
         found = list({run.name: run for run in found}.values())
         counts = [millions(count) for count in sorted({round(size(figure, cell), 3) for cell in figure.cells})]
         span = dict.fromkeys(counts if len(set(counts)) <= 3 else [counts[0], "...", counts[-1]])
-        time = hours(name, found, options)
+        time = float(f"{hours(name, found, options):.2g}")
         yield {"figure": name, "shows": figure.shows, "runs": f"{len(found):,}",
                "parameters": f"{figure.sized} {' / '.join(span)}",
-               "hours": "not timed" if time is None else f"{float(f'{time:.2g}'):,g}",
+               "hours": f"{time:,g}",
                "columns": ", ".join(column for measure in figure.measures for column in measure.columns)}
 
 

@@ -27,6 +27,7 @@ from matplotlib.ticker import EngFormatter
 import figures
 from aggregate import STATISTICS, Run, curve, difference, final, gather, plainly, read_run, save
 from estimate import millions
+from settings import from_config
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no display)
@@ -299,7 +300,7 @@ def draw_runs(options):
     for folder in options.paths:
         try:
             run = read_run(folder, options.columns)
-            own = figures.from_config(run.config) if run.config else None
+            own = from_config(run.config) if run.config else None
             label = run.name.partition("__seed=")[0]
             task = own.env if own else label.partition("__")[0]
             first = firsts.setdefault(label, own)
@@ -309,7 +310,7 @@ def draw_runs(options):
             continue
         told += run.notes
         if differs:
-            told.append(f"{folder}: {differs.replace('the figure asks for', 'another run of its name says')}; left out")
+            told.append(f"{folder}: {differs}, as another run of its name; left out")
         else:
             groups.setdefault(task, {}).setdefault(label.removeprefix(task).removeprefix("__"), []).append(run)
     if not groups:

@@ -311,18 +311,18 @@ def telling_flags(args):
     them."""
     least, usual, wanted = copy.deepcopy(args), defaults(args.algo), effective(args)
     for group, name in flag_names(args):
-        value, default = _get(least, group, name), _get(usual, group, name)
+        value, default = get_setting(least, group, name), get_setting(usual, group, name)
         if value != default:
-            _set(least, group, name, default)
+            set_setting(least, group, name, default)
             if effective(least) != wanted:
-                _set(least, group, name, value)
-    return [("--" + name.replace("_", "-"), _get(least, group, name)) for group, name in flag_names(args)
-            if _get(least, group, name) != _get(usual, group, name)]
+                set_setting(least, group, name, value)
+    return [("--" + name.replace("_", "-"), get_setting(least, group, name)) for group, name in flag_names(args)
+            if get_setting(least, group, name) != get_setting(usual, group, name)]
 
 
 def effective(args):
     """What the run does, as plain data: equal for two command lines that mean the same."""
-    rest = {name: _get(args, group, name) for group, name in flag_names(args) if group in (None, "agent")}
+    rest = {name: get_setting(args, group, name) for group, name in flag_names(args) if group in (None, "agent")}
     for said_by_modules in ("mst", "scale", "width_scale", "depth_scale", "residual"):
         del rest[said_by_modules]
     return rest, {name: module.effective() for name, module in module_configs(args).items()}
@@ -341,19 +341,20 @@ def flag_names(args):
 # ---- a run that is there already ----
 
 def from_config(config):
-    """The Args that a run's config.json holds. ValueError, in one line, for what another version of this code wrote."""
+    """The Args that a run's config.json holds; a flag that is newer than the run had its default. ValueError, in one line,
+    for what this code did not write, or wrote with flags that it has no more."""
     if not isinstance(config, dict) or config.get("algo") not in CONFIGS:
         raise ValueError("the run's config names no algorithm of this code")
     args = defaults(config["algo"])
     for spec in dataclasses.fields(args):
-        value = getattr(args, spec.name)
-        inner = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else None
-        saved = config.get(spec.name, value if spec.name in NOT_IN_NAME else None)
-        saved = saved if not inner or isinstance(saved, dict) else {}
-        if (spec.name not in config and spec.name not in NOT_IN_NAME) or (inner and set(inner) != set(saved)):
-            odd = sorted(set(inner or [spec.name]) ^ set(saved if inner else []))
-            raise ValueError(f"the run's config is another version's: it differs in {', '.join(odd)}")
-        setattr(args, spec.name, dataclasses.replace(value, **saved) if inner else saved)
+        value, saved = getattr(args, spec.name), config.get(spec.name)
+        if dataclasses.is_dataclass(value) and spec.name in config:
+            known = {inner.name for inner in dataclasses.fields(value)}
+            odd = sorted(saved.keys() - known) if isinstance(saved, dict) else [spec.name]
+            if odd:
+                raise ValueError(f"the run's config is another version's: this code has no {', '.join(odd)}")
+            saved = dataclasses.replace(value, **saved)
+        setattr(args, spec.name, saved if spec.name in config else value)
     return args
 
 
@@ -365,8 +366,8 @@ def differences(before, now):
     names = [(None, "env"), (None, "seed"), *flag_names(before)]
     if before.algo != now.algo:  # the others' flags are not the same ones
         names = [(None, "algo")]
-    return ", ".join(f"--{name.replace('_', '-')} {_get(before, group, name)}, not {_get(now, group, name)}"
-                     for group, name in names if _get(before, group, name) != _get(now, group, name))
+    return ", ".join(f"--{name.replace('_', '-')} {get_setting(before, group, name)}, not {get_setting(now, group, name)}"
+                     for group, name in names if get_setting(before, group, name) != get_setting(now, group, name))
 
 
 # ---- checks: ValueError in one line that names the flag, before anything is built ----
@@ -387,7 +388,7 @@ RANGES = {  # what a number may be, where it is not [1, 1e12] for a whole one an
 def check(args):
     """What would otherwise fail late, or silently do something else."""
     for group, name in [*flag_names(args), *((None, name) for name in ("seed", "eval_workers", "threads", "save_every"))]:
-        value = _get(args, group, name)
+        value = get_setting(args, group, name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             _check_range(name, value, RANGES.get(name, "[1, 1e12]" if isinstance(value, int) else "[0, inf)"))
     if args.sparse.schedule_start > args.sparse.schedule_end:
@@ -454,19 +455,21 @@ def notes(args):
     telling, usual, modules = dict(telling_flags(args)), defaults(args.algo), module_configs(args)
     idle = []
     for group, name in flag_names(args):
-        flag, value = "--" + name.replace("_", "-"), _get(args, group, name)
+        flag, value = "--" + name.replace("_", "-"), get_setting(args, group, name)
         own = group in modules and name.endswith("_sparsity") and modules[group].regime == "dense"
-        if value != _get(usual, group, name) and flag not in telling and (group == "sparse" or name == "scale" or own):
+        if value != get_setting(usual, group, name) and flag not in telling and (group == "sparse" or name == "scale" or own):
             idle.append(flag)
     regimes = ", ".join(f"{name} {module.regime}" for name, module in modules.items())
     return [f"note: {', '.join(idle)} changes nothing here ({regimes}), and is not in the run's name"] if idle else []
 
 
-def _get(args, group, name):
+def get_setting(args, group, name):
+    """One setting, by what `flag_names` calls it."""
     return getattr(args if group is None else getattr(args, group), name)
 
 
-def _set(args, group, name, value):
+def set_setting(args, group, name, value):
+    """The same, changed in place."""
     if group is None:
         setattr(args, name, value)
     else:

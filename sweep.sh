@@ -26,7 +26,6 @@ fail() { echo "sweep.sh: $*" >&2; exit 2; }
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "needs bash 4.4 or newer, not $BASH_VERSION"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
-"$python" -c "import tyro" 2>/dev/null || fail "$python lacks this project's packages: activate its environment, or set PYTHON"
 mode=here runs=runs jobs="" grid=() sbatch_options=() more=()
 
 read_arguments() {
@@ -241,9 +240,10 @@ run_task() {
 
 case ${1-} in
     "" | -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
-    list) exec "$python" "$here/figures.py" "$@" ;;
     --task) run_task "${@:2}" ;;
 esac
+"$python" -c "import tyro" 2>/dev/null || fail "$python lacks this project's packages: activate its environment, or set PYTHON"
+[[ $1 != list ]] || exec "$python" "$here/figures.py" "$@"
 read_arguments "$@"
 runs_of_grid=$(list_runs)
 mapfile -t list <<<"$runs_of_grid"

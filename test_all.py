@@ -3485,6 +3485,17 @@ def test_any_flags_are_accepted_or_refused_in_a_line(count, tmp_path, monkeypatc
     assert min(outcomes.values()) >= count / 100 and not os.listdir(tmp_path), outcomes
 
 
+def test_a_config_of_another_version_is_read_or_refused():
+    config = json.loads(json.dumps(dataclasses.asdict(flags_to_args("--mst", "--critic-lr", "0.01", "--metrics-every", "3"))))
+    del config["metrics_every"], config["agent"]["q_horizon"]  # flags that are newer than the run
+    again = from_config(config | {"command": ["train.py"]})
+    assert (again.metrics_every, again.agent.q_horizon, again.agent.critic_lr, again.mst) == (1, 3, 0.01, True)
+    for broken, message in ((config | {"sparse": {"density": 0.5}}, "this code has no density"), (config | {"agent": 3}, "no agent"),
+                            ([], "names no algorithm"), ({"algo": "ppo"}, "names no algorithm")):
+        with pytest.raises(ValueError, match=message):
+            from_config(broken)
+
+
 def test_presets_and_flags_reach_the_modules():
     types = lambda *flags: [(m.arch_type, m.regime, m.width_scale, m.depth_scale, m.sparsity)
                             for m in module_configs(flags_to_args(*flags)).values()]

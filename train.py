@@ -27,7 +27,8 @@ def stopped_early(number, _):
 
 if __name__ == "__main__":  # a signal while PyTorch imports, or the run is built: nothing is there to save
     for early in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])):
-        signal.signal(early, stopped_early)
+        if signal.getsignal(early) != signal.SIG_IGN:  # nohup, or a shell's background job, has its way
+            signal.signal(early, stopped_early)
 
 import contextlib
 import dataclasses
