@@ -3575,6 +3575,33 @@ def test_flags_that_change_nothing_are_told():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("regime", REGIMES)
+def test_a_sparse_flag_is_in_the_name_if_and_only_if_it_moves_a_mask(regime):
+    """Each regime is run with the flag and without: what the name leaves out must change nothing, and the other way round."""
+    def masks(**options):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 20), nn.ELU(), nn.Linear(20, 4))
+        sparse = SparseTraining(model, torch.optim.AdamW(model.parameters(), lr=0.01), regime, **({"sparsity": 0.6, "update_interval": 3,
+                                "seed": 1} | options), total_steps=30)
+        seen = []
+        for step in range(1, 31):
+            backward(model, 6)
+            sparse.update_topology(step)
+            sparse.mask_gradients()
+            sparse.optimizer.step()
+            seen.append(torch.cat([torch.ones(1), *(mask.flatten() for mask in sparse.masks.values())]))
+        return torch.stack(seen)
+
+    base, plain = ("--critic-regime", regime, "--update-interval", "3"), masks()
+    for flag, argument, value in (
+            ("--sparsity", "sparsity", 0.7), ("--distribution", "distribution", "uniform"), ("--growth", "grow", "random"),
+            ("--update-interval", "update_interval", 5), ("--drop-initial", "drop_initial", 0.8), ("--drop-final", "drop_final", 0.4),
+            ("--schedule-start", "schedule_start", 0.4), ("--schedule-end", "schedule_end", 0.6), ("--schedule-power", "power", 4.0)):
+        moved = not torch.equal(masks(**{argument: value}), plain)
+        named = run_name(flags_to_args(*base, flag, str(value))) != run_name(flags_to_args(*base))
+        assert named == moved, f"{flag} with {regime}: named {named}, moves masks {moved}"
+
+
 def test_a_long_name_is_shortened_and_stays_its_own():
     numbers = [flag for name in ("critic_lr", "actor_lr", "encoder_lr", "weight_decay", "reward_weight", "terminal_weight",
                                  "dynamics_weight", "exploration_noise", "target_noise", "target_noise_clip", "reward_range")
