@@ -1,6 +1,6 @@
 """LAP replay: prioritised subtrajectories, drawn on the training device without asking the host.
 
-What it claims: each observation is stored once (one million dog-run transitions take about 1.05 GB); no subtrajectory
+What it claims: each observation is stored once (one million dog-run transitions take about 1.06 GB); no subtrajectory
 crosses a time limit; draws follow priorities exactly (in float64), even with a million of them; and nothing in
 `sample` or `update_priority` makes the host wait for a GPU.
 
