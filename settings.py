@@ -31,8 +31,9 @@ SPARSE_OPTIONS = {  # what a regime reads beside its sparsity; the rest does not
     "s2d": ("distribution", "grow", "update_interval", "drop_initial", "drop_final", "schedule_start", "schedule_end", "power"),
     "d2s": ("distribution", "grow", "update_interval", "drop_initial", "drop_final", "schedule_start", "schedule_end", "power"),
 }
-NOT_IN_NAME = ("env", "seed", "device", "runs", "name", "tensorboard", "wandb_project", "eval_workers", "threads", "resume",
-               "save_every", "eval_only", "checkpoint", "video")  # all but the first two may differ when a run is resumed
+NOT_IN_NAME = ("env", "seed", "device", "threads", "compile", "cuda_graphs", "eval_workers", "runs", "name", "tensorboard",
+               "wandb_project", "resume", "save_every", "eval_only", "checkpoint",
+               "video")  # all but the first two may differ when a run is resumed: they change results by rounding at most
 LONGEST_NAME = 200  # bytes; file systems take 255, and a checkpoint's files want some of them
 
 

@@ -2888,8 +2888,7 @@ def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- settings.py
 
-READ_ELSEWHERE = {"eval_every", "eval_episodes", "metrics_every", "log_every", "buffer_size",  # by the loop and what is built around it
-                  "compile", "cuda_graphs"}  # speed alone
+READ_ELSEWHERE = {"eval_every", "eval_episodes", "metrics_every", "log_every", "buffer_size"}  # by the loop and what is built around it
 IN_PLACES_OF_THEIR_OWN = {"mst", "reward_bins", "twin_critics", "precision"}  # everything else that shows in one module shows in all
 
 
