@@ -23,7 +23,8 @@ class ModularAgent:
 
     Of the class: `Config` (its settings, in settings.py) and `prioritized`. Of the agent: `act`, `observe`, `update`,
     `updates_per_step`, `probe`, `probe_losses`, `state_dict`, `load_state_dict`, and, by module name, `networks`,
-    `targets`, `optimizers`, `sparse` and `updates`; `info` holds what the last updates saw, as device scalars.
+    `targets`, `optimizers`, `sparse` and `updates`; `info` holds what the last updates saw, on the device: their means are
+    what is logged.
     """
 
     losses = ()  # methods that return (one value a sample, ...): they may be compiled, and run in the chosen precision
@@ -72,9 +73,9 @@ class ModularAgent:
         norm = self.mask_and_clip(name, clip)
         # Once a loss or gradient is not finite, this module takes no step any more (topology may still move, until the run
         # asks for `fault`): AdamW's fused kernel reads the latch on the device. x - x is 0 where x is finite, else NaN,
-        # which differs from 0.
+        # which counts as true.
         x = loss.detach() + norm
-        self.broken[name].logical_or_(x - x != 0)
+        self.broken[name].logical_or_(x - x)
         optimizer.step()
         self.info[f"{name}_grad_norm"] = norm
 

@@ -9,7 +9,7 @@ Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it by `p
     replay = ReplayBuffer(24, 6, horizon=agent.horizon)
     action = agent.act(obs, explore=True)       # numpy in, numpy out
     agent.update(replay)                        # one agent step's worth of learning
-    agent.info["critic_loss"]                   # what the last update saw, as device scalars
+    agent.info["critic_loss"].mean()            # what the last update saw, on the device
 """
 
 import torch
@@ -147,15 +147,15 @@ class MRQ(ModularAgent):
             target_zs = self.targets["encoder"].zs(next_obs).unflatten(0, (len(batch.obs), -1))  # (batch, H, zs)
         zs = self.encoder.zs(batch.obs[:, 0])  # (batch, zs)
         done, zs, reward_logits = self.encoder.unroll(zs, action)  # Eq. (7): (batch, H, ·) each
-        alive = still_running(terminated)  # (batch, H) 0 after a termination; the terminating step itself counts
+        alive = still_running(terminated)[:, :-1]  # (batch, H) 0 after a termination; the terminating step itself counts
         reward_loss = (alive * two_hot_cross_entropy(reward_logits, reward, self.bins)).sum(1)  # Eqs. (8), (9)
         dynamics_loss = (alive * F.mse_loss(zs, target_zs, reduction="none").mean(-1)).sum(1)  # Eqs. (8), (10)
         terminal_loss = (alive * F.mse_loss(done.squeeze(-1), terminated, reduction="none")).sum(1)  # Eqs. (8), (10)
+        terminal_loss = termination_seen * terminal_loss
         loss = (config.reward_weight * reward_loss + config.dynamics_weight * dynamics_loss
-                + config.terminal_weight * termination_seen * terminal_loss)  # (batch,)
-        info = {"encoder_loss": loss, "reward_loss": reward_loss, "dynamics_loss": dynamics_loss,
-                "terminal_loss": termination_seen * terminal_loss}
-        return loss, {name: value.detach().mean() for name, value in info.items()}
+                + config.terminal_weight * terminal_loss)  # (batch,)
+        info = {"encoder_loss": loss, "reward_loss": reward_loss, "dynamics_loss": dynamics_loss, "terminal_loss": terminal_loss}
+        return loss, {name: value.detach() for name, value in info.items()}
 
     def critic_loss(self, batch, zs):
         """Huber to the multi-step TD target, for both Q.  Eq. (11)
@@ -169,17 +169,16 @@ class MRQ(ModularAgent):
         loss = F.smooth_l1_loss(q, target.expand_as(q), reduction="none").mean(1)  # averaged over both Q
         td_error = (q.detach() - target).abs().amax(1)
         info = {"critic_loss": loss, "q": q, "td_target": target, "td_error": td_error}
-        return loss, td_error, {name: value.detach().mean() for name, value in info.items()}
+        return loss, td_error, {name: value.detach() for name, value in info.items()}
 
     @torch.no_grad()
     def td_target(self, batch):
         """[Σ γ^k r_k + γ^H · not done · r̄' · V'(s_H)] / r̄: (batch, 1).  Eq. (11)"""
         config = self.config
-        returns, not_done = multi_step_return(batch.reward[:, :config.q_horizon], batch.terminated[:, :config.q_horizon],
-                                              config.discount)
+        returns, bootstrap = multi_step_return(batch.reward[:, :config.q_horizon], batch.terminated[:, :config.q_horizon],
+                                               config.discount)  # bootstrap: γ^H · not done
         value = self.target_value(self.targets["encoder"].zs(batch.obs[:, config.q_horizon]))
-        discount_h = config.discount ** config.q_horizon
-        return (returns + discount_h * not_done * self.target_reward_scale * value) / self.reward_scale
+        return (returns + bootstrap * self.target_reward_scale * value) / self.reward_scale
 
     def target_value(self, zs):
         """V' = min Q'(s, π'(s) + noise) of the target networks, in units of r̄': (batch, zs) -> (batch, 1).  Eq. (11)"""
@@ -194,8 +193,8 @@ class MRQ(ModularAgent):
         action, pre_activation = self.actor(zs)
         q = self.critic(self.encoder(zs, action)).mean(1)  # (batch,)
         # The mean over action dimensions, where Eq. (12) leaves the reduction open, is the published MR.Q's.
-        loss = -q + self.config.pre_activation_weight * pre_activation.square().mean(1)
-        return loss, {"actor_loss": loss.detach().mean(), "pre_activation": pre_activation.detach().abs().mean()}
+        loss = self.config.pre_activation_weight * pre_activation.square().mean(1) - q
+        return loss, {"actor_loss": loss.detach(), "pre_activation": pre_activation.detach().abs()}
 
     # ---- looking inside, saving ----
 
@@ -231,17 +230,18 @@ def symexp(x):
 
 
 def two_hot(x, bins):
-    """x as a weight on two neighbouring bins: (index of the lower, weight of the upper), each x's shape.  Eq. (9)
+    """x as weights on two neighbouring bins: (their indices, their weights), (...) -> (..., 2) each.  Eq. (9)
 
     Beyond the last bins all weight lies on the last.
     """
-    lower = (torch.searchsorted(bins, x.contiguous(), right=True) - 1).clamp(0, len(bins) - 2)
-    return lower, ((x - bins[lower]) / (bins[lower + 1] - bins[lower])).clamp(0, 1)
+    lower = torch.searchsorted(bins[1:-1], x.contiguous(), right=True)  # 0 ... len(bins) - 2
+    index = torch.stack([lower, lower + 1], -1)
+    below, above = bins[index].unbind(-1)
+    weight = ((x - below) / (above - below)).clamp(0, 1)
+    return index, torch.stack([1 - weight, weight], -1)
 
 
 def two_hot_cross_entropy(logits, x, bins):
     """CE(logits, Two-Hot(x)), (..., bins) and (...) -> (...). Two entries are gathered; no row is spelt out."""
-    lower, weight = two_hot(x, bins)
-    log_p = F.log_softmax(logits, -1)
-    log_p = log_p.gather(-1, torch.stack([lower, lower + 1], -1))  # (..., 2)
-    return -(torch.stack([1 - weight, weight], -1) * log_p).sum(-1)  # Eq. (9)
+    index, weight = two_hot(x, bins)
+    return -(weight * F.log_softmax(logits, -1).gather(-1, index)).sum(-1)  # Eq. (9)

@@ -49,8 +49,7 @@ class MRSAC(MRQ):
         action, log_prob = tanh_gaussian(self.actor(zs))
         q = reduce_q(self.critic(self.encoder(zs, action)), self.config.actor_q)  # (batch,)
         loss = self.temperature.value() * log_prob - q
-        return loss, {"actor_loss": loss.detach().mean(), "action_size": action.detach().abs().mean(),
-                      "entropy": -log_prob.detach().mean()}
+        return loss, {"actor_loss": loss.detach(), "action_size": action.detach().abs(), "entropy": -log_prob.detach().mean()}
 
     def update_actor(self, zs):
         super().update_actor(zs)

@@ -15,7 +15,7 @@ torch and numpy; copy it into your project.
         obs, next_obs = np.full(3, t, np.float32), np.full(3, t + 1, np.float32)
         buffer.add(obs, np.zeros(1), 1.0, next_obs, terminated=False, truncated=(t + 1) % 50 == 0)
     batch = buffer.sample(batch_size=32, horizon=3)
-    returns, not_done = multi_step_return(batch.reward, batch.terminated, discount=0.99)   # (32, 1) each
+    returns, bootstrap = multi_step_return(batch.reward, batch.terminated, discount=0.99)  # (32, 1) each
     buffer.update_priority(batch.index, td_error=returns.squeeze(1))
     print(batch.obs.shape, returns[0])                                                     # (32, 4, 3)
 """
@@ -62,6 +62,7 @@ class ReplayBuffer:
         # 1.0 if anything was done here at all (a row may be only an o_T). The columns have names below.
         self.rows = torch.zeros(capacity, obs_dim + action_dim + 3, device=device)
         self.columns = obs_dim, action_dim, 1, 1, 1
+        self.steps = torch.arange(horizon + 1, device=device)
         # 0 says that no subtrajectory may start here: an episode's end, the ring's head, a row never written. In float64,
         # because sums must be: converting a million of them takes longer than adding them up.
         self.priority = torch.zeros(padded, dtype=torch.float64, device=device)
@@ -149,15 +150,14 @@ class ReplayBuffer:
         # million priorities is off by up to 25 %), and the running sum over the whole buffer is never made.
         blocks = self.priority.view(-1, BLOCK)
         block = _draw_from(blocks.sum(1), *shape)  # (batch,)
-        return block * BLOCK + _draw_from(blocks[block], *shape, 1).squeeze(1)
+        return _draw_from(blocks[block], *shape, 1).squeeze(1).add(block, alpha=BLOCK)
 
     def gather(self, index, horizon=None):
         """The subtrajectories that start at these rows; index: (batch,)."""
         horizon = self.horizon if horizon is None else horizon
         if horizon > self.horizon:
             raise ValueError(f"this buffer keeps subtrajectories of {self.horizon} transitions, not {horizon}")
-        steps = torch.arange(horizon + 1, device=self.device)
-        drawn = self.rows[(index.unsqueeze(1) + steps) % self.capacity]  # (batch, H + 1, all columns)
+        drawn = self.rows[(index.unsqueeze(1) + self.steps[:horizon + 1]) % self.capacity]  # (batch, H + 1, all columns)
         obs, action, reward, terminated, _ = self._split(drawn)
         return Batch(index, obs, action[:, :-1], reward[:, :-1], terminated[:, :-1])
 
@@ -169,7 +169,7 @@ class ReplayBuffer:
         priority = error.clamp(min=self.min_priority).pow(self.alpha).to(self.priority.dtype)
         # A row drawn twice gets the larger of its two values: a plain write would leave the last of an unknown order.
         self.priority.scatter_reduce_(0, index, priority, "amax", include_self=False)
-        self.max_priority.copy_(torch.maximum(self.max_priority, priority.max()))
+        torch.maximum(self.max_priority, priority.max(), out=self.max_priority)
 
     def mean_absolute_reward(self):
         """r̄ of Eq. (11) over everything stored: a device scalar."""
@@ -211,18 +211,17 @@ def to_device(values, device):
 
 
 def multi_step_return(reward, terminated, discount):
-    """Σ γ^k r_k up to the termination, its own reward included, and whether to bootstrap.  Eq. (11)
+    """Σ γ^k r_k up to the termination, its own reward included, and the weight of the value that follows.  Eq. (11)
 
-    reward, terminated: (batch, H). Returns (batch, 1) twice: the return, and 1.0 where no step terminated.
+    reward, terminated: (batch, H). Returns (batch, 1) twice: the return, and γ^H where no step terminated, else 0.
     """
-    gammas = discount ** torch.arange(reward.shape[1], device=reward.device)
-    returns = (reward * still_running(terminated) * gammas).sum(1, keepdim=True)
-    return returns, (1.0 - terminated).prod(1, keepdim=True)
+    weight = still_running(terminated, discount)
+    return (reward * weight[:, :-1]).sum(1, keepdim=True), weight[:, -1:]
 
 
-def still_running(terminated):
-    """1.0 where no earlier step terminated: (batch, H) -> (batch, H)"""
-    return F.pad(1.0 - terminated[:, :-1], (1, 0), value=1.0).cumprod(1)
+def still_running(terminated, discount=1.0):
+    """γ^k where no step before the k-th terminated, else 0, for k = 0 ... H: (batch, H) -> (batch, H + 1)"""
+    return F.pad(torch.rsub(terminated, discount, alpha=discount), (1, 0), value=1.0).cumprod(1)  # rsub: γ - γ·terminated
 
 
 def _draw_from(weights, *shape):

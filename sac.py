@@ -152,8 +152,7 @@ class SimbaAgent(ModularAgent):
         """α·log π(a|s) - Q(s, a), a from the policy. obs: normalised, (batch, obs_dim)."""
         action, entropy_cost, info = self.policy(obs)
         loss = entropy_cost - reduce_q(self.critic(obs, action), self.config.actor_q)
-        info = {"actor_loss": loss.detach().mean(), "action_size": action.detach().abs().mean()} | info
-        return loss, info
+        return loss, {"actor_loss": loss.detach(), "action_size": action.detach().abs()} | info
 
     def critic_loss(self, batch):
         """(Q - y)², summed over the Q networks."""
@@ -161,7 +160,7 @@ class SimbaAgent(ModularAgent):
         q = self.critic(batch.obs[:, 0], batch.action[:, 0])  # (batch, number of Q)
         loss = (q - target).square().sum(1)
         info = {"critic_loss": loss, "q": q, "td_target": target}
-        return loss, {name: value.detach().mean() for name, value in info.items()}
+        return loss, {name: value.detach() for name, value in info.items()}
 
     @torch.no_grad()
     def td_target(self, batch):

@@ -1016,9 +1016,9 @@ def test_priorities_after_an_update():
 def test_multi_step_returns_by_hand():
     reward = torch.tensor([[1.0, 2.0, 4.0], [1.0, 2.0, 4.0], [1.0, 2.0, 4.0]])
     terminated = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 1]])
-    returns, not_done = multi_step_return(reward, terminated, 0.5)
+    returns, bootstrap = multi_step_return(reward, terminated, 0.5)
     assert returns.tolist() == [[3.0], [2.0], [3.0]]  # the terminating reward counts, later ones do not
-    assert not_done.tolist() == [[1.0], [0.0], [0.0]]
+    assert bootstrap.tolist() == [[0.125], [0.0], [0.0]]  # γ³ where nothing terminated
 
 
 def test_a_million_dog_run_transitions_fit_and_what_cannot_fit_is_refused(monkeypatch):
@@ -1250,9 +1250,8 @@ def test_two_hot_against_a_spelt_out_row():
     bins = symexp(torch.linspace(-10, 10, 65).double())
     assert bins[-1].item() == pytest.approx(math.exp(10) - 1) and bins[32] == 0 and bins[0] == -bins[-1]
     x = torch.cat([torch.randn(50).double() * 10, bins[[0, 5, 32, 64]], torch.tensor([1e6, -1e6, 0.0]).double()])
-    lower, weight = two_hot(x, bins)
-    rows = torch.zeros(len(x), 65).double().scatter_(1, lower[:, None], (1 - weight)[:, None])
-    rows.scatter_add_(1, lower[:, None] + 1, weight[:, None])
+    index, weight = two_hot(x, bins)
+    rows = torch.zeros(len(x), 65).double().scatter_(1, index, weight)
     torch.testing.assert_close(rows, torch.stack([dense_two_hot(v, bins) for v in x]))
     inside = x.abs() <= bins[-1]
     torch.testing.assert_close((rows * bins).sum(1)[inside], x[inside])  # the mean of the two bins is x again
@@ -1381,7 +1380,7 @@ def test_every_regime_on_every_module(regimes):
         agent.refresh_targets(buffer)  # a hard copy is as sparse
         for weight, mask in agent.sparse[name].masks.items():
             assert not dict(agent.targets[name].named_parameters())[weight][~mask].any()
-    assert all(math.isfinite(value) for value in agent.info.values())
+    assert all(value.isfinite().all() for value in agent.info.values())
 
 
 def test_acting():
@@ -1413,7 +1412,7 @@ def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
         for name, network in getattr(agent, kind).items():
             for a, b in zip(network.parameters(), getattr(other, kind)[name].parameters()):
                 assert torch.equal(a, b)
-    assert {k: v.item() for k, v in agent.info.items()} == {k: v.item() for k, v in other.info.items()}
+    assert {k: v.tolist() for k, v in agent.info.items()} == {k: v.tolist() for k, v in other.info.items()}
     obs = np.ones(4, np.float32)
     np.testing.assert_array_equal(agent.act(obs, explore=False), other.act(obs, explore=False))  # the normaliser too
 
@@ -1576,7 +1575,7 @@ def test_every_regime_on_every_module_of_every_algorithm(algo, regimes):
         for weight, mask in agent.sparse[name].masks.items():
             assert mask.sum() == agent.sparse[name].active[weight]
             assert not dict(agent.networks[name].named_parameters())[weight][~mask].any()
-    assert all(math.isfinite(value) for value in agent.info.values())
+    assert all(value.isfinite().all() for value in agent.info.values())
 
 
 def test_exploration():
@@ -1909,7 +1908,7 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
         agent.update(buffer)
         noise.calls = 0
         error = naive.update(drawn, stored, float(any(step[5] for episode in episodes for step in episode)))
-        assert {key: value.item() for key, value in agent.info.items()} == pytest.approx(naive.info, rel=1e-5, abs=1e-7)
+        assert {key: value.mean().item() for key, value in agent.info.items()} == pytest.approx(naive.info, rel=1e-5, abs=1e-7)
         assert agent.updates == naive.updates
         if error is not None:  # LAP: at least 1, to the power 0.4; of a row drawn twice the larger one
             for row, delta in sorted(zip(drawn[-1].index.tolist(), error.tolist()), key=lambda pair: pair[1]):
@@ -2197,7 +2196,7 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
         for _ in range(9):
             agent.update(buffer)
         with pytest.raises(AssertionError, match="synchronises"):
-            agent.info["critic_loss"].item()
+            agent.info["critic_loss"].mean().item()
         with pytest.raises(AssertionError, match="synchronises"):
             buffer.priority[buffer.priority > 0]
 
@@ -2220,7 +2219,7 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
         with NoNumbers(), pytest.raises(AssertionError, match="synchronises"):
             buffer.reward[3] = 1.0
     with pytest.raises(RuntimeError):
-        agent.info["critic_loss"].item()
+        agent.info["critic_loss"].mean().item()
     assert agent.updates["critic"] == 9 and agent.info["critic_loss"].device.type == "meta"
 
 
@@ -2242,7 +2241,7 @@ def test_an_agent_step_stays_small():
     with Operations() as operations:
         agent.update_encoder(buffer)
         agent.update_critic_and_actor(buffer)
-    assert 300 < operations.count <= 730
+    assert 300 < operations.count <= 700
 
 
 @pytest.mark.parametrize("algo", AGENTS)
@@ -2289,7 +2288,7 @@ def test_recorded_updates_equal_plain_ones(algo):
             one.update(replay)
         assert plain.updates == agent.updates
         assert {n: s.last_step for n, s in plain.sparse.items()} == {n: s.last_step for n, s in agent.sparse.items()}
-        assert {k: v.item() for k, v in plain.info.items()} == {k: v.item() for k, v in agent.info.items()}
+        assert {k: v.tolist() for k, v in plain.info.items()} == {k: v.tolist() for k, v in agent.info.items()}
     assert len(recordings) == len(agent.captures)  # once each: topology changes did not record anew
     for kind in ("networks", "targets"):
         for name, network in getattr(plain, kind).items():
@@ -2369,7 +2368,7 @@ def test_cuda_loop_waits_for_nothing_but_the_action(algo):
             agent.update(buffer)
             buffer.add(obs, action, 0.5, obs, step % 50 == 19, step % 50 == 49)
         with pytest.raises(RuntimeError, match="synchronizing"):
-            agent.info["critic_loss"].item()
+            agent.info["critic_loss"].mean().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -2534,7 +2533,7 @@ def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
         one.update(buffer)
     for name in ("critic_loss", "actor_loss", "q"):
         value, exact = agent.info[name], plain.info[name]
-        assert value.dtype == torch.float32 and value != exact and value.item() == pytest.approx(exact.item(), rel=0.1, abs=0.1)
+        assert value.dtype == torch.float32 and (value != exact).any() and value.mean().item() == pytest.approx(exact.mean().item(), rel=0.1, abs=0.1)
     x = torch.randn(3, agent.networks["actor"].output.in_features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert agent.critic(torch.randn(3, 4), torch.randn(3, 2)).dtype == torch.float32 if algo != "mrsac" else True

@@ -227,7 +227,7 @@ def train(args, device, env, agent, replay, evaluation, log, saved):
         bar.write(f"step {step:>9,}  return {returns.mean():7.1f} ± {returns.std():.1f}")
 
     def write_training(step):
-        info, now = {name: value.item() for name, value in agent.info.items()}, saved.seconds()
+        info, now = {name: value.mean().item() for name, value in agent.info.items()}, saved.seconds()
         speed = (step - run.logged_step) / (now - run.logged_seconds)  # evaluations included
         run.logged_step, run.logged_seconds = step, now
         log.write("train", {"agent_step": step, "frames": env.frames, "episode_return": run.last_return} | info
