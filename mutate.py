@@ -5,9 +5,9 @@
 
 A mutant changes one comparison, one operator, one constant or one argument, or deletes one statement; texts and types
 stay. First the suite runs once, with a note of which test runs which line. Then each mutant, in a copy of the project,
-meets the tests that run its line (all, if that runs on import), fast ones first, until one fails or takes far too long.
-Tests that start processes of their own come last: what runs there cannot be seen. A smaller sample is the beginning of a
-larger one. PYTEST_ADDOPTS='-m "not slow"' asks the mathematical part alone.
+meets the tests that run its line, in their own process or one that they start (all tests, if it runs on import), fast ones
+first, until one fails or takes far too long. A smaller sample is the beginning of a larger one.
+PYTEST_ADDOPTS='-m "not slow"' asks the mathematical part alone.
 """
 
 import ast
@@ -79,45 +79,64 @@ def nodes(node):
 
 
 def mutants(path):
-    """(path, line, what changes, the whole mutated source) of one file, in the order of the file."""
+    """(path, (line, its statement's first line), what changes, the whole mutated source) of one file, in its order."""
     source = path.read_bytes()
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
+    statement = 0
     for node in nodes(ast.parse(source)):
+        statement = node.lineno if isinstance(node, ast.stmt) else statement
         for operator, new in variants(node):
             first, last = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
             old, new = ast.unparse(node), ast.unparse(new)
             text = f"({new})" if isinstance(node, (ast.Compare, ast.BinOp, ast.BoolOp, ast.UnaryOp)) else new
-            yield path, node.lineno, f"{operator}: {old} -> {new}", source[:first] + text.encode() + source[last:]
+            yield path, (node.lineno, statement), f"{operator}: {old} -> {new}", source[:first] + text.encode() + source[last:]
 
 
 # ---- running tests, each time in a process forked from this one, which has imported all that is slow to import ----
 
+# Python runs a file of this name at its start: every process notes the lines that it runs, at once, as it may be killed.
+# Lines of functions alone (flag 1): what runs on import runs in all tests.
+TRACER = """
+import os, sys, threading
+folder, seen = os.environ["PYTHONPATH"], set()
+file = open(os.path.join(folder, "lines"), "a", buffering=1)
+def trace(frame, event, argument):
+    code = frame.f_code
+    if not code.co_flags & 1 or os.path.dirname(code.co_filename) not in (folder, "") or code.co_filename.endswith("test_all.py"):
+        return None
+    line = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
+    if line not in seen:
+        seen.add(line)
+        print(line, file=file)
+    return trace
+threading.settrace(trace)
+sys.settrace(trace)
+"""
+
+
 class Recorder:
-    """A plugin that notes, by test: its seconds, the project's lines that it runs, whether it starts processes or is red."""
+    """A plugin that notes, by test: its seconds, the project's lines that it runs, and whether it is red."""
 
     def __init__(self):
-        self.tests, self.lines, self.processes, self.red = {}, set(), [], set()
+        self.tests, self.red, self.tracer = {}, set(), {}
 
     def pytest_sessionstart(self):
-        sys.addaudithook(lambda event, _: self.processes.append(1) if event == "subprocess.Popen" else None)
-
-    def trace(self, frame, event, argument):
-        file = frame.f_code.co_filename
-        if file.startswith(os.getcwd()) and not file.endswith(SUITE):
-            self.lines.add(f"{os.path.basename(file)}:{frame.f_lineno}")
-            return self.trace
-        return None
+        Path("sitecustomize.py").write_text(TRACER)
+        os.environ["PYTHONPATH"] = os.getcwd()  # for the processes that tests start
+        exec(TRACER, self.tracer)
+        sys.settrace(None)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
-        self.lines.clear(), self.processes.clear()
+        Path("lines").write_text("")
+        self.tracer["seen"].clear()
         began = time.time()
-        sys.settrace(self.trace)
+        sys.settrace(self.tracer["trace"])
         yield
         sys.settrace(None)
-        self.tests[item.name] = {"seconds": time.time() - began, "lines": sorted(self.lines), "processes": bool(self.processes),
+        self.tests[item.name] = {"seconds": time.time() - began, "lines": sorted(set(Path("lines").read_text().split())),
                                  "red": item.name in self.red}
         return True
 
@@ -169,11 +188,11 @@ def run_tests(folder, plugin, limit=1e9):
     return 124
 
 
-def tests_for(tests, file, line):
+def tests_for(tests, file, lines):
     """The names of the tests to run for a mutant there, in order."""
-    chosen = [name for name, test in tests.items() if f"{file}:{line}" in test["lines"]]
-    chosen = {*(chosen or tests), *(name for name, test in tests.items() if test["processes"])}
-    return sorted((name for name in chosen if not tests[name]["red"]), key=lambda name: (tests[name]["processes"], tests[name]["seconds"]))
+    wanted = {f"{file}:{line}" for line in lines}
+    chosen = [name for name, test in tests.items() if not wanted.isdisjoint(test["lines"])] or tests
+    return sorted((name for name in chosen if not tests[name]["red"]), key=lambda name: tests[name]["seconds"])
 
 
 def in_a_copy(plugin, limit=1e9, changes=()):
@@ -200,11 +219,11 @@ def main():
         Path(args.map).write_text(known)
     tests, survivors = json.loads(known), []
     print(f"{len(everything)} mutants, {len(tests)} tests; red: {', '.join(n for n in tests if tests[n]['red']) or 'none'}", flush=True)
-    for number, (path, line, change, source) in enumerate(everything[:args.number], start=1):
-        chosen, began = tests_for(tests, path.name, line), time.time()
+    for number, (path, lines, change, source) in enumerate(everything[:args.number], start=1):
+        chosen, began = tests_for(tests, path.name, lines), time.time()
         limit = 60 + 4 * sum(tests[name]["seconds"] for name in chosen)
         status, killer = in_a_copy(Chosen(chosen), limit, [(path.name, source)])
-        what = " ".join(f"{path.name}:{line} {change}".split())
+        what = " ".join(f"{path.name}:{lines[0]} {change}".split())
         alive = status == 0 or not chosen
         survivors += [what] if alive else []
         print(f"{number} {what[:200]} | {'SURVIVED' if alive else f'caught by {killer or status}'}, {time.time() - began:.0f} s", flush=True)

@@ -1022,13 +1022,13 @@ def test_multi_step_returns_by_hand():
 
 
 def test_a_million_dog_run_transitions_fit_and_what_cannot_fit_is_refused(monkeypatch):
-    buffer = ReplayBuffer(223, 38, 1_002_000)  # with the 2,000 last observations of 500-step episodes
+    buffer = ReplayBuffer(223, 38, 1_002_000, device="meta")  # with the 2,000 last observations of 500-step episodes
     size = sum(value.numel() * value.element_size() for value in vars(buffer).values() if torch.is_tensor(value))
     assert 1.0e9 < size <= 1.3e9
     with pytest.raises(MemoryError, match="GB"):
         ReplayBuffer(223, 38, 10**11)
     monkeypatch.setattr(replay, "free_memory", lambda device: size)
-    ReplayBuffer(223, 38, 1_002_000)  # what is there is enough
+    ReplayBuffer(223, 38, 1_002_000, device="meta")  # what is there is enough
     monkeypatch.setattr(replay, "free_memory", lambda device: 0.999 * size)
     with pytest.raises(MemoryError, match=r"1,002,000 rows takes 1.\d\d GB, but cpu has 1.\d\d GB"):
         ReplayBuffer(223, 38, 1_002_000)
@@ -2836,6 +2836,7 @@ def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
     assert sum(name.startswith("rows") for name in names) <= (8 if capacity == 40 else 24)  # what has been overwritten is gone
 
 
+@pytest.mark.slow
 def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
     """At each of the calls by which it touches the disk: full, or killed. Then the newest that reads whole is used."""
     rows = {"x": torch.arange(100.0)}
@@ -4039,6 +4040,7 @@ def test_killed_sweeps_are_continued(sweep):
     sweep.check_continuous()
 
 
+@pytest.mark.slow
 def test_two_sweeps_started_together_run_nothing_twice(sweep):
     together = [sweep.start(*GRID, "--jobs", "2") for _ in range(2)]
     assert {process.wait(60) for process in together} <= {0, 76}
@@ -4335,6 +4337,7 @@ def test_figures_and_plots_need_no_torch():
 
 # -------------------------------------------------------------------------------------------------------- estimate.py
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_networks():
     flags = {repr(cell.flags): cell.flags for figure in figures.FIGURES.values() for cell in figure.cells}
     counted = {}
@@ -4445,6 +4448,7 @@ def test_curves_count_the_seeds_that_are_there():
     assert aggregate.final([[one, two, three]], ("m",), 20, aggregate.mean_sd, False)[0] == 6  # two is not finished
 
 
+@pytest.mark.slow
 def test_ten_thousand_runs_aggregate_within_a_minute(tmp_path):
     columns = ["return", *(f"m{number}" for number in range(60))]
     rows = [(step, *np.random.default_rng(step).normal(size=61).round(4)) for step in range(0, 505000, 5000)]
@@ -4467,6 +4471,7 @@ def test_ten_thousand_runs_aggregate_within_a_minute(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------ plot.py
 
+@pytest.mark.slow
 def test_a_figure_shows_its_runs_and_names_the_rest(tmp_path, monkeypatch, capsys):
     options = ("fig11", tmp_path / "runs", "--laptop", "--out", tmp_path, "--seeds", "3")
     columns = ["return", "critic/srank_q1", "critic/srank_q2", "critic/dormant", "actor/dormant"]
