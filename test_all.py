@@ -3094,6 +3094,18 @@ def test_rows_are_on_disk_at_once_with_six_digits(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------- train.py
 
+@pytest.mark.slow
+@pytest.mark.parametrize("own, spins", [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_threads_do_not_spin_for_ever_beside_a_busy_neighbour(own, spins):
+    """What the OpenMP library itself says that it was told, by us or by the user, when PyTorch loaded it."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    said = subprocess.run([sys.executable, HERE / "train.py", "--help"], env=inherited | {"OMP_DISPLAY_ENV": "verbose"} | own,
+                          capture_output=True, text=True).stderr
+    if "GOMP_SPINCOUNT" not in said:
+        pytest.skip("PyTorch is built on another OpenMP library here")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in said
+
+
 def run_train(folder, *flags, timeout=300):
     return subprocess.run([sys.executable, str(HERE / "train.py"), "--runs", str(folder), "--device", "cpu", *flags],
                           capture_output=True, text=True, timeout=timeout, env=os.environ | {"OMP_NUM_THREADS": "1"})

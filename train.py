@@ -29,6 +29,10 @@ if __name__ == "__main__":  # a signal while PyTorch imports, or the run is buil
     for early in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])):
         if signal.getsignal(early) != signal.SIG_IGN:  # nohup, or a shell's background job, has its way
             signal.signal(early, stopped_early)
+    # A thread that waits for another one spins. Without end, as is usual, an agent step takes 15 to 70 times as long while
+    # a neighbour has one of two cores; this long, 3 to 6 times, and alone as long as ever. PyTorch reads it when imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import contextlib
 import dataclasses
