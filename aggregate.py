@@ -152,7 +152,9 @@ def read_saved(path, columns):
 
 
 def save(path, runs, columns):
-    """Every value that the figure was drawn from, a row an evaluation, digits as they were read."""
+    """Every value of these columns, a row an evaluation, digits as they were read; a column that no run has is left out."""
+    runs = list(runs)
+    columns = [column for column in columns if any(column in run.table for run in runs)]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "agent_step", "frames", *columns])

@@ -33,6 +33,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no display)
 
 BOTH = "all tasks"
+SAVED = ("return", "seconds", "encoder/srank_zsa", "critic/srank_q1", "critic/srank_q2", "actor/srank_pi",
+         *(f"{module}/{metric}" for metric in ("dormant", "parameter_norm", "gradient_norm", "interference")
+           for module in ("encoder", "critic", "actor")))  # of --save, beside what the figure shows
 REFERENCE_LINES = ((0, (1, 1)), (0, (4, 2)), (0, (4, 1, 1, 1)))
 STYLES = {  # colour (Okabe and Ito's, and grey), marker (the paper's), line
     "dense": ("#7f7f7f", "o", "-"), "sst": ("#0072B2", "s", "--"), "dst": ("#009E73", "D", "-"),
@@ -168,6 +171,7 @@ def draw_figure(name, options):
     statistic, _ = STATISTICS[options.statistic]
     columns = sorted({column for measure in figure.measures for column in measure.columns})
     columns += ["returns"] * options.episodes
+    columns += [column for column in SAVED if options.save and column not in columns]
     runs, wrong, told = gather({run.name: run.args for run in found}, options.paths, columns)
     if not runs:
         raise ValueError(f"{' '.join(options.paths)}: none of the {len(wrong)} runs of {name} is there; their commands: "

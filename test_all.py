@@ -50,6 +50,7 @@ import agents
 import aggregate
 import bench
 import checkpoint
+import claims
 import envs
 import estimate
 import fast
@@ -4581,6 +4582,52 @@ def test_the_readme_has_the_table_of_figures_as_it_is(monkeypatch, capsys):
     told = run_main(figures, monkeypatch, capsys, "list", "--markdown")[1]
     readme = (HERE / "README.md").read_text()
     assert len(told) > 15 and all(line in readme for line in told)
+
+
+# ---------------------------------------------------------------------------------------------------------- claims.py
+
+def test_a_verdict_says_what_its_interval_says():
+    """Welch's interval from its textbook formula, and the four ways in which it may lie."""
+    this, that = np.array([3.0, 5, 4, 6, 4.5]), np.array([1.0, 2, 1.5])
+    a, b = this.var(ddof=1) / 5, that.var(ddof=1) / 3
+    half = scipy.stats.t.ppf(0.975, (a + b) ** 2 / (a ** 2 / 4 + b ** 2 / 2)) * math.sqrt(a + b)
+    difference, low, high, said = claims.verdict(this, that, less=False)
+    assert (difference, low, high) == pytest.approx((3.0, 3.0 - half, 3.0 + half)) and said == "seen"
+    assert [claims.verdict(one, other, less)[3] for one, other, less in (
+        (this, that, True), (that, this, False), (that, this, True), (this, this[::-1], False))] == [
+        "reversed", "reversed", "seen", "not seen"]
+
+
+def test_claims_are_read_from_the_last_evaluations_of_their_own_arms(tmp_path, monkeypatch, capsys):
+    """Every run of the laptop study has its own number, and nine that must not count before the last three evaluations."""
+    expected, written = {}, {}
+    for run in figures.runs(figures.LAPTOP["fig11"]):
+        centre = {"MR.Q": 10, "MR.Q + Res": 10.5, "MR.Q + Res + MST": 50}[run.cell.series] + 2 * run.seed
+        expected.setdefault(run.cell.series, []).append(centre)
+        steps = np.arange(0.0, 12001, 1000)
+        values = np.where(steps > 9000, centre + (steps - 11000) / 1000, 9e9)
+        written[run.name] = aggregate.Run(run.name, {"agent_step": steps, "frames": 2 * steps, "return": values,
+                                                     "critic/srank_q1": values, "critic/srank_q2": values + 2, "critic/dormant": values})
+    written.pop(max(name for name in written if "mst" in name))  # seed 4: not there
+    (tmp_path / "results").mkdir()
+    aggregate.save(tmp_path / "results" / "fig11-laptop.csv", written.values(), ["return", "critic/srank_q1", "critic/srank_q2", "critic/dormant"])
+    told = run_main(claims, monkeypatch, capsys, tmp_path / "results")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told[2:]]
+    assert len(rows) == sum(len(claim.measures) for claim in claims.CLAIMS)
+    by_claim = {tuple(row[1:3]): row[3:] for row in rows}
+    res, mrq, mst = np.mean(expected["MR.Q + Res"]), np.mean(expected["MR.Q"]), np.mean(expected["MR.Q + Res + MST"][:4])
+    seeds, with_it, without, _, said = by_claim["deep networks need residual connections", "return"]
+    assert (seeds, with_it, without, said) == ("5", f"{res:.1f}", f"{mrq:.1f}", "not seen")
+    seeds, with_it, without, difference, said = by_claim["MST beats residual connections alone", "SRank, critic"]
+    assert (seeds, with_it, without, said) == ("4, 5", f"{mst + 1:.1f}", f"{res + 1:.1f}", "seen") and difference.startswith("38.5 [")
+    assert by_claim["MST beats residual connections alone", "dormant ratio, critic"][-1] == "reversed"
+    assert all("not tried: `./sweep.sh" in row[-1] for row in rows if row[0] != "fig11")
+
+
+def test_the_readme_has_the_table_of_claims_as_the_results_have_it(monkeypatch, capsys):
+    told = run_main(claims, monkeypatch, capsys, HERE / "results")[1]
+    readme = (HERE / "README.md").read_text()
+    assert len(told) > 30 and all(line in readme for line in told)
 
 
 # ------------------------------------------------------------------------------------------------------------- copies

@@ -1,0 +1,138 @@
+"""The paper's claims at laptop size: which runs each compares, what is read from them, and what came of it.
+
+What it claims: every comparison stands here before its runs are looked at, every one is in the table, and a verdict says no
+more than its interval. "seen": the 95 % interval of the difference lies on the paper's side of 0; "reversed": on the other;
+"not seen": it holds 0.
+
+    python claims.py                     # the README's table, from results/
+    python claims.py runs                # from your own runs of ./sweep.sh fig11 --laptop
+
+A run counts by the mean of its last three evaluations (10,000, 11,000 and 12,000 agent steps). The interval is Welch's, of the
+difference of two means over seeds, as spreads are unequal and seeds few. It needs no PyTorch.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import ttest_ind
+
+import figures
+from aggregate import gather, plainly
+
+LAST = 3  # evaluations
+RETURN, CRITIC_SRANK, CRITIC_DORMANT = figures.RETURN, figures.CRITIC_SRANK, figures.CRITIC_DORMANT
+ACTOR_DORMANT, ENCODER_SRANK = figures.ACTOR_DORMANT, figures.ENCODER_SRANK
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That `this` arm's measure lies above `that` one's; below it for dormant neurons. An arm: its cell's panel, series and
+    x, as far as they are needed to tell it from the figure's others."""
+    figure: str
+    says: str
+    this: tuple
+    that: tuple
+    measures: tuple = (RETURN,)
+
+
+def _critic(this, that):
+    return this, that, (RETURN, CRITIC_SRANK, CRITIC_DORMANT)
+
+
+def _scaled(algo, dimension):
+    panel = f"{algo}, {dimension}"
+    yield Claim("fig13", f"{algo}, {dimension} ×4: MST beats plain", (panel, "MST", "×4"), (panel, "plain", "×4"))
+    yield Claim("fig13", f"{algo}: plain {dimension} ×4 is worse than ×1", (panel, "plain", "×1"), (panel, "plain", "×4"))
+    yield Claim("fig13", f"{algo}: MST at {dimension} ×4 is better than at ×1", (panel, "MST", "×4"), (panel, "MST", "×1"))
+
+
+CLAIMS = (
+    Claim("fig11", "deep networks need residual connections", *_critic(("MR.Q + Res",), ("MR.Q",))),
+    Claim("fig11", "MST beats residual connections alone", *_critic(("MR.Q + Res + MST",), ("MR.Q + Res",))),
+    Claim("fig11", "MST beats MR.Q", *_critic(("MR.Q + Res + MST",), ("MR.Q",))),
+    Claim("fig2", "the encoder needs LayerNorm (ELU)", ("Type 4 LN, ELU",), ("Type 2 ELU",), (RETURN, ENCODER_SRANK)),
+    Claim("fig2", "the encoder needs LayerNorm (ReLU)", ("Type 3 LN, ReLU",), ("Type 1 ReLU",), (RETURN, ENCODER_SRANK)),
+    Claim("fig2", "encoder: ELU beats ReLU", ("Type 2 ELU",), ("Type 1 ReLU",)),
+    Claim("fig2", "encoder: ELU beats ReLU (LN)", ("Type 4 LN, ELU",), ("Type 3 LN, ReLU",)),
+    Claim("fig6", "critic: DST beats dense", *_critic(("dst",), ("dense",))),
+    Claim("fig6", "critic: DST beats SST", *_critic(("dst",), ("sst",))),
+    *_scaled("SAC", "width"), *_scaled("SAC", "depth"), *_scaled("DDPG", "width"), *_scaled("DDPG", "depth"),
+    Claim("fig8", "actor: ReLU beats ELU (LN)", ("Type 3 LN, ReLU",), ("Type 4 LN, ELU",)),
+    Claim("fig8", "actor: ReLU beats ELU (LN, residual)", ("Type 5 LN, ReLU, residual",), ("Type 6 LN, ELU, residual",)),
+    Claim("fig9", "actor: SST beats dense", ("sst",), ("dense",), (RETURN, ACTOR_DORMANT)),
+    Claim("fig9", "actor: SST beats DST", ("sst",), ("dst",)),
+    Claim("fig12", "ER beats uniform", ("distribution", "MST (ER, RigL, 0.6)"), ("distribution", "uniform")),
+    Claim("fig12", "RigL beats SET", ("growth (critic)", "MST (ER, RigL, 0.6)"), ("growth (critic)", "SET")),
+)
+
+
+def arm(figure, wanted):
+    """The cell that these words describe. KeyError unless it is one."""
+    found = [cell for cell in figures.LAPTOP[figure].cells if set(wanted) <= {cell.panel, cell.series, cell.x}]
+    if len(found) != 1:
+        raise KeyError(f"{figure} has {len(found)} arms {wanted}")
+    return found[0]
+
+
+def values(figure, cell, measure, paths):
+    """The finished runs of an arm: one number each, (seeds,)."""
+    wanted = {run.name: run.args for run in figures.runs(figures.LAPTOP[figure]) if run.cell == cell}
+    runs, wrong, _ = gather(wanted, paths, list(measure.columns))
+    read = [run.measure(measure.columns) for name, run in runs.items() if name not in wrong]
+    return np.array([table[-LAST:].mean() for table in read if table is not None])
+
+
+def verdict(this, that, less):
+    """(difference of means, low, high, what it says). this, that: (seeds,) each, two of each at least; less: whether the
+    claim is that `this` is the smaller one."""
+    interval = ttest_ind(this, that, equal_var=False).confidence_interval()
+    low, high = interval.low, interval.high
+    claimed, against = (high < 0, low > 0) if less else (low > 0, high < 0)
+    return this.mean() - that.mean(), low, high, "seen" if claimed else "reversed" if against else "not seen"
+
+
+def hours(figure):
+    """Estimated, of two CPU cores, for all of its runs."""
+    found = {run.name: run for run in figures.runs(figures.LAPTOP[figure])}.values()
+    return figures.hours(figure, found, argparse.Namespace(smoke=False, laptop=True))
+
+
+def number(value):
+    """Three digits, and no more than one behind the point above 1."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}"
+
+
+def rows(paths):
+    """A row a claim and measure: the figure, the claim, the measure, both arms' means, the difference, the verdict."""
+    for claim in CLAIMS:
+        arms = [arm(claim.figure, words) for words in (claim.this, claim.that)]
+        for measure in claim.measures:
+            this, that = (values(claim.figure, cell, measure, paths) for cell in arms)
+            row = claim.figure, claim.says, measure.label
+            if min(len(this), len(that)) < 2:
+                yield *row, "", "", "", "", f"not tried: `./sweep.sh {claim.figure} --laptop`, {hours(claim.figure):.1f} h"
+                continue
+            difference, low, high, said = verdict(this, that, "dormant" in measure.label)
+            seeds = f"{len(this)}" if len(this) == len(that) else f"{len(this)}, {len(that)}"
+            yield *row, seeds, *map(number, (this.mean(), that.mean())), f"{number(difference)} [{number(low)}, {number(high)}]", said
+
+
+def main():
+    paths = sys.argv[1:] or [os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")]
+    files = [os.path.join(path, name) for path in paths if os.path.isdir(path) for name in sorted(os.listdir(path))
+             if name.endswith("-laptop.csv")]
+    try:
+        table = list(rows([*paths, *files]))
+    except (OSError, ValueError) as error:
+        sys.exit(f"claims.py: {plainly(error)}")
+    print("| figure | the paper's claim | measure | seeds | with | without | difference [95 %] | verdict |\n"
+          "|---|---|---|---|---|---|---|---|")
+    for row in table:
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()
