@@ -104,9 +104,10 @@ folder, seen = os.environ["PYTHONPATH"], set()
 file = open(os.path.join(folder, "lines"), "a", buffering=1)
 def trace(frame, event, argument):
     code = frame.f_code
-    if not code.co_flags & 1 or os.path.dirname(code.co_filename) not in (folder, "") or code.co_filename.endswith("test_all.py"):
+    place, name = os.path.split(code.co_filename)
+    if not code.co_flags & 1 or place not in (folder, "") or not name.endswith(".py") or name == "test_all.py":
         return None
-    line = f"{os.path.basename(code.co_filename)}:{frame.f_lineno}"
+    line = f"{name}:{frame.f_lineno}"
     if line not in seen:
         seen.add(line)
         print(line, file=file)
