@@ -7,11 +7,12 @@ more than its interval. "seen": the 95 % interval of the difference lies on the 
     python claims.py                     # the README's table, from results/
     python claims.py runs                # from your own runs of ./sweep.sh fig11 --laptop
 
-A run counts by the mean of its last three evaluations (10,000, 11,000 and 12,000 agent steps). The interval is Welch's, of the
-difference of two means over seeds, as spreads are unequal and seeds few. It needs no PyTorch.
+A run counts by the mean of its last three evaluations. The interval is Welch's, of the difference of two means over seeds, as
+spreads are unequal and seeds few. It needs no PyTorch.
 """
 
 import argparse
+import csv
 import os
 import sys
 from dataclasses import dataclass
@@ -43,13 +44,14 @@ def _critic(this, that):
 
 
 def _scaled(algo, dimension):
-    panel = f"{algo}, {dimension}"
-    yield Claim("fig13", f"{algo}, {dimension} ×4: MST beats plain", (panel, "MST", "×4"), (panel, "plain", "×4"))
-    yield Claim("fig13", f"{algo}: plain {dimension} ×4 is worse than ×1", (panel, "plain", "×1"), (panel, "plain", "×4"))
-    yield Claim("fig13", f"{algo}: MST at {dimension} ×4 is better than at ×1", (panel, "MST", "×4"), (panel, "MST", "×1"))
+    plain, mst = ((f"{algo}, {dimension}", series) for series in ("plain", "MST"))
+    yield Claim("fig13", f"{algo}, {dimension} ×4: MST beats plain", (*mst, "×4"), (*plain, "×4"))
+    yield Claim("fig13", f"{algo}: plain {dimension} ×4 is worse than ×1", (*plain, "×1"), (*plain, "×4"))
+    yield Claim("fig13", f"{algo}: MST at {dimension} ×4 is better than at ×1", (*mst, "×4"), (*mst, "×1"))
 
 
 CLAIMS = (
+    Claim("first", "MST beats dense networks in the first command", *_critic(("MST",), ("dense",))),
     Claim("fig11", "deep networks need residual connections", *_critic(("MR.Q + Res",), ("MR.Q",))),
     Claim("fig11", "MST beats residual connections alone", *_critic(("MR.Q + Res + MST",), ("MR.Q + Res",))),
     Claim("fig11", "MST beats MR.Q", *_critic(("MR.Q + Res + MST",), ("MR.Q",))),
@@ -77,12 +79,16 @@ def arm(figure, wanted):
     return found[0]
 
 
-def values(figure, cell, measure, paths):
-    """The finished runs of an arm: one number each, (seeds,)."""
+def finished(figure, cell, measure, paths):
+    """The finished runs of an arm that have the measure."""
     wanted = {run.name: run.args for run in figures.runs(figures.LAPTOP[figure]) if run.cell == cell}
     runs, wrong, _ = gather(wanted, paths, list(measure.columns))
-    read = [run.measure(measure.columns) for name, run in runs.items() if name not in wrong]
-    return np.array([table[-LAST:].mean() for table in read if table is not None])
+    return [run for name, run in runs.items() if name not in wrong and run.measure(measure.columns) is not None]
+
+
+def values(figure, cell, measure, paths):
+    """One number a finished run, (seeds,)."""
+    return np.array([run.measure(measure.columns)[-LAST:].mean() for run in finished(figure, cell, measure, paths)])
 
 
 def verdict(this, that, less):
@@ -117,7 +123,25 @@ def rows(paths):
                 continue
             difference, low, high, said = verdict(this, that, "dormant" in measure.label)
             seeds = f"{len(this)}" if len(this) == len(that) else f"{len(this)}, {len(that)}"
-            yield *row, seeds, *map(number, (this.mean(), that.mean())), f"{number(difference)} [{number(low)}, {number(high)}]", said
+            yield (*row, seeds, number(this.mean()), number(that.mean()),
+                   f"{number(difference)} [{number(low)}, {number(high)}]", said)
+
+
+def first_command(paths):
+    """What the seeds of the README's first command got half-way and at the end: two lines an arm, and one of a random policy."""
+    figure, random = figures.LAPTOP["first"], []
+    for cell in figure.cells:
+        runs = finished("first", cell, RETURN, paths)
+        for step in (9000, 18000) if runs else ():
+            returns = sorted(run.table["return"][run.table["agent_step"] == step].item() for run in runs)
+            yield (f"{cell.series}, {len(returns)} seeds, at {step:,} steps: "
+                   f"{', '.join(f'{value:.0f}' for value in returns)}")
+    for path in paths:
+        if os.path.exists(name := os.path.join(path, "random-policy.csv")):
+            with open(name, newline="") as file:
+                random += [float(row["return"]) for row in csv.DictReader(file) if row["env"] in figure.tasks]
+    if random:
+        yield f"a random policy, {len(random)} episodes: {np.mean(random):.0f} on average"
 
 
 def main():
@@ -132,6 +156,7 @@ def main():
           "|---|---|---|---|---|---|---|---|")
     for row in table:
         print("| " + " | ".join(row) + " |")
+    print(*first_command([*paths, *files]), sep="\n")
 
 
 if __name__ == "__main__":

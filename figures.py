@@ -8,7 +8,7 @@ was chosen; a run that several figures share has one name, and is run once. It n
     python figures.py names fig2 fig3 --laptop     # the folders that these runs write, in the same order
 
 --smoke: the same grid with one seed, tiny networks and few steps on one cheap task; it shows that everything runs.
---laptop: studies of some figures that two cores finish in hours: narrow networks at the paper's depths, walker-walk.
+--laptop: studies of some figures that two cores finish in hours: narrow networks at the paper's depths.
 Paper: Sections 3 and 4, Appendices B.2.2, D and E. Figures 18-25 are the rows of 2, 4, 5, 6, 8 and 9, task by task.
 """
 
@@ -194,7 +194,7 @@ def smoke(figure):
     return dataclasses.replace(figure, cells=tuple(cells), tasks=(SMOKE_TASK,), seeds=1)
 
 
-LAPTOP_NOTE = "Laptop study, not the paper's size: walker-walk, width ×0.25, 12,000 agent steps."
+LAPTOP_NOTE = "Laptop study, not the paper's size."
 _SHORT = {"learning_starts": 2000, "total_steps": 12000, "eval_every": 1000}
 _NARROW = {"width_scale": 0.25, **_SHORT}
 _LAPTOP_STRONG = {"encoder_type": 6, "encoder_scale": 3, **_NARROW}
@@ -203,7 +203,8 @@ _LAPTOP_MST = {"depth_scale": 5, "mst": True, **_NARROW}
 
 
 def _laptop(figure, cells, **changes):
-    return dataclasses.replace(FIGURES[figure], cells=tuple(cells), tasks=(LAPTOP_TASK,), seeds=5, choice="", **changes)
+    return dataclasses.replace(FIGURES[figure], cells=tuple(cells), tasks=(LAPTOP_TASK,), seeds=5,
+                               choice="Width ×0.25, 12,000 agent steps, of which 2,000 are random.", **changes)
 
 
 def _types(module, types, **others):
@@ -226,7 +227,12 @@ def _simba_laptop(algo):
 
 _DEEP_CRITIC = tuple(_regimes("critic", 6, critic_scale=5, **_LAPTOP_STRONG))
 _DEEP_ACTOR = tuple(_regimes("actor", 5, actor_scale=5, **_LAPTOP_STRONG))
+_FIRST = {"width_scale": 0.25, "learning_starts": 1000, "total_steps": 18000, "eval_every": 3000}
 LAPTOP = {
+    "first": Figure("the README's first command, sparse beside dense", "curves",
+                    (Cell("", "MST", {"mst": True, **_FIRST}), Cell("", "dense", {**RES, **_FIRST})),
+                    (RETURN, CRITIC_SRANK, CRITIC_DORMANT), tasks=("cartpole-swingup",),
+                    choice="Width ×0.25, 18,000 agent steps, of which 1,000 are random; both of types 6, 6 and 5."),
     "fig2": _laptop("fig2", _types("encoder", (1, 2, 3, 4, 6), **_NARROW), kind="curves",
                     shows="encoder: architecture types"),
     "fig3": _laptop("fig3", _types("encoder", (1, 2, 3, 4, 6), **_NARROW)),
@@ -302,8 +308,8 @@ def size(figure, cell):
 
 # Milliseconds of an agent step of the laptop studies, the mean of their runs, on one core of an Intel Xeon (AVX-512); two
 # runs fit two cores.
-LAPTOP_MS = {"fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 55, "fig9": 56, "fig10": 56, "fig11": 87, "fig12": 89,
-             "fig13": 83}
+LAPTOP_MS = {"first": 28, "fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 55, "fig9": 56, "fig10": 56, "fig11": 87,
+             "fig12": 89, "fig13": 83}
 SMOKE_SECONDS = 6  # of one core: a run, start included
 
 
