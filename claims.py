@@ -52,6 +52,7 @@ def _scaled(algo, dimension):
 
 CLAIMS = (
     Claim("first", "MST beats dense networks in the first command", *_critic(("MST",), ("dense",))),
+    Claim("fragile", "MST beats dense networks in short runs of narrow MR.Q agents", *_critic(("MST",), ("dense",))),
     Claim("fig11", "deep networks need residual connections", *_critic(("MR.Q + Res",), ("MR.Q",))),
     Claim("fig11", "MST beats residual connections alone", *_critic(("MR.Q + Res + MST",), ("MR.Q + Res",))),
     Claim("fig11", "MST beats MR.Q", *_critic(("MR.Q + Res + MST",), ("MR.Q",))),
@@ -127,21 +128,22 @@ def rows(paths):
                    f"{number(difference)} [{number(low)}, {number(high)}]", said)
 
 
-def first_command(paths):
-    """What the seeds of the README's first command got half-way and at the end: two lines an arm, and one of a random policy."""
-    figure, random = figures.LAPTOP["first"], []
+def ends(name, steps, paths):
+    """What every seed of a study got at these steps, a line an arm and step, and what a random policy gets."""
+    figure, random = figures.LAPTOP[name], []
+    task, = figure.tasks
     for cell in figure.cells:
-        runs = finished("first", cell, RETURN, paths)
-        for step in (9000, 18000) if runs else ():
+        runs = finished(name, cell, RETURN, paths)
+        for step in steps if runs else ():
             returns = sorted(run.table["return"][run.table["agent_step"] == step].item() for run in runs)
-            yield (f"{cell.series}, {len(returns)} seeds, at {step:,} steps: "
+            yield (f"{task}, {cell.series}, at {step:,} steps, {len(returns)} seeds: "
                    f"{', '.join(f'{value:.0f}' for value in returns)}")
     for path in paths:
-        if os.path.exists(name := os.path.join(path, "random-policy.csv")):
-            with open(name, newline="") as file:
-                random += [float(row["return"]) for row in csv.DictReader(file) if row["env"] in figure.tasks]
+        if os.path.exists(file := os.path.join(path, "random-policy.csv")):
+            with open(file, newline="") as rows:
+                random += [float(row["return"]) for row in csv.DictReader(rows) if row["env"] == task]
     if random:
-        yield f"a random policy, {len(random)} episodes: {np.mean(random):.0f} on average"
+        yield f"{task}, a random policy, {len(random)} episodes: {np.mean(random):.0f} on average"
 
 
 def main():
@@ -156,7 +158,8 @@ def main():
           "|---|---|---|---|---|---|---|---|")
     for row in table:
         print("| " + " | ".join(row) + " |")
-    print(*first_command([*paths, *files]), sep="\n")
+    for line in (*ends("first", (12000, 20000), [*paths, *files]), *ends("fragile", (9000, 18000), [*paths, *files])):
+        print("- " + line)
 
 
 if __name__ == "__main__":
