@@ -2667,6 +2667,7 @@ def test_evaluation_episodes_depend_on_their_seed_alone():
     np.testing.assert_array_equal(five(act, step=10), returns)  # whatever was played before
     np.testing.assert_array_equal(two(act, step=10), returns[:2])
     np.testing.assert_array_equal(LockstepEvaluation("cartpole-swingup", 5, seed=3, workers=2)(act, step=10), returns)
+    assert np.array_equal(*(LockstepEvaluation("cartpole-swingup", 2, **own)(act, step=10) for own in ({}, {"seed": 0, "workers": 0})))
     assert len(set(returns)) == 5 and not np.array_equal(five(act, step=20), returns)
     env, total, done = Env("cartpole-swingup"), 0.0, False
     obs = env.reset(int(np.random.SeedSequence([3, 10, 4]).generate_state(1)[0]))
@@ -4397,6 +4398,8 @@ def test_interquartile_means_by_hand():
     centre, low, high = aggregate.mean_sd(strata([1, 3], [10, 18]))
     assert centre == [8] and [high[0] - 8, 8 - low[0]] == [pytest.approx(math.sqrt((2 + 32) / 2))] * 2  # variances within a task
     assert np.isnan(aggregate.iqm(strata([7]))[1:]).all() and np.isnan(aggregate.mean_sd(strata([7]))[1:]).all()  # one seed
+    for few in (strata([7, 9]), strata([7, 9], [1, 2])):
+        assert not np.isnan(aggregate.iqm(few)).any() and not np.isnan(aggregate.mean_sd(few)).any()  # two have an interval
 
 
 def test_intervals_are_those_of_scipy_at_the_widened_level():
@@ -4548,6 +4551,13 @@ def test_every_layout_fits_its_page(monkeypatch, tmp_path):
         over = [t.get_text() for t, b in zip(texts, boxes) for axes in page.axes
                 if axes is not t.axes and b.overlaps(axes.get_window_extent())]
         assert not outside and not crossing and not over, name
+        for axes in page.axes:  # the points of a place stand around its tick, apart from one another and from the next place's
+            lines = [container.lines[0].get_xdata() for container in axes.containers]
+            for place in axes.get_xticks() if lines else ():
+                beside = np.sort(np.concatenate(lines)[np.abs(np.concatenate(lines) - place) < 0.5])
+                assert np.ptp(beside) < 0.7 and (np.diff(beside) > 0.05).all(), name
+                assert beside.mean() == pytest.approx(place) or len(beside) < len(axes.containers), name  # some are missing
+                assert axes.get_xlim()[0] < beside[0] - 0.1 and beside[-1] + 0.1 < axes.get_xlim()[1], name
         plot.plt.close(page)
 
 
