@@ -42,7 +42,7 @@ STYLES = {  # colour (Okabe and Ito's, and grey), marker (the paper's), line
     "s2d": ("#E69F00", "<", ":"), "d2s": ("#D55E00", ">", "-."),
     "plain": ("#7f7f7f", "o", "--"), "MST": ("#009E73", "D", "-"),  # Figs. 13, 26: plain scaling is dashed
     "MR.Q": ("#7f7f7f", "o", "--"), "MR.Q + Res": ("#0072B2", "s", "-."), "MR.Q + Res + MST": ("#009E73", "D", "-"),
-    "MST (ER, RigL, 0.6)": ("#009E73", "D", "-"), "critic DST, actor SST (MST)": ("#009E73", "D", "-"),
+    "MST, 10,000 random steps": ("#0072B2", "s", "--"), "MST (ER, RigL, 0.6)": ("#009E73", "D", "-"), "critic DST, actor SST (MST)": ("#009E73", "D", "-"),
 }
 OTHERS = [("#0072B2", "s", "--"), ("#E69F00", "<", ":"), ("#7f7f7f", "o", "-"), ("#D55E00", ">", "-."),
           ("#CC79A7", "v", "--"), ("#56B4E9", "^", "-"), ("#000000", "P", ":"), ("#009E73", "D", "-")]
@@ -249,7 +249,8 @@ def listed(found, wrong):
 def caption(name, figure, options, found, wrong):
     total, seeds, tasks = (len({getattr(run, part) for run in found}) for part in ("name", "seed", "task"))
     size = {"smoke": "A smoke test, which shows nothing but that all runs. ", "laptop": figures.LAPTOP_NOTE + " "}
-    lines = [f"{name.replace('fig', 'Figure ')}: {figure.shows}. " + "".join(size[s] for s in size if getattr(options, s))
+    title = name.replace("fig", "Figure ") if name.startswith("fig") else f"The study {name!r}"
+    lines = [f"{title}: {figure.shows}. " + "".join(size[s] for s in size if getattr(options, s))
              + f"{STATISTICS[options.statistic][1]}, {seeds} seed{'s' * (seeds > 1)} a task"
              + (", all their runs together in the panels of all tasks." if tasks > 1 else ".")
              + (" One seed has no interval." if seeds == 1 else "")]
