@@ -4645,8 +4645,8 @@ def test_the_readmes_first_command_is_the_study_that_tells_of_it(tmp_path, monke
             for run in figures.runs(figures.LAPTOP["first"], seeds=[2, 0, 1])}
     aggregate.save(tmp_path / "first-laptop.csv", ends.values(), ["return"])
     (tmp_path / "random-policy.csv").write_text("env,episode,return\nball_in_cup-catch,0,3\nball_in_cup-catch,1,4.5\nwalker-walk,0,99\n")
-    assert run_main(claims, monkeypatch, capsys, tmp_path)[1][-5:] == [f"- ball_in_cup-catch, {line}" for line in (
-        *(f"{arm}, at {said}" for arm in ("MST", "dense") for said in ("12,000 steps, 3 seeds: 12, 12, 12", "20,000 steps, 3 seeds: 100, 101, 102")),
+    assert run_main(claims, monkeypatch, capsys, tmp_path)[1][-7:] == [f"- ball_in_cup-catch, {line}" for line in (
+        *(f"{arm}, at {said}" for arm in ("MST", "dense", "MST, DDPG") for said in ("12,000 steps, 3 seeds: 12, 12, 12", "20,000 steps, 3 seeds: 100, 101, 102")),
         "a random policy, 2 episodes: 4 on average")]
 
 
