@@ -43,7 +43,7 @@ STYLES = {  # colour (Okabe and Ito's, and grey), marker (the paper's), line
     "plain": ("#7f7f7f", "o", "--"), "MST": ("#009E73", "D", "-"),  # Figs. 13, 26: plain scaling is dashed
     "MR.Q": ("#7f7f7f", "o", "--"), "MR.Q + Res": ("#0072B2", "s", "-."), "MR.Q + Res + MST": ("#009E73", "D", "-"),
     "MST (ER, RigL, 0.6)": ("#009E73", "D", "-"), "critic DST, actor SST (MST)": ("#009E73", "D", "-"),
-    "MST, 10,000 random steps": ("#0072B2", "s", "--"), "MST, DDPG": ("#0072B2", "s", "--"),
+    "MST, 10,000 random steps": ("#0072B2", "s", "--")
 }
 OTHERS = [("#0072B2", "s", "--"), ("#E69F00", "<", ":"), ("#7f7f7f", "o", "-"), ("#D55E00", ">", "-."),
           ("#CC79A7", "v", "--"), ("#56B4E9", "^", "-"), ("#000000", "P", ":"), ("#009E73", "D", "-")]

@@ -4640,13 +4640,14 @@ def test_the_readmes_first_command_is_the_study_that_tells_of_it(tmp_path, monke
     command = shlex.split(readme.partition("```bash\n")[2].partition("\n")[0])
     run, *_ = figures.runs(figures.LAPTOP["first"])
     assert run_name(parse(command[command.index("train.py") + 1:])) == run.name and run.cell.series == "MST"
-    steps = np.arange(0.0, 20001, 4000)
-    ends = {run.name: aggregate.Run(run.name, {"agent_step": steps, "frames": 2 * steps, "return": np.where(steps < 20000, steps / 1000, 100 + run.seed)})
+    steps = np.arange(0.0, 27001, 3000)
+    ends = {run.name: aggregate.Run(run.name, {"agent_step": steps, "frames": 2 * steps, "return": np.where(steps < 18000, steps / 1000, 100 + run.seed)})
             for run in figures.runs(figures.LAPTOP["first"], seeds=[2, 0, 1])}
     aggregate.save(tmp_path / "first-laptop.csv", ends.values(), ["return"])
-    (tmp_path / "random-policy.csv").write_text("env,episode,return\nball_in_cup-catch,0,3\nball_in_cup-catch,1,4.5\nwalker-walk,0,99\n")
-    assert run_main(claims, monkeypatch, capsys, tmp_path)[1][-7:] == [f"- ball_in_cup-catch, {line}" for line in (
-        *(f"{arm}, at {said}" for arm in ("MST", "dense", "MST, DDPG") for said in ("12,000 steps, 3 seeds: 12, 12, 12", "20,000 steps, 3 seeds: 100, 101, 102")),
+    (tmp_path / "random-policy.csv").write_text("env,episode,return\ncartpole-swingup,0,3\ncartpole-swingup,1,4.5\nwalker-walk,0,99\n")
+    assert run_main(claims, monkeypatch, capsys, tmp_path)[1][-7:] == [f"- cartpole-swingup, {line}" for line in (
+        *(f"{arm}, at {said}" for arm in ("MST", "dense", "MST, 10,000 random steps")
+          for said in ("9,000 steps, 3 seeds: 9, 9, 9", "18,000 steps, 3 seeds: 100, 101, 102")),
         "a random policy, 2 episodes: 4 on average")]
 
 
