@@ -19,7 +19,7 @@ SHAPES = {"dog-run": (223, 38), "humanoid-run": (67, 21), "walker-walk": (24, 6)
           "cartpole-balance": (5, 1)}
 # Milliseconds of an agent step at millions of parameters, as README's "Speed" has them: two cores of an AMD EPYC, fp32.
 TIMED = {"encoder": ((2.09, 51), (36.97, 595), (154.69, 2420)), "critic": ((1.58, 20), (33.06, 267), (144.24, 1140)),
-         "actor": ((0.81, 13), (16.58, 191), (72.16, 808)), "agent": ((4.39, 85), (207.96, 3100))}  # "agent": SAC, DDPG
+         "actor": ((0.81, 13), (16.58, 191), (72.22, 808)), "agent": ((4.39, 85), (207.96, 3100))}  # "agent": SAC, DDPG
 
 
 def sizes(args):

@@ -3840,6 +3840,7 @@ def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
 def test_the_benchmark_counts_what_it_says(algo, capsys):
     args = bench.Args(algo=algo, variants=["dense", "mst"], env="cartpole-swingup", steps=1)
     dense, mst = rows = bench.bench_scale(0.05, args, torch.device("cpu"))
+    assert not capsys.readouterr().out  # PyTorch's own table of operations does not stand before ours
     bench.show(rows)
     bench.show_sizes(rows)
     table = capsys.readouterr().out
@@ -3893,6 +3894,42 @@ def test_the_benchmarks_own_factors(algo, monkeypatch):
             update(bench.filled_replay(env, agent, 20))
     assert row["gflop"] == counter.get_total_flops() / 1e9
     assert row["tflop_per_s"] == pytest.approx(2 * 2048 ** 3 / 1e-3 / 1e12) and row["gb_per_s"] == pytest.approx(8 * 2 ** 25 / 1e-3 / 1e9)
+
+
+def test_the_benchmark_shows_and_writes_what_it_timed(tmp_path, monkeypatch, capsys):
+    """Without a flag, dense and mst at scale 1; one table and one CSV file over all scales; a clock in milliseconds."""
+    asked = []
+
+    def rows_of(scale, args, device):
+        asked.append((scale, args.variants))
+        return [{"scale": scale, "variant": name, "update": 2.0 + scale * number, "floor": 1.0, "gflop": 1.0, "weights": 1e6, "mb_weights": 4.0,
+                 "mb_gradients": 4.0, "mb_moments": 8.0, "mb_peak": ""} | dict.fromkeys(bench.PHASES, 0.5) for number, name in enumerate(args.variants)]
+
+    monkeypatch.setattr(bench, "bench_scale", rows_of)
+    bench.run(bench.Args(), torch.device("cpu"))
+    bench.run(bench.Args(scales=[1, 3], csv=str(tmp_path / "rows.csv")), torch.device("cpu"))
+    assert asked == [(1, ["dense", "mst"])] * 2 + [(3, ["dense", "mst"])]
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1 and len(table) == 2 * 2 + 6  # two headings of two lines, rows of 2, then of 4
+    assert table[-3].endswith("| 1.500 |") and table[-1].endswith("| 2.500 |")  # beside the first row of its scale
+    with open(tmp_path / "rows.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [(row["scale"], row["variant"], row["update"]) for row in written] == [
+        ("1", "dense", "2.0"), ("1", "mst", "3.0"), ("3", "dense", "2.0"), ("3", "mst", "5.0")]
+
+    seconds, called = iter([2.0, 2.5]), []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(seconds))
+    assert bench.Clock(torch.device("cpu"))(lambda: called.append(1)) == 500.0 and called
+
+
+@pytest.mark.parametrize("precision, pays, taken", [("fp32", True, "onednn"), ("fp32", False, "mm"), ("bf16", True, "mm")])
+def test_a_floor_is_measured_with_the_product_that_an_agent_takes(precision, pays, taken, monkeypatch):
+    used = set()
+    monkeypatch.setattr(torch, "mm", lambda a, b: used.add("mm")), monkeypatch.setattr(fast, "product", lambda a, b: used.add("onednn"))
+    monkeypatch.setattr(fast, "onednn_pays", lambda: pays)
+    bench.rates(torch.device("cpu"), precision)
+    assert used == {taken}
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -4260,6 +4297,39 @@ def test_arms_are_what_they_are_called(name, panel, series, x, algo, modules, re
     assert {**vars(args), **vars(args.sparse)}.items() >= rest.items()
 
 
+@pytest.mark.parametrize("name, types, scales", [
+    ("fig2", (1, 2, 3, 4, 5, 6), (1,)), ("fig3", (2, 4), (1,)), ("fig4", (2, 4, 6), (1, 3, 5)), ("fig5", (1, 2, 3, 4, 5, 6), (1,)),
+    ("fig6", (1, 2, 3, 4, 5, 6), (1, 3, 5)), ("fig7", (4, 6), (5,)), ("fig8", (1, 2, 3, 4, 5, 6), (1,)), ("fig9", (1, 3, 5), (1, 3, 5)),
+    ("fig10", (3, 5), (5,))])
+def test_a_study_of_one_module_varies_that_module_alone(name, types, scales):
+    figure, regimes = figures.FIGURES[name], ("dense", "sst", "dst", "s2d", "d2s")
+    flags = [f"{figure.sized}_{part}" for part in ("type", "regime", "scale")]
+    assert sorted(tuple(cell.flags[flag] for flag in flags) for cell in figure.cells) == sorted(itertools.product(types, regimes, scales))
+    strong = {} if figure.sized == "encoder" else {"encoder_type": 6, "encoder_scale": 3}  # Section 3.2, and 3.3 after it
+    assert all({flag: value for flag, value in cell.flags.items() if flag not in flags} == strong for cell in figure.cells)
+    by_type = len({cell.panel for cell in figure.cells}) > 1
+    assert all(f"Type {cell.flags[flags[0]]}" in (cell.panel if by_type else cell.x) for cell in figure.cells)
+    assert by_type == (name not in ("fig2", "fig5", "fig8")) and all(cell.series == cell.flags[flags[1]] for cell in figure.cells)
+
+
+@pytest.mark.parametrize("name, varied", [  # what the cells of a laptop study differ in
+    ("first", {"mst": {True}, "encoder_type": {6}, "critic_type": {6}, "actor_type": {5}, "learning_starts": {1000, 10000},
+               "total_steps": {18000, 27000}, "eval_every": {3000}}),
+    ("cup", {"algo": {"sac", "ddpg"}, "mst": {True}, "learning_starts": {1000}, "total_steps": {20000}, "eval_every": {4000}}),
+    ("fig2", {"encoder_type": {1, 2, 3, 4, 6}}), ("fig3", {"encoder_type": {1, 2, 3, 4, 6}}),
+    ("fig8", {"encoder_type": {6}, "encoder_scale": {3}, "actor_type": {3, 4, 5, 6}, "actor_scale": {5}}),
+    ("fig9", {"encoder_type": {6}, "encoder_scale": {3}, "actor_type": {5}, "actor_scale": {5}, "actor_regime": {"dense", "sst", "dst", "s2d", "d2s"}}),
+    ("fig12", {"mst": {True}, "depth_scale": {5}, "distribution": {"uniform"}, "growth": {"random"}}),
+    ("fig13", {"algo": {"sac", "ddpg"}, "width_scale": {0.25, 1}, "depth_scale": {4}, "mst": {True}})])
+def test_a_laptop_study_varies_what_it_says(name, varied):
+    figure = figures.LAPTOP[name]
+    short = {"width_scale": {0.25}, "learning_starts": {2000}, "total_steps": {12000}, "eval_every": {1000}}
+    assert {flag: {cell.flags[flag] for cell in figure.cells if flag in cell.flags} for cell in figure.cells for flag in cell.flags} == short | varied
+    deep = "five times as deep" in figure.shows
+    assert deep == any("_scale" in flag and 5 in values for flag, values in varied.items())
+    assert figures.LAPTOP["fig10"].cells == figures.LAPTOP["fig9"].cells and "five times as deep" in figures.LAPTOP["fig10"].shows
+
+
 def test_figures_have_as_many_runs_as_the_text_says():
     eight, five = 8 * 2, 5 * 2  # seeds × tasks
     wanted = {"fig2": 6 * 5 * eight, "fig3": 2 * 5 * eight, "fig4": 3 * 5 * 3 * eight, "fig5": 480, "fig6": 6 * 5 * 3 * eight,
@@ -4336,6 +4406,19 @@ def test_figures_print_commands_and_names_in_one_order(monkeypatch, capsys):
     assert any("1,440" in row and "critic 2.6 M / 33 M / 139 M" in row for row in rows)
 
 
+@pytest.mark.parametrize("module", [figures, plot])
+def test_every_option_says_what_it_is_for(module, monkeypatch):
+    def looked_at(parser):
+        assert all(action.help or action.choices for action in parser._actions)
+        assert {action.dest: action.nargs for action in parser._actions if action.dest in ("smoke", "laptop", "figures", "paths")}.items() >= {
+            ("smoke", 0), ("laptop", 0), ("figures", "*") if module is figures else ("paths", "*")}
+        raise SystemExit("looked at")
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", looked_at)
+    with pytest.raises(SystemExit, match="looked at"):
+        module.main()
+
+
 @pytest.mark.parametrize("argv, message", [
     (("commands", "fig1"), "unknown figure 'fig1': choose one of fig2"), (("names", "fig14", "--laptop"), "no laptop study"),
     (("commands",), "name a figure"), (("commands", "fig2", "--seeds", "a"), "--seeds a"), (("names", "fig2", "--seeds", "0"), "--seeds 0"),
@@ -4374,6 +4457,19 @@ def test_sizes_are_those_of_the_networks():
                 del encoder.model  # the prediction head is counted apart
         assert estimate.sizes(args) == {name: sum(p.numel() for p in network.parameters()) for name, network in built.items()}
     assert [estimate.millions(x) for x in (154.27, 16.56, 1.323, 0.2, 0.045)] == ["154 M", "17 M", "1.3 M", "0.2 M", "45 k"]
+
+
+def test_what_was_timed_is_what_the_readme_says():
+    """TIMED: the README's milliseconds, at the sizes that they were timed with."""
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in (HERE / "README.md").read_text().splitlines()}
+    for number, scale in enumerate((1, 3, 5)):
+        sizes = estimate.sizes(parse(["--mst", "--scale", str(scale), "--env", "dog-run"]))  # bench.py's dense is MST's architecture
+        for name, column in (("encoder", 2), ("critic", 3), ("actor", 4)):
+            timed = sizes[name] / 1e6, float(rows[f"MR.Q, scale {scale}, dense"][column])
+            assert estimate.TIMED[name][number] == pytest.approx(timed, rel=0, abs=0.006)
+    for number, (label, flags) in enumerate((("SAC, 4.4 M, dense", ()), ("SAC, 208 M, dense", ("--width-scale", "4", "--depth-scale", "3")))):
+        sizes = estimate.sizes(parse(["--algo", "sac", "--env", "humanoid-run", *flags]))
+        assert estimate.TIMED["agent"][number] == pytest.approx((sum(sizes.values()) / 1e6, float(rows[label][0])), rel=0, abs=0.006)
 
 
 def test_estimates_pass_through_what_was_timed():
