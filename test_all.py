@@ -42,6 +42,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune as prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -4624,45 +4625,103 @@ def test_a_figure_shows_its_runs_and_names_the_rest(tmp_path, monkeypatch, capsy
     assert [list(line.get_ydata()) for line in again.axes[0].get_lines()] == [list(line.get_ydata()) for line in first.get_lines()]
 
 
+def check_layout(page):
+    """No text leaves the page, none lies on another; the blanks between the parts are small, the panels large enough."""
+    page.canvas.draw()
+    inch = page.dpi
+    beyond = {label for axes in page.axes for axis in (axes.xaxis, axes.yaxis)  # ticks that are not drawn
+              for label, place in zip(axis.get_ticklabels(), axis.get_ticklocs())
+              if not min(axis.get_view_interval()) <= place <= max(axis.get_view_interval())}
+    texts = [text for text in page.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in beyond]
+    boxes = [text.get_window_extent() for text in texts]
+    outside = [t.get_text() for t, b in zip(texts, boxes) if b.x0 < 0 or b.y0 < 0 or b.x1 > page.bbox.x1 or b.y1 > page.bbox.y1]
+    crossing = [(s.get_text(), t.get_text()) for (s, a), (t, b) in itertools.combinations(zip(texts, boxes), 2) if a.overlaps(b)]
+    over = [t.get_text() for t, b in zip(texts, boxes) for axes in page.axes if axes is not t.axes and b.overlaps(axes.get_window_extent())]
+    assert not outside and not crossing and not over
+    assert all(text.get_fontsize() < 10 for text in texts)  # points, on a page of 7 to 14 inches
+    legend, caption = page.legends[0].get_window_extent(), page.texts[-1].get_window_extent()
+    assert abs(legend.x0 + legend.x1 - page.bbox.x1) < 0.1 * inch and caption.x0 < 0.2 * inch  # in the middle; at the left
+    tight = [axes.get_tightbbox() for axes in page.axes]
+    assert min(box.y0 for box in tight) - caption.y1 < 0.4 * inch and legend.y0 - max(box.y1 for box in tight) < 0.3 * inch
+    assert all(1.5 < side / inch < 6.5 for axes in page.axes for side in axes.get_window_extent().size)
+    assert page.bbox.x1 - max(box.x1 for box in tight) < 0.3 * inch
+
+
+def check_drawing(page):
+    """What is drawn looks as the legend says, lies within its axes and fills them."""
+    def look(line):
+        return line.get_color(), line.get_marker(), line.get_linestyle(), line._unscaled_dash_pattern  # a style of one's own is "--" to all
+
+    told = {look(handle) for handle in page.legends[0].legend_handles}
+    rows = sorted({axes.get_subplotspec().rowspan.start for axes in page.axes})
+    scales = {}
+    for axes in page.axes:
+        spec = axes.get_subplotspec()
+        lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 2 or line.get_marker() not in ("", "None", None, "_", "|")]
+        ours = [container.lines[0] for container in axes.containers] or lines
+        assert ours and {look(line) for line in ours} <= told and len(told) == len(page.legends[0].legend_handles)
+        assert all(1 <= line.get_linewidth() <= 2 and 4 <= line.get_markersize() <= 5 for line in ours if line.get_color() != "black")
+        for band in axes.collections:
+            if isinstance(band, PolyCollection):
+                assert band.get_alpha() <= 0.2 and set(band.get_linewidth()) == {0}  # a curve stays visible under another's band
+        for container in axes.containers:
+            (whiskers,), caps = container.lines[2], container.lines[1]
+            assert whiskers.get_linewidth()[0] < container.lines[0].get_linewidth() and caps
+        low, high = axes.dataLim.y0, axes.dataLim.y1
+        assert axes.get_ylim()[0] < low and axes.get_ylim()[1] > high > axes.get_ylim()[0] + 0.6 * np.ptp(axes.get_ylim())
+        (left, right), ticks = axes.get_xlim(), axes.get_xticks()
+        if axes.containers:
+            assert [left, right] == [-0.5, len(ticks) - 0.5]
+        else:
+            last = max(line.get_xdata()[-1] for line in ours)
+            assert -0.1 * last < left < 0 and last < right < 1.1 * last
+        assert bool(axes.get_xlabel()) == (spec.rowspan.start == rows[-1])
+        place = (spec.rowspan.start, axes.get_title()) if len(rows) == 1 else spec.rowspan.start  # one row: of tasks, each with its own
+        label = axes.get_ylabel().split("\n")[-1] or label  # without one, the panel before has it
+        scales.setdefault((place, label), set()).add(axes.get_ylim())
+    assert all(len(limits) == 1 for limits in scales.values())
+
+
+@pytest.mark.parametrize("name, seeds", [("fig2", 1), ("fig4", 1), ("fig7", 1), ("fig11", 2), ("fig12", 1), ("fig14", 2)])
 @pytest.mark.slow
-def test_every_layout_fits_its_page(monkeypatch, tmp_path):
-    """No text leaves the page, and none lies on another: figures of every kind, drawn from made-up runs of one seed."""
+def test_every_layout_fits_its_page(name, seeds, monkeypatch, tmp_path):
+    """Figures of every kind, drawn from made-up runs of which three are missing."""
     def made_up(wanted, paths, columns):
         steps = np.arange(0, 500001, 50000)
-        table = {"agent_step": steps, "frames": 2.0 * steps} | {column: 1e-3 * steps for column in columns}
-        return {name: aggregate.Run(name, table) for name in list(wanted)[:-3]}, dict.fromkeys(list(wanted)[-3:], "missing"), []
+        draw = np.random.default_rng(0).uniform
+        return {run: aggregate.Run(run, {"agent_step": steps, "frames": 2.0 * steps} | {
+            column: (1e-6 if "dormant" in column else 1e-3) * steps * draw(0.9, 1.0) for column in columns}) for run in list(wanted)[:-3]}, \
+            dict.fromkeys(list(wanted)[-3:], "missing"), []
 
-    monkeypatch.setattr(plot, "gather", made_up)
-    for name in ("fig2", "fig4", "fig7", "fig11", "fig12", "fig14"):
-        options = plot.command_line().parse_args([name, "runs", "--seeds", "1", "--out", str(tmp_path)])
-        page, _ = plot.draw_figure(name, options)
-        page.canvas.draw()
-        beyond = {label for axes in page.axes for axis in (axes.xaxis, axes.yaxis)  # ticks that are not drawn
-                  for label, place in zip(axis.get_ticklabels(), axis.get_ticklocs())
-                  if not min(axis.get_view_interval()) <= place <= max(axis.get_view_interval())}
-        texts = [text for text in page.findobj(Text) if text.get_visible() and text.get_text().strip() and text not in beyond]
-        boxes = [text.get_window_extent() for text in texts]
-        outside = [t.get_text() for t, b in zip(texts, boxes) if b.x0 < 0 or b.y0 < 0 or b.x1 > page.bbox.x1 or b.y1 > page.bbox.y1]
-        crossing = [(s.get_text(), t.get_text()) for (s, a), (t, b) in itertools.combinations(zip(texts, boxes), 2) if a.overlaps(b)]
-        over = [t.get_text() for t, b in zip(texts, boxes) for axes in page.axes
-                if axes is not t.axes and b.overlaps(axes.get_window_extent())]
-        assert not outside and not crossing and not over, name
-        for axes in page.axes:  # the points of a place stand around its tick, apart from one another and from the next place's
-            lines = [container.lines[0].get_xdata() for container in axes.containers]
-            for place in axes.get_xticks() if lines else ():
-                beside = np.sort(np.concatenate(lines)[np.abs(np.concatenate(lines) - place) < 0.5])
-                assert np.ptp(beside) < 0.7 and (np.diff(beside) > 0.05).all(), name
-                assert beside.mean() == pytest.approx(place) or len(beside) < len(axes.containers), name  # some are missing
-                assert axes.get_xlim()[0] < beside[0] - 0.1 and beside[-1] + 0.1 < axes.get_xlim()[1], name
-        plot.plt.close(page)
+    monkeypatch.setattr(plot, "gather", made_up), monkeypatch.setattr(aggregate, "RESAMPLES", 50)
+    page, _ = plot.draw_figure(name, plot.command_line().parse_args([name, "runs", "--seeds", str(seeds), "--out", str(tmp_path)]))
+    check_layout(page)
+    check_drawing(page)
+    figure = figures.FIGURES[name]
+    panels, tasks = len({cell.panel for cell in figure.cells}) * len(figure.measures), len(figure.tasks) + (len(figure.tasks) > 1)
+    across = panels == 1
+    assert len(page.axes) == panels * tasks and len({axes.get_subplotspec().rowspan.start for axes in page.axes}) == (1 if across else tasks)
+    for axes in page.axes:
+        column = axes.get_subplotspec().colspan.start
+        if axes.get_ylabel():
+            assert ("\n" in axes.get_ylabel()) == (column == 0 and not across)  # the task, once a row
+        lines = [container.lines[0].get_xdata() for container in axes.containers]
+        for place in axes.get_xticks() if lines else ():  # the points of a place stand around its tick, apart from one another
+            beside = np.sort(np.concatenate(lines)[np.abs(np.concatenate(lines) - place) < 0.5])
+            assert np.ptp(beside) < 0.7 and (np.diff(beside) > 0.05).all()
+            assert beside.mean() == pytest.approx(place) or len(beside) < len(axes.containers)  # some are missing
+            assert axes.get_xlim()[0] < beside[0] - 0.1 and beside[-1] + 0.1 < axes.get_xlim()[1]
+    plot.plt.close(page)
 
 
 def test_any_runs_compared_with_published_ones(tmp_path, monkeypatch, capsys):
     for seed in range(2):
         for flags in ((), ("--critic-regime", "dst")):
             write_run(tmp_path / "runs", flags_to_args(*flags, "--seed", str(seed)), [(0, 1), (5000, 3 + seed)])
-    (tmp_path / "reference.csv").write_text("env,agent_step,seed,return\n" + "".join(
-        f"{task},{step},{seed},{step / 1000 + seed}\n" for task in ("dog-run", "dog-trot") for step in (0, 5000, 9000) for seed in (0, 2)))
+    points = [(task, step, seed, step / 1000 + seed) for task in ("dog-run", "dog-trot") for step in (0, 5000, 9000) for seed in (0, 2)]
+    (tmp_path / "reference.csv").write_text("env,agent_step,seed,return\n" + "".join("{},{},{},{}\n".format(*point) for point in points))
+    (tmp_path / "two.csv").write_text("env,algo,env_step,seed,return\n" + "".join(  # a frame a step, and of two algorithms
+        f"{task},{algo},{2 * step},{seed},{value + plus}\n" for algo, plus in (("A", 0), ("B", 1)) for task, step, seed, value in points))
     pages = []
     monkeypatch.setattr(plot.plt, "close", pages.append)
     status, _, told = run_main(plot, monkeypatch, capsys, "curves", *(tmp_path / "runs").iterdir(), tmp_path / "none", "--out", tmp_path,
@@ -4671,6 +4730,13 @@ def test_any_runs_compared_with_published_ones(tmp_path, monkeypatch, capsys):
     curves = {tuple(line.get_ydata()) for line in page.axes[0].get_lines()}
     assert not status and curves == {(1, 6), (1, 3.5)} and "none" in told[0]  # the reference no further than our 10,000 frames
     assert {text.get_text() for text in page.legends[0].get_texts()} == {"default", "critic-regime=dst", "published"}
+    check_layout(page)
+    assert not run_main(plot, monkeypatch, capsys, "curves", *(tmp_path / "runs").iterdir(), "--out", tmp_path, "--reference", tmp_path / "two.csv")[0]
+    check_layout(pages[1])
+    check_drawing(pages[1])
+    published = [tuple(line.get_ydata()) for line in pages[1].axes[0].get_lines() if line.get_color() == "black"]
+    assert sorted(published) == [(1, 6), (2, 7)]
+    assert [text.get_text() for text in pages[1].legends[0].get_texts()][2:] == ["published A", "published B"]
 
 
 @pytest.mark.parametrize("argv, message", [
