@@ -202,6 +202,7 @@ def in_a_copy(plugin, limit=1e9, changes=()):
         for path in HERE.iterdir():
             if path.is_file() and not path.name.startswith("."):
                 shutil.copy(path, folder)
+        shutil.copytree(HERE / "results", Path(folder, "results"))  # which tests hold against the README
         for name, content in changes:
             Path(folder, name).write_bytes(content)
         status = run_tests(folder, plugin, limit)
