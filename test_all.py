@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import warnings
 from pathlib import Path
 from random import Random
@@ -60,8 +61,10 @@ import metrics
 import networks
 import plot
 import replay
+import runlog
 import sparsity
 import train
+import watch
 from envs import Env, LockstepEvaluation, task_names
 from agents import AGENTS, build_agent
 from mrq import MRQ, symexp, two_hot, two_hot_cross_entropy
@@ -3095,6 +3098,23 @@ def test_rows_are_on_disk_at_once_with_six_digits(tmp_path, monkeypatch):
         RunLog(folder, {})
 
 
+def test_a_resumed_run_goes_on_in_the_run_that_wandb_has(tmp_path, monkeypatch):
+    told = []
+    wandb = types.SimpleNamespace(init=lambda **named: told.append(named), log=told.append, finish=lambda: None, run=types.SimpleNamespace(id="x7"))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = RunLog(str(tmp_path / "run"), {}, wandb_project="project")
+    log.start()
+    positions = log.positions(step=5)
+    log._lock.close()
+    RunLog(str(tmp_path / "run"), {}, resume=True, wandb_project="project").start(positions)
+    assert told[1] == told[0] | {"id": "x7", "resume": "allow"} and positions["step"] == 5 and "id" not in told[0]
+
+
+def test_a_run_notes_its_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["some/where/train.py", "--mst", "--seed", "3"])
+    assert runlog.circumstances()["command"] == ["train.py", "--mst", "--seed", "3"]
+
+
 # ---------------------------------------------------------------------------------------------------------- train.py
 
 @pytest.mark.slow
@@ -3822,6 +3842,11 @@ def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     train.main()
     assert f"step 130: return {float(table(run, 'eval.csv')[-1]['return']):.1f}" in capsys.readouterr().out
+    asked = []
+    monkeypatch.setattr(watch, "LockstepEvaluation", lambda *of, **named: asked.append((of, named)) or (lambda act, step: np.zeros(1)))
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--eval-workers", "3"])
+    train.main()
+    assert asked == [(("cartpole-swingup", 1, 0), {"workers": 3})]
     monkeypatch.setitem(sys.modules, "imageio", None)
     for more, message in ((["--video", str(tmp_path / "a.mp4")], "pip install imageio"), (["--resume"], "leave one away"),
                           (["--video", "a.gif"], "must be an .mp4 file"), (["--checkpoint", str(tmp_path)], "config.json")):
