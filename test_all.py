@@ -700,13 +700,17 @@ def test_convolutions_random_numbers_nan_and_refusals():
     for options in ({"sparsity": 0.0}, {"schedule_start": 1, "schedule_end": 1}, {"schedule_start": 0, "schedule_end": 0},
                     {"drop_initial": 1, "drop_final": 1}, {"drop_initial": 0, "drop_final": 0}, {"total_steps": 1, "update_interval": 1}):
         SparseTraining(model, optimizer, "d2s", **options)  # the ends themselves are allowed
+    at_once = SparseTraining(model, optimizer, "d2s", 0.5, total_steps=9, update_interval=1, schedule_start=0, schedule_end=0)
+    sum(p.sum() for p in model.parameters()).backward()
+    assert at_once.update_topology(1) and at_once.sparsity == 0.5  # a schedule without length is over after a step
     nan, base = float("nan"), ("s2d", 0.5, 9, 1, "er", "gradient")
     for arguments, message in ((("rigl",), "unknown regime"), (("dst", nan), "sparsity"), (("dst", 1.0), "sparsity"), (("dst", 0.5, 0), "total_steps"),
                                (("dst", 0.5, 9, 1, "er", "gradient", 1.5), "drop_initial"),
                                (("dst", 0.5, nan), "total_steps"), (("dst", 0.5, 9, nan), "update_interval"),
                                (("dst", 0.5, 9, 1, "er", "gradient", 0.5, nan), "drop_final"),
                                *(((*base, 0.5, 0.0, 0.2, 0.8, power), "power") for power in (-1, 0, nan, float("inf"))),
-                               *(((*base, 0.5, 0.0, *ends), "schedule_end <= 1") for ends in ((nan, 0.8), (0.2, nan)))):
+                               *(((*base, 0.5, 0.0, *ends), "schedule_end <= 1")
+                                 for ends in ((nan, 0.8), (0.2, nan), (-0.1, 0.8), (0.2, 1.5), (0.9, 0.5)))):
         with pytest.raises(ValueError, match=message):
             SparseTraining(model, optimizer, *arguments)
     with pytest.raises(ValueError, match="drop_fraction"):
@@ -736,6 +740,17 @@ def test_sizes_match_the_paper(scale, encoder_humanoid, encoder_dog, head, criti
                 assert same(count(encoder) - count(encoder.model), size) and same(count(encoder.model), head)
                 assert same(count(networks.Actor(1536, act, arch_type, scale)), actor)
             assert same(count(networks.Critic(1536, arch_type, scale)), critic)
+
+
+def test_networks_without_further_words_are_the_papers_at_scale_1():
+    """Table 2's types 4, 4 and 3, one block of 512; a scale multiplies both."""
+    shapes = lambda network: {name: tuple(p.shape) for name, p in network.named_parameters()}
+    for network, arguments, arch_type in ((networks.Encoder, (5, 2), 4), (networks.Critic, (512,), 4), (networks.Actor, (512, 2), 3),
+                                          (networks.GaussianActor, (512, 2), 3)):
+        plain, said = network(*arguments), network(*arguments, arch_type=arch_type, width_scale=1, depth_scale=1, residual="pre")
+        assert shapes(plain) == shapes(said) and str(plain) == str(said)
+    assert shapes(networks.BlockMLP(3, 2, 8)) == shapes(networks.BlockMLP(3, 2, 8, True, "elu", 1))
+    assert networks.scaled_size(1) == (512, 1) and networks.scaled_size(3) == (1536, 3) and networks.scaled_size(3, 0.5, 2) == (256, 2)
 
 
 def test_the_whole_agent_at_scale_5_has_371_million_parameters():
@@ -3108,6 +3123,14 @@ def test_a_resumed_run_goes_on_in_the_run_that_wandb_has(tmp_path, monkeypatch):
     log._lock.close()
     RunLog(str(tmp_path / "run"), {}, resume=True, wandb_project="project").start(positions)
     assert told[1] == told[0] | {"id": "x7", "resume": "allow"} and positions["step"] == 5 and "id" not in told[0]
+
+
+def test_help_shows_the_flags_of_the_algorithm_that_is_asked_for(capsys):
+    for algo, flag, other in (("sac", "--twin-critics", "--encoder-horizon"), ("mrq", "--encoder-horizon", "--twin-critics")):
+        with pytest.raises(SystemExit) as stopped:
+            parse(["--algo", algo, "--help"])
+        said = capsys.readouterr().out
+        assert not stopped.value.code and flag in said and other not in said
 
 
 def test_a_run_notes_its_command(monkeypatch):
