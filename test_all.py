@@ -1196,6 +1196,7 @@ def test_norms_and_interference_against_naive_forms():
     mean, negative = metrics.interference_summary(cosine)
     off = cosine[~torch.eye(6, dtype=torch.bool)]
     assert (mean, negative) == (pytest.approx(off.mean().item()), pytest.approx((off < 0).double().mean().item()))
+    assert metrics.interference_summary(torch.tensor([[1, 0, -1], [0, 1, 0], [-1, 0, 1.0]])) == (pytest.approx(-1 / 3), pytest.approx(1 / 3))
     masks = [torch.rand(p.shape) < 0.5 for p in model.parameters()]
     masked = gradients * torch.cat([m.flatten() for m in masks])
     torch.testing.assert_close(metrics.gradient_gram(losses, list(model.parameters()), masks), (masked @ masked.T).double(),
@@ -2457,7 +2458,10 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
     monkeypatch.setattr(fast, "product", lambda x, weight, bias=None: (calls.append(weight.shape), product(x, weight, bias))[1])
     monkeypatch.setattr(fast, "WIDE", 256)
     (plain, buffer), (agent, other) = tiny_of(algo), tiny_of(algo)
+    layers = [layer for network in (*agent.networks.values(), *agent.targets.values()) for layer in network.modules() if isinstance(layer, nn.Linear)]
+    assert any(layer.weight.numel() == fast.WIDE for layer in layers)
     fast.speed_up(agent, "fp32")
+    assert all(("forward" in vars(layer)) == (layer.weight.numel() >= fast.WIDE) for layer in layers)
     for one, replay in ((plain, buffer), (agent, other)):
         torch.manual_seed(1)
         for _ in range(4):
@@ -3698,6 +3702,9 @@ def test_large_networks_without_residuals_are_named(tmp_path):
     agent = tiny()
     modules = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in MR_DEFAULT.items()}
     assert "--mst" in train.describe(agent, modules, flags_to_args(), "cpu", "x")
+    for arch_type, width, depth in itertools.product(range(1, 7), (1, 2.9, 3), (1, 2.9, 3)):
+        one = MR_MST | {"critic": ModuleConfig(arch_type, width_scale=width, depth_scale=depth)}
+        assert ("(critic)" in train.describe(agent, one, flags_to_args(), "cpu", "x")) == (arch_type < 5 and 3 in (width, depth))
     assert "--mst" not in train.describe(agent, MR_MST, flags_to_args(), "cpu", "x")
 
 
