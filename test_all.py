@@ -3396,10 +3396,27 @@ def recorded_run(monkeypatch, run, **settings):
     return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
 
 
+def test_the_bar_says_what_goes_on_and_how_long_it_takes(monkeypatch):
+    drawn, now, agent = [], [0.0], types.SimpleNamespace(updates={"encoder": 0, "critic": 0}, updates_per_step=1)
+    monkeypatch.setattr(train, "tqdm", type("Bar", (train.tqdm,), {
+        "__init__": lambda bar, **settings: None, "set_postfix_str": lambda bar, text: drawn.append((bar.n, text))}))
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train.sys, "stderr", types.SimpleNamespace(isatty=lambda: False))
+    bar = train.Bar(flags_to_args("--total-steps", "1000", "--learning-starts", "200"), agent, 0)
+    for now[0], step, updates, more in ((59, 1, 0, {}), (61, 5, 0, {}), (100, 300, 100, {"return": "2.5"}), (200, 400, 300, {}), (259, 450, 350, {})):
+        agent.updates["critic"] = updates
+        bar.show(step, "learning", **more)
+    # A minute between two lines; 200 updates in the 100 seconds since the first that it saw, and 1,300 of 2 × 800 to come.
+    assert drawn == [(5, "? left, learning"), (400, "10:50 left, return 2.5, learning")]
+
+
 def test_the_order_of_events_in_a_run(monkeypatch, capsys):
     """Against a plain list of what must happen, step by step."""
-    run = RecordedRun()
+    run, shown = RecordedRun(), []
+    monkeypatch.setattr(train.Bar, "show", lambda bar, step, doing, **more: shown.append((step, doing, more)))
     events, draws = recorded_run(monkeypatch, run)
+    assert [line for line in shown if line[1] == "evaluating" or line[2]] == [
+        line for t in (0, 5, 10, 11) for line in ((t, "evaluating", {}), (t, "learning", {"return": "2.5"}))]
     assert [line.strip() for line in capsys.readouterr().out.splitlines() if "return" in line] == [
         f"step {t:>9}  return     2.5 ± 1.5" for t in (0, 5, 10, 11)]
     expected, obs, action = [("start",), ("reset", 1.0)], 1.0, 0
@@ -4760,6 +4777,10 @@ def test_every_layout_fits_its_page(name, seeds, monkeypatch, tmp_path):
         column = axes.get_subplotspec().colspan.start
         if axes.get_ylabel():
             assert ("\n" in axes.get_ylabel()) == (column == 0 and not across)  # the task, once a row
+        if axes.containers:  # points: a line through sizes, none through types
+            sizes = figure.cells[0].x.startswith("×")
+            assert all((container.lines[0].get_linestyle() == "None") != sizes for container in axes.containers)
+            assert axes.get_xlabel() in ("", f"scale, and parameters of the {figure.sized}" if sizes else f"architecture of the {figure.sized}")
         lines = [container.lines[0].get_xdata() for container in axes.containers]
         for place in axes.get_xticks() if lines else ():  # the points of a place stand around its tick, apart from one another
             beside = np.sort(np.concatenate(lines)[np.abs(np.concatenate(lines) - place) < 0.5])
