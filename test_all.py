@@ -2861,6 +2861,17 @@ def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
     assert sum(name.startswith("rows") for name in names) <= (8 if capacity == 40 else 24)  # what has been overwritten is gone
 
 
+def test_what_is_said_of_the_last_save_waits_for_it(tmp_path, monkeypatch):
+    write, slow = checkpoint.write, threading.Event()
+    monkeypatch.setattr(checkpoint, "write", lambda *of: (slow.wait(10), write(*of))[1])
+    checkpoints = checkpoint.Checkpoints(str(tmp_path))
+    assert checkpoints.last() == "none"
+    checkpoints.save(7000, {"a": torch.ones(3)})
+    assert checkpoints.step is None  # it is being written
+    threading.Timer(0.1, slow.set).start()
+    assert checkpoints.last() == "of step 7,000"
+
+
 @pytest.mark.slow
 def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
     """At each of the calls by which it touches the disk: full, or killed. Then the newest that reads whole is used."""
