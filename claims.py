@@ -1,14 +1,15 @@
 """The paper's claims at laptop size: which runs each compares, what is read from them, and what came of it.
 
-What it claims: every comparison stands here before its runs are looked at, every one is in the table, and a verdict says no
-more than its interval. "seen": the 95 % interval of the difference lies on the paper's side of 0; "reversed": on the other;
-"not seen": it holds 0.
+What it claims: every comparison of a figure stands here before two of its arms can be compared, every one is in the tables,
+and a verdict says no more than its interval. "seen": the 95 % interval of the difference lies on the paper's side of 0;
+"reversed": on the other; "not seen": it holds 0, which decides nothing; "cannot tell": nothing was measured, or all alike.
 
-    python claims.py                     # the README's table, from results/
+    python claims.py                     # the README's tables, from results/
     python claims.py runs                # from your own runs of ./sweep.sh fig11 --laptop
 
-A run counts by the mean of its last three evaluations. The interval is Welch's, of the difference of two means over seeds, as
-spreads are unequal and seeds few. It needs no PyTorch.
+A run counts by the mean of its last three evaluations, an arm once all its seeds are there. The interval is Welch's, of the
+difference of two means over seeds, as spreads are unequal and seeds few; it is not corrected for the number of comparisons.
+It needs no PyTorch.
 """
 
 import argparse
@@ -31,7 +32,8 @@ ACTOR_DORMANT, ENCODER_SRANK = figures.ACTOR_DORMANT, figures.ENCODER_SRANK
 @dataclass(frozen=True)
 class Claim:
     """That `this` arm's measure lies above `that` one's; below it for dormant neurons. An arm: its cell's panel, series and
-    x, as far as they are needed to tell it from the figure's others."""
+    x, as far as they are needed to tell it from the figure's others. Of which side SRank and dormant neurons lie on beside
+    the return, the paper does not say as much in each case; all are tried alike."""
     figure: str
     says: str
     this: tuple
@@ -46,12 +48,12 @@ def _critic(this, that):
 def _scaled(algo, dimension):
     plain, mst = ((f"{algo}, {dimension}", series) for series in ("plain", "MST"))
     yield Claim("fig13", f"{algo}, {dimension} ×4: MST beats plain", (*mst, "×4"), (*plain, "×4"))
-    yield Claim("fig13", f"{algo}: plain {dimension} ×4 is worse than ×1", (*plain, "×1"), (*plain, "×4"))
-    yield Claim("fig13", f"{algo}: MST at {dimension} ×4 is better than at ×1", (*mst, "×4"), (*mst, "×1"))
+    yield Claim("fig13", f"{algo}: plain {dimension} ×1 beats ×4", (*plain, "×1"), (*plain, "×4"))
+    yield Claim("fig13", f"{algo}: MST at {dimension} ×4 beats ×1", (*mst, "×4"), (*mst, "×1"))
 
 
 CLAIMS = (
-    Claim("first", "MST beats dense networks in the first command", *_critic(("MST",), ("dense",))),
+    Claim("first", "MST beats dense networks in the first command (not the paper's)", *_critic(("MST",), ("dense",))),
     Claim("fig11", "deep networks need residual connections", *_critic(("MR.Q + Res",), ("MR.Q",))),
     Claim("fig11", "MST beats residual connections alone", *_critic(("MR.Q + Res + MST",), ("MR.Q + Res",))),
     Claim("fig11", "MST beats MR.Q", *_critic(("MR.Q + Res + MST",), ("MR.Q",))),
@@ -60,12 +62,12 @@ CLAIMS = (
     Claim("fig2", "encoder: ELU beats ReLU", ("Type 2 ELU",), ("Type 1 ReLU",)),
     Claim("fig2", "encoder: ELU beats ReLU (LN)", ("Type 4 LN, ELU",), ("Type 3 LN, ReLU",)),
     Claim("fig6", "critic: DST beats dense", *_critic(("dst",), ("dense",))),
-    Claim("fig6", "critic: DST beats SST", *_critic(("dst",), ("sst",))),
+    *(Claim("fig6", f"critic: DST beats {other.upper()}", *_critic(("dst",), (other,))) for other in ("sst", "s2d", "d2s")),
     *_scaled("SAC", "width"), *_scaled("SAC", "depth"), *_scaled("DDPG", "width"), *_scaled("DDPG", "depth"),
     Claim("fig8", "actor: ReLU beats ELU (LN)", ("Type 3 LN, ReLU",), ("Type 4 LN, ELU",)),
     Claim("fig8", "actor: ReLU beats ELU (LN, residual)", ("Type 5 LN, ReLU, residual",), ("Type 6 LN, ELU, residual",)),
     Claim("fig9", "actor: SST beats dense", ("sst",), ("dense",), (RETURN, ACTOR_DORMANT)),
-    Claim("fig9", "actor: SST beats DST", ("sst",), ("dst",)),
+    *(Claim("fig9", f"actor: SST beats {other.upper()}", ("sst",), (other,)) for other in ("dst", "s2d", "d2s")),
     Claim("fig12", "ER beats uniform", ("distribution", "MST (ER, RigL, 0.6)"), ("distribution", "uniform")),
     Claim("fig12", "RigL beats SET", ("growth (critic)", "MST (ER, RigL, 0.6)"), ("growth (critic)", "SET")),
 )
@@ -94,10 +96,13 @@ def values(figure, cell, measure, paths):
 def verdict(this, that, less):
     """(difference of means, low, high, what it says). this, that: (seeds,) each, two of each at least; less: whether the
     claim is that `this` is the smaller one."""
+    difference = this.mean() - that.mean()
+    if not np.isfinite(difference) or np.ptp(this) == np.ptp(that) == 0:  # no spread is no certainty
+        return difference, np.nan, np.nan, "cannot tell"
     interval = ttest_ind(this, that, equal_var=False).confidence_interval()
     low, high = interval.low, interval.high
     claimed, against = (high < 0, low > 0) if less else (low > 0, high < 0)
-    return this.mean() - that.mean(), low, high, "seen" if claimed else "reversed" if against else "not seen"
+    return difference, low, high, "seen" if claimed else "reversed" if against else "not seen"
 
 
 def hours(figure):
@@ -111,21 +116,31 @@ def number(value):
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}"
 
 
+def tried(claim, paths):
+    """measure's label -> both arms' values, (seeds,) each; None as long as a seed is missing."""
+    cells = [arm(claim.figure, words) for words in (claim.this, claim.that)]
+    found = {m.label: [values(claim.figure, cell, m, paths) for cell in cells] for m in claim.measures}
+    whole = figures.LAPTOP[claim.figure].seeds
+    return found if all(len(arm) == whole for arms in found.values() for arm in arms) else None
+
+
 def rows(paths):
-    """A row a claim and measure: the figure, the claim, the measure, both arms' means, the difference, the verdict. What is
-    not tried has a row a claim."""
+    """A row a claim and measure that is tried: figure, claim, measure, seeds, both arms' means, difference, verdict."""
     for claim in CLAIMS:
-        cells = [arm(claim.figure, words) for words in (claim.this, claim.that)]
-        found = {m.label: [values(claim.figure, cell, m, paths) for cell in cells] for m in claim.measures}
-        if any(min(map(len, arms)) < 2 for arms in found.values()):
-            yield (claim.figure, claim.says, "; ".join(found), "", "", "", "",
-                   f"not tried: `./sweep.sh {claim.figure} --laptop`, {hours(claim.figure):.1f} h")
-            continue
-        for label, (this, that) in found.items():
+        for label, (this, that) in (tried(claim, paths) or {}).items():
             difference, low, high, said = verdict(this, that, "dormant" in label)
-            seeds = f"{len(this)}" if len(this) == len(that) else f"{len(this)}, {len(that)}"
-            yield (claim.figure, claim.says, label, seeds, number(this.mean()), number(that.mean()),
-                   f"{number(difference)} [{number(low)}, {number(high)}]", said)
+            interval = "" if np.isnan(low) else f"{number(difference)} [{number(low)}, {number(high)}]"
+            yield claim.figure, claim.says, label, f"{len(this)}", number(this.mean()), number(that.mean()), interval, said
+
+
+def untried(paths):
+    """A row a study that lacks runs: its command, comparisons that wait for them, runs that are there, hours for all."""
+    for name, figure in figures.LAPTOP.items():
+        waiting = [claim.says for claim in CLAIMS if claim.figure == name and tried(claim, paths) is None]
+        if waiting:
+            there = {run.name for cell in figure.cells for run in finished(name, cell, RETURN, paths)}
+            count = f"{len(there)} of {len({run.name for run in figures.runs(figure)})}"
+            yield f"`./sweep.sh {name} --laptop`", "; ".join(waiting), count, f"{hours(name):.1f}"
 
 
 def ends(name, steps, paths):
@@ -151,13 +166,14 @@ def main():
     files = [os.path.join(path, name) for path in paths if os.path.isdir(path) for name in sorted(os.listdir(path))
              if name.endswith("-laptop.csv")]
     try:
-        table = list(rows([*paths, *files]))
+        tables = (("figure", "comparison: A beats B", "measure", "seeds", "A", "B", "A - B [95 %]", "verdict"),
+                  list(rows([*paths, *files]))), (("study", "comparisons", "runs", "hours"), list(untried([*paths, *files])))
     except (OSError, ValueError) as error:
         sys.exit(f"claims.py: {plainly(error)}")
-    print("| figure | the paper's claim | measure | seeds | with | without | difference [95 %] | verdict |\n"
-          "|---|---|---|---|---|---|---|---|")
-    for row in table:
-        print("| " + " | ".join(row) + " |")
+    for heading, table in tables:
+        for row in (heading, ["---"] * len(heading), *table):
+            print("| " + " | ".join(row) + " |")
+        print()
     for line in (*ends("first", (9000, 18000), [*paths, *files]), *ends("cup", (12000, 20000), [*paths, *files])):
         print("- " + line)
 

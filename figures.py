@@ -202,9 +202,9 @@ _LAPTOP_RES = {"depth_scale": 5, **RES, **_NARROW}
 _LAPTOP_MST = {"depth_scale": 5, "mst": True, **_NARROW}
 
 
-def _laptop(figure, cells, **changes):
+def _laptop(figure, cells, size="Width ×0.25", **changes):
     return dataclasses.replace(FIGURES[figure], cells=tuple(cells), tasks=(LAPTOP_TASK,), seeds=5,
-                               choice="Width ×0.25, 12,000 agent steps, of which 2,000 are random.", **changes)
+                               choice=f"{size}; 12,000 agent steps, of which 2,000 are random.", **changes)
 
 
 def _types(module, types, **others):
@@ -236,7 +236,7 @@ LAPTOP = {
                      Cell("", "MST, 10,000 random steps",
                           {"mst": True, **_FIRST, "learning_starts": 10000, "total_steps": 27000})), _CRITIC,
                     tasks=("cartpole-swingup",),
-                    choice="Width ×0.25, 17,000 learning steps after 1,000 random ones; all of types 6, 6 and 5."),
+                    choice="Width ×0.25; 17,000 learning steps after 1,000 random ones, or 10,000; all of types 6, 6 and 5."),
     "cup": Figure("short runs of narrow SAC and DDPG agents", "curves",
                   (Cell("", "MST, SAC", {"algo": "sac", **_CUP}), Cell("", "MST, DDPG", {"algo": "ddpg", **_CUP})), _CRITIC,
                   tasks=("ball_in_cup-catch",), choice="Width ×0.25, 20,000 agent steps, of which 1,000 are random."),
@@ -254,7 +254,8 @@ LAPTOP = {
                      shows="all modules five times as deep: MR.Q, with residual connections, with MST"),
     "fig12": _laptop("fig12", _mst_ablation(_LAPTOP_MST, _LAPTOP_RES, ()),
                      shows="MST, all modules five times as deep: distribution and growth"),
-    "fig13": _laptop("fig13", (*_simba_laptop("sac"), *_simba_laptop("ddpg"))),
+    "fig13": _laptop("fig13", (*_simba_laptop("sac"), *_simba_laptop("ddpg")),
+                     size="Width ×0.25 of SimBa's published sizes, beside ×1 (called ×4 here) or depth ×4"),
 }
 
 
@@ -313,8 +314,8 @@ def size(figure, cell):
     return (sum(counts.values()) if figure.sized == "agent" else counts[figure.sized]) / 1e6
 
 
-# Milliseconds of an agent step of the laptop studies, the mean of their runs, on one core of an Intel Xeon (AVX-512); two
-# runs fit two cores.
+# Milliseconds of an agent step of the laptop studies, the mean of their arms, each timed for some steps on one core of an
+# Intel Xeon (AVX-512); two runs fit two cores.
 LAPTOP_MS = {"first": 29, "cup": 29, "fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 55, "fig9": 56, "fig10": 56,
              "fig11": 87, "fig12": 89, "fig13": 83}
 SMOKE_SECONDS = 6  # of one core: a run, start included

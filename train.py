@@ -98,7 +98,7 @@ def describe(agent, modules, args, device, folder):
                   if config.arch_type in (1, 2, 3, 4) and max(config.width_scale, config.depth_scale) >= 3]
     if collapsing:
         lines.append(f"  note: large networks without residual connections ({', '.join(collapsing)}) are what the paper "
-                     "shows collapsing; --mst is its remedy")
+                     "shows collapsing; its remedy: types 5 and 6, which --mst has")
     return "\n".join(lines + [f"  writes   {folder}"])
 
 
