@@ -2497,6 +2497,17 @@ def test_devices_and_precisions_by_name(monkeypatch):
         assert torch.get_float32_matmul_precision() == setting
 
 
+@pytest.mark.parametrize("proven", [False, True])
+def test_auto_compiles_and_captures_on_cuda_once_that_is_proven(proven, monkeypatch):
+    monkeypatch.setattr(fast, "PROVEN_ON_CUDA", proven)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for flags, device, chosen, named in ((("auto", "auto"), cpu, [False, False], []), (("on", "off"), cuda, [True, False], []),
+                                         (("auto", "auto"), cuda, [proven, proven], [] if proven else ["--compile", "--cuda-graphs"]),
+                                         (("on", "auto"), cuda, [True, proven], [] if proven else ["--cuda-graphs"])):
+        *told, notes = fast.pick_speed(*flags, "fp32", device)
+        assert told == chosen and len(notes) == bool(named) and all((flag in "".join(notes)) == (flag in named) for flag in ("--compile", "--cuda-graphs"))
+
+
 def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
     agent, plain, buffer = tiny(MR_DEFAULT), tiny(MR_DEFAULT), filled()
     fast.speed_up(agent, "bf16")
@@ -4449,7 +4460,7 @@ def test_a_run_of_several_figures_has_one_name(size):
 def test_small_forms_keep_what_a_cell_is_about():
     for name, figure in figures.FIGURES.items():
         small = figures.smoke(figure)
-        for cell, tiny in zip(figure.cells, small.cells):
+        for cell, tiny in zip(figure.cells, small.cells, strict=True):
             own, shrunk = (module_configs(figures.to_args(c.flags, "dog-run", 0)) for c in (cell, tiny))
             for module in own:
                 assert [getattr(own[module], part) == getattr(shrunk[module], part)
@@ -4630,6 +4641,17 @@ def test_cut_and_repeated_rows(tmp_path):
     (folder / "eval.csv").write_text("")
     with pytest.raises(ValueError, match="no columns agent_step"):
         aggregate.read_run(folder, ["return"])
+
+
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_not_lost(tmp_path):
+    wanted = {run_name(args): args for args in (flags_to_args("--seed", str(seed), "--total-steps", "20000") for seed in range(3))}
+    broken, whole, _ = wanted
+    write_run(tmp_path, wanted[whole], [(0, 1), (20000, 2)])
+    write_run(tmp_path, wanted[broken], [])
+    (tmp_path / broken / "eval.csv").write_text("step,value\n1,2\n")
+    runs, wrong, told = aggregate.gather(wanted, [str(tmp_path)], ["return"])
+    assert list(runs) == [whole] and wrong == {broken: "not readable", max(wanted): "missing"} and len(told) == 1
+    assert broken in told[0] and "no columns agent_step" in told[0] and told[0].endswith("left out")
 
 
 def test_curves_count_the_seeds_that_are_there():
