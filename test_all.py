@@ -2497,6 +2497,17 @@ def test_devices_and_precisions_by_name(monkeypatch):
         assert torch.get_float32_matmul_precision() == setting
 
 
+def test_the_compiler_is_tried_on_the_device_itself(monkeypatch):
+    tried = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: tried.append((x.device.type, function(x))))
+    fast.check_compiler(torch.device("meta"))
+    assert [device for device, _ in tried] == ["meta"]
+    monkeypatch.setattr(torch, "compile", lambda function: 1 / 0)
+    for device, needed in (("cpu", r"C\+\+ compiler .* ZeroDivisionError"), ("cuda", "Triton")):
+        with pytest.raises(ValueError, match=needed):
+            fast.check_compiler(torch.device(device))
+
+
 @pytest.mark.parametrize("proven", [False, True])
 def test_auto_compiles_and_captures_on_cuda_once_that_is_proven(proven, monkeypatch):
     monkeypatch.setattr(fast, "PROVEN_ON_CUDA", proven)
@@ -3928,6 +3939,18 @@ def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
         train.main()
 
 
+def test_a_film_is_one_episode_at_the_speed_of_the_task():
+    frames, told, actions = [], [], iter([[0.5], [0.25], [1.0]])
+    writer = types.SimpleNamespace(append_data=frames.append)
+    imageio = types.SimpleNamespace(get_writer=lambda *of, **named: contextlib.nullcontext(told.append((of, named)) or writer))
+    steps = iter([(np.array([1.0]), 2.0, False, False), (np.array([2.0]), 3.0, False, False), (np.array([3.0]), 4.0, False, True)])
+    env = types.SimpleNamespace(reset=lambda seed: told.append(seed) or np.array([0.0]), step_seconds=0.05, render=lambda *size: (len(frames), size),
+                                step=lambda action: told.append(action.tolist()) or next(steps))
+    act = lambda obs: told.append(obs.tolist()) or np.array([next(actions)])
+    assert watch.film(imageio, env, act, 7, "a.mp4", height=4, width=6) == 9
+    assert told == [7, (("a.mp4",), {"fps": 20}), [[0.0]], [0.5], [[1.0]], [0.25], [[2.0]], [1.0]] and frames == [(n, (4, 6)) for n in range(3)]
+
+
 # ----------------------------------------------------------------------------------------------------------- bench.py
 
 @pytest.mark.parametrize("algo", ["mrq", "ddpg"])
@@ -4016,6 +4039,27 @@ def test_the_benchmark_shows_and_writes_what_it_timed(tmp_path, monkeypatch, cap
     seconds, called = iter([2.0, 2.5]), []
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(seconds))
     assert bench.Clock(torch.device("cpu"))(lambda: called.append(1)) == 500.0 and called
+
+
+def test_a_clock_on_cuda_waits_for_the_device_before_and_after(monkeypatch):
+    told, events = [], iter("ab")
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.name = next(events)
+
+        def record(self):
+            told.append(f"{self.name} recorded")
+
+        def synchronize(self):
+            told.append(f"{self.name} waited for")
+
+        def elapsed_time(self, other):
+            return f"from {self.name} to {other.name}"
+
+    monkeypatch.setattr(torch.cuda, "Event", Event), monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("idle"))
+    assert bench.Clock(torch.device("cuda"))(lambda: told.append("run")) == "from a to b"
+    assert told == ["idle", "a recorded", "run", "b recorded", "b waited for"]
 
 
 @pytest.mark.parametrize("precision, pays, taken", [("fp32", True, "onednn"), ("fp32", False, "mm"), ("bf16", True, "mm")])
