@@ -140,7 +140,7 @@ def test_equation_2_by_hand():
     for step, sparsity in ((101, 0.0011994), (351, 0.2633994), (601, 0.4505994), (851, 0.5627995), (1100, 0.6)):
         assert scheduled_sparsity(step, 0.0, 0.6, 100, 1100, 2) == pytest.approx(sparsity, abs=2e-7)
     assert scheduled_sparsity(0, 0.6, 0.0, 100, 1100, 2) == 0.6
-    assert scheduled_sparsity(600, 0.6, 0.0, 100, 1100, 2) == pytest.approx(0.15)
+    assert scheduled_sparsity(600, 0.6, 0.0, 100, 1100, 2) == scheduled_sparsity(600, 0.6, 0.0, 100, 1100) == pytest.approx(0.15)
     assert scheduled_sparsity(1100, 0.6, 0.0, 100, 1100, 2) == 0.0
     assert scheduled_sparsity(5000, 0.0, 0.6, 100, 1100, 2) == 0.6  # exactly, not 0.5996
     assert scheduled_sparsity(7, 0.1, 0.6, 8, 8, 2) == 0.1 and scheduled_sparsity(8, 0.1, 0.6, 8, 8, 2) == 0.6
@@ -713,8 +713,13 @@ def test_convolutions_random_numbers_nan_and_refusals():
                                  for ends in ((nan, 0.8), (0.2, nan), (-0.1, 0.8), (0.2, 1.5), (0.9, 0.5)))):
         with pytest.raises(ValueError, match=message):
             SparseTraining(model, optimizer, *arguments)
-    with pytest.raises(ValueError, match="drop_fraction"):
-        update_mask(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), 1.5)
+    for fraction in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="drop_fraction"):
+            update_mask(torch.ones(2, 2), torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), fraction)
+    kept = torch.tensor([True, True, False, False])
+    for fraction in (0, 1):  # none dropped; all dropped, and as many grown where the gradient is largest
+        grown = update_mask(torch.arange(4.0), torch.tensor([1.0, 2, 3, 4]), kept, fraction)
+        assert grown.tolist() == (kept if fraction == 0 else ~kept).tolist()
     broken = torch.tensor([1.0, float("nan"), 3.0, 4.0])  # even then the count holds
     assert update_mask(broken, broken, torch.tensor([1, 1, 1, 0]).bool(), 0.4).sum() == 3
     with pytest.raises(ValueError, match="does not train"):
@@ -2667,6 +2672,12 @@ def test_every_task_of_the_suite_starts_or_says_why_not():
 
 
 @pytest.mark.slow
+def test_a_broken_dm_control_is_told_in_a_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dm_control", None)
+    with pytest.raises(ImportError, match=r"dm_control does not import \(ModuleNotFoundError: .*pip install -r requirements.txt$"):
+        task_names()
+
+
 def test_discrete_actions_and_broken_observations_are_refused(monkeypatch, tmp_path):
     from dm_control import suite
     from dm_control.rl import control
@@ -3148,6 +3159,21 @@ def test_rows_are_on_disk_at_once_with_six_digits(tmp_path, monkeypatch):
     assert folder in told and ("close",) in told and ("finish",) in told
     with pytest.raises(FileExistsError, match="a run never overwrites another"):
         RunLog(folder, {})
+
+
+def test_a_table_that_was_begun_after_the_checkpoint_begins_anew(tmp_path):
+    log = RunLog(str(tmp_path / "run"), {})
+    log.start()
+    log.write("eval", {"agent_step": 0, "return": 1.0})
+    positions = log.positions()
+    log.write("eval", {"agent_step": 5, "return": 2.0})
+    log.write("train", {"agent_step": 7, "loss": 1.0})
+    log._lock.close()
+    again = RunLog(str(tmp_path / "run"), {}, resume=True)
+    again.start(positions)
+    assert not (tmp_path / "run" / "train.csv").exists() and len(table(tmp_path / "run", "eval.csv")) == 1
+    again.write("train", {"agent_step": 6, "loss": 3.0})
+    assert table(tmp_path / "run", "train.csv") == [{"agent_step": "6", "loss": "3"}]
 
 
 def test_a_resumed_run_goes_on_in_the_run_that_wandb_has(tmp_path, monkeypatch):
@@ -4806,8 +4832,7 @@ def check_drawing(page):
     scales = {}
     for axes in page.axes:
         spec = axes.get_subplotspec()
-        lines = [line for line in axes.get_lines() if len(line.get_xdata()) > 2 or line.get_marker() not in ("", "None", None, "_", "|")]
-        ours = [container.lines[0] for container in axes.containers] or lines
+        ours = [container.lines[0] for container in axes.containers] or list(axes.get_lines())
         assert ours and {look(line) for line in ours} <= told and len(told) == len(page.legends[0].legend_handles)
         assert all(1 <= line.get_linewidth() <= 2 and 4 <= line.get_markersize() <= 5 for line in ours if line.get_color() != "black")
         for band in axes.collections:
@@ -4852,6 +4877,8 @@ def test_every_layout_fits_its_page(name, seeds, monkeypatch, tmp_path):
     assert len(page.axes) == panels * tasks and len({axes.get_subplotspec().rowspan.start for axes in page.axes}) == (1 if across else tasks)
     for axes in page.axes:
         column = axes.get_subplotspec().colspan.start
+        if axes.get_title() and not across:  # the measure, where there are several
+            assert axes.get_title().endswith(figure.measures[column % len(figure.measures)].label) == (len(figure.measures) > 1)
         if axes.get_ylabel():
             assert ("\n" in axes.get_ylabel()) == (column == 0 and not across)  # the task, once a row
         if axes.containers:  # points: a line through sizes, none through types
