@@ -1201,6 +1201,7 @@ def test_norms_and_interference_against_naive_forms():
     mean, negative = metrics.interference_summary(cosine)
     off = cosine[~torch.eye(6, dtype=torch.bool)]
     assert (mean, negative) == (pytest.approx(off.mean().item()), pytest.approx((off < 0).double().mean().item()))
+    assert [len(group) for group in metrics._groups([(torch.zeros(5), None)] * 5, 10)] == [2, 2, 1]  # as many as fit
     assert metrics.interference_summary(torch.tensor([[1, 0, -1], [0, 1, 0], [-1, 0, 1.0]])) == (pytest.approx(-1 / 3), pytest.approx(1 / 3))
     masks = [torch.rand(p.shape) < 0.5 for p in model.parameters()]
     masked = gradients * torch.cat([m.flatten() for m in masks])
@@ -2513,6 +2514,16 @@ def test_the_compiler_is_tried_on_the_device_itself(monkeypatch):
             fast.check_compiler(torch.device(device))
 
 
+@pytest.mark.parametrize("algo", ["sac", "ddpg"])
+def test_targets_are_masked_anew_when_topology_changes_and_not_otherwise(algo):
+    agent, buffer = tiny_of(algo, interval=3)
+    masked, apply_masks = [], agent.sparse["critic"].apply_masks
+    agent.sparse["critic"].apply_masks = lambda module: masked.append(agent.updates["critic"]) or apply_masks(module)
+    for _ in range(10):
+        agent.update(buffer)
+    assert masked == [3, 6, 9]
+
+
 @pytest.mark.parametrize("proven", [False, True])
 def test_auto_compiles_and_captures_on_cuda_once_that_is_proven(proven, monkeypatch):
     monkeypatch.setattr(fast, "PROVEN_ON_CUDA", proven)
@@ -3188,6 +3199,12 @@ def test_a_resumed_run_goes_on_in_the_run_that_wandb_has(tmp_path, monkeypatch):
     assert told[1] == told[0] | {"id": "x7", "resume": "allow"} and positions["step"] == 5 and "id" not in told[0]
 
 
+def test_a_long_name_is_cut_between_characters():
+    for start in ("", "a"):
+        name = run_name(dataclasses.replace(flags_to_args("--seed", "7"), env=start + "ü" * 300))
+        assert len(name.encode()) <= 255 and name.startswith(start + "ü" * 50) and name.endswith("__seed=7")
+
+
 def test_help_shows_the_flags_of_the_algorithm_that_is_asked_for(capsys):
     for algo, flag, other in (("sac", "--twin-critics", "--encoder-horizon"), ("mrq", "--encoder-horizon", "--twin-critics")):
         with pytest.raises(SystemExit) as stopped:
@@ -3462,7 +3479,7 @@ def test_the_bar_says_what_goes_on_and_how_long_it_takes(monkeypatch):
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(train.sys, "stderr", types.SimpleNamespace(isatty=lambda: False))
     bar = train.Bar(flags_to_args("--total-steps", "1000", "--learning-starts", "200"), agent, 0)
-    for now[0], step, updates, more in ((59, 1, 0, {}), (61, 5, 0, {}), (100, 300, 100, {"return": "2.5"}), (200, 400, 300, {}), (259, 450, 350, {})):
+    for now[0], step, updates, more in ((59, 1, 0, {}), (60, 5, 0, {}), (100, 300, 100, {"return": "2.5"}), (200, 400, 300, {}), (259, 450, 350, {})):
         agent.updates["critic"] = updates
         bar.show(step, "learning", **more)
     # A minute between two lines; 200 updates in the 100 seconds since the first that it saw, and 1,300 of 2 × 800 to come.
@@ -4062,6 +4079,11 @@ def test_the_benchmark_shows_and_writes_what_it_timed(tmp_path, monkeypatch, cap
     assert [(row["scale"], row["variant"], row["update"]) for row in written] == [
         ("1", "dense", "2.0"), ("1", "mst", "3.0"), ("3", "dense", "2.0"), ("3", "mst", "5.0")]
 
+    flushed = []
+    monkeypatch.setattr(sys, "stdout", type("Out", (io.StringIO,), {"flush": lambda out: flushed.append(out.getvalue().count("\n"))})())
+    bench.show(rows_of(1, bench.Args(), None), heading=False)
+    assert flushed == [1, 2]  # a row is seen at once, in a pipe too
+
     seconds, called = iter([2.0, 2.5]), []
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(seconds))
     assert bench.Clock(torch.device("cpu"))(lambda: called.append(1)) == 500.0 and called
@@ -4095,6 +4117,15 @@ def test_a_floor_is_measured_with_the_product_that_an_agent_takes(precision, pay
     monkeypatch.setattr(fast, "onednn_pays", lambda: pays)
     bench.rates(torch.device("cpu"), precision)
     assert used == {taken}
+
+
+def test_the_rates_of_a_gpu_are_those_of_large_aligned_products(monkeypatch):
+    shapes = []
+    monkeypatch.setattr(bench, "Clock", lambda device: lambda function: 1.0)
+    monkeypatch.setattr(torch, "randn", lambda *size, **settings: shapes.append(size) or torch.zeros(2))
+    bench.rates(torch.device("cuda"), "tf32")
+    (n, m), (copied,) = shapes
+    assert n == m and n % 8 == 0 and 4096 <= n <= 16384 and 2 ** 27 <= copied <= 2 ** 30  # odd sizes leave tensor cores idle
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -4492,6 +4523,8 @@ def test_a_laptop_study_varies_what_it_says(name, varied):
     assert {flag: {cell.flags[flag] for cell in figure.cells if flag in cell.flags} for cell in figure.cells for flag in cell.flags} == short | varied
     deep = "five times as deep" in figure.shows
     assert deep == any("_scale" in flag and 5 in values for flag, values in varied.items())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        figure.cells[0].x = "×9"  # cells are shared between figures
     assert figures.LAPTOP["fig10"].cells == figures.LAPTOP["fig9"].cells and "five times as deep" in figures.LAPTOP["fig10"].shows
 
 
