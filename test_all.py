@@ -63,6 +63,7 @@ import plot
 import replay
 import runlog
 import sparsity
+import survive
 import train
 import watch
 from envs import Env, LockstepEvaluation, task_names
@@ -3522,7 +3523,9 @@ def test_the_order_of_events_in_a_run(monkeypatch, capsys):
         (6, 12, 110.0), (9, 18, 10.0), (11, 22, 10.0)]  # of the last episode that has ended
     assert all(row["loss"] == 1 + max(i for i, event in enumerate(run.events[:mark]) if event == ("update",))  # of the last update
                for row, mark in zip(rows["train"], [i for i, event in enumerate(run.events) if event == ("write", "train")]))
-    assert all(row["steps_per_second"] > 0 and row["seconds"] >= 0 for row in rows["train"])
+    assert all(row["seconds"] >= 0 and row["steps_per_second"] > 0 for row in rows["train"])
+    assert all(row["steps_per_second"] == pytest.approx((row["agent_step"] - last["agent_step"]) / (row["seconds"] - last["seconds"]))
+               for last, row in itertools.pairwise(rows["train"]))
     # Evaluations draw random numbers of their own, the same whenever they come, and leave the training's alone.
     evaluated = [(event[1], run.events[i + 1][3]) for i, event in enumerate(run.events) if event[0] == "evaluate"]
     assert all(draw == (torch.manual_seed(6 + step), torch.rand(()).item())[1] for step, draw in evaluated)
@@ -3778,6 +3781,29 @@ def test_memory_is_checked_against_the_hidden_layers_themselves(algo, blocks, mo
     monkeypatch.setattr(agents, "free_memory", lambda device: 16 * weights - 1)
     with pytest.raises(MemoryError, match=f"{16 * weights / 1e9:.3g} GB to train, but cpu has .* choose a smaller --scale"):
         agents.check_memory(modules, torch.device("cpu"))
+
+
+def test_a_disk_that_is_too_small_is_told_of(monkeypatch):
+    log = types.SimpleNamespace(folder="here")
+    saved = types.SimpleNamespace(size=lambda: (2e9, 3e9), log=log, args=flags_to_args("--save-every", "5000"))
+    for free, told in ((9e9 + 1, False), (9e9, True)):  # two checkpoints, a third while it is written, and the buffer
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free))
+        said = train.describe_saving(saved)
+        assert "every 5,000 steps: up to 9.00 GB" in said and ("saving will fail, training not" in said) == told
+
+
+def test_a_second_ctrl_c_stops_at_once_and_another_signal_does_not(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append), monkeypatch.setattr(os, "write", lambda *of: None)
+    monkeypatch.setattr(signal, "signal", lambda *of: None)
+    for numbers, status in (("TERM", []), ("TERM TERM USR1", []), ("INT", []), ("INT TERM", []), ("INT INT", [1]), ("TERM INT", [1])):
+        ended.clear()
+        stop = survive.StopSignals()
+        for number in numbers.split():
+            stop._note(getattr(signal, f"SIG{number}"), None)
+        assert ended == status
+        with pytest.raises(survive.Stopped, match=f"SIG{numbers.split()[0]}"):
+            stop.check()
 
 
 def test_what_is_said_of_a_run_is_true_of_its_networks():
@@ -4851,7 +4877,7 @@ def check_layout(page):
     assert abs(legend.x0 + legend.x1 - page.bbox.x1) < 0.1 * inch and caption.x0 < 0.2 * inch  # in the middle; at the left
     tight = [axes.get_tightbbox() for axes in page.axes]
     assert min(box.y0 for box in tight) - caption.y1 < 0.4 * inch and legend.y0 - max(box.y1 for box in tight) < 0.3 * inch
-    assert all(1.5 < side / inch < 6.5 for axes in page.axes for side in axes.get_window_extent().size)
+    assert all(1.5 < axes.get_window_extent().width / inch < 7 and 1.5 < axes.get_window_extent().height / inch < 4 for axes in page.axes)
     assert page.bbox.x1 - max(box.x1 for box in tight) < 0.3 * inch
 
 
