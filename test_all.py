@@ -5030,9 +5030,9 @@ def test_a_verdict_says_what_its_interval_says():
     difference, low, high, said = claims.verdict(this, that, less=False)
     assert (difference, low, high) == pytest.approx((3.0, 3.0 - half, 3.0 + half)) and said == "seen"
     same, none = np.full(5, 2.0), np.array([1.0, math.nan, 2])
-    assert [claims.verdict(one, other, less)[3] for one, other, less in (
+    assert [claims.verdict(scale * one, scale * other, less)[3] for scale in (1, 0.01, 100) for one, other, less in (
         (this, that, True), (that, this, False), (that, this, True), (this, this[::-1], False), (same, same, True), (same, same + 1, True),
-        (none, this, False))] == ["reversed", "reversed", "seen", "not seen", "cannot tell", "cannot tell", "cannot tell"]
+        (none, this, False))] == ["reversed", "reversed", "seen", "not seen", "cannot tell", "cannot tell", "cannot tell"] * 3
 
 
 def test_claims_are_read_from_the_last_evaluations_of_their_own_arms(tmp_path, monkeypatch, capsys):
