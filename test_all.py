@@ -798,6 +798,21 @@ def naive_block_mlp(model, x, config, residual, seen=None):
     return linear(model.output, norm_act(x))
 
 
+def test_the_six_types_are_the_papers():
+    """Appendix C's table: what the other tests take from the code is pinned here, and in the README."""
+    relu, elu = {"activation": "relu"}, {"activation": "elu"}
+    plain, norm, both = ({"use_layer_norm": n, "use_residual": r} for n, r in ((False, False), (True, False), (True, True)))
+    assert networks.ARCH_CONFIGS == {1: relu | plain, 2: elu | plain, 3: relu | norm, 4: elu | norm, 5: relu | both, 6: elu | both}
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (
+        line.split("|") for line in (HERE / "README.md").read_text().splitlines()) if len(cells) == 9}
+    for number, config in networks.ARCH_CONFIGS.items():
+        assert [rows[row][number - 1] for row in ("activation", "LayerNorm", "residual")] == [
+            {"relu": "ReLU", "elu": "ELU"}[config["activation"]], "yes" * config["use_layer_norm"], "yes" * config["use_residual"]]
+        said = figures.TYPE_LABELS[number]
+        assert (("LN" in said), ("residual" in said), "ELU" in said.replace("ReLU", "")) == (
+            config["use_layer_norm"], config["use_residual"], config["activation"] == "elu")
+
+
 @pytest.mark.parametrize("arch_type", networks.ARCH_CONFIGS)
 @pytest.mark.parametrize("residual", ["pre", "post"])
 def test_block_mlp_against_its_equations(arch_type, residual):
@@ -3234,6 +3249,16 @@ def test_help_shows_the_flags_of_the_algorithm_that_is_asked_for(capsys):
         assert not stopped.value.code and flag in said and other not in said
 
 
+def test_a_run_of_another_process_is_left_alone_with_a_status_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny_run("sac"), "--runs", str(tmp_path), "--resume"])
+    log = RunLog(str(tmp_path / "run"), dataclasses.asdict(parse(sys.argv[1:])))
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    log._lock.close()
+    captured = capsys.readouterr()
+    assert stopped.value.code == 76 and not captured.out and captured.err.endswith("run is being trained by another process\n")  # sweep.sh reads it
+
+
 def test_a_run_notes_its_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["some/where/train.py", "--mst", "--seed", "3"])
     assert runlog.circumstances()["command"] == ["train.py", "--mst", "--seed", "3"]
@@ -5031,8 +5056,8 @@ def test_a_verdict_says_what_its_interval_says():
     assert (difference, low, high) == pytest.approx((3.0, 3.0 - half, 3.0 + half)) and said == "seen"
     same, none = np.full(5, 2.0), np.array([1.0, math.nan, 2])
     assert [claims.verdict(scale * one, scale * other, less)[3] for scale in (1, 0.01, 100) for one, other, less in (
-        (this, that, True), (that, this, False), (that, this, True), (this, this[::-1], False), (same, same, True), (same, same + 1, True),
-        (none, this, False))] == ["reversed", "reversed", "seen", "not seen", "cannot tell", "cannot tell", "cannot tell"] * 3
+        (this, that, False), (this, that, True), (that, this, False), (that, this, True), (this, this[::-1], False), (same, same, True), (same, same + 1, True),
+        (none, this, False))] == ["seen", "reversed", "reversed", "seen", "not seen", "cannot tell", "cannot tell", "cannot tell"] * 3
 
 
 def test_claims_are_read_from_the_last_evaluations_of_their_own_arms(tmp_path, monkeypatch, capsys):
