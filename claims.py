@@ -32,8 +32,8 @@ ACTOR_DORMANT, ENCODER_SRANK = figures.ACTOR_DORMANT, figures.ENCODER_SRANK
 @dataclass(frozen=True)
 class Claim:
     """That `this` arm's measure lies above `that` one's; below it for dormant neurons. An arm: its cell's panel, series and
-    x, as far as they are needed to tell it from the figure's others. Of which side SRank and dormant neurons lie on beside
-    the return, the paper does not say as much in each case; all are tried alike."""
+    x, as far as they are needed to tell it from the figure's others. The paper speaks of the return in each case, of SRank
+    and dormant neurons in some; they are tried alike."""
     figure: str
     says: str
     this: tuple
@@ -117,27 +117,26 @@ def number(value):
 
 
 def tried(claim, paths):
-    """measure's label -> both arms' values, (seeds,) each; None as long as a seed is missing."""
+    """measure's label -> both arms' values, (seeds,) each; nothing as long as a seed is missing."""
     cells = [arm(claim.figure, words) for words in (claim.this, claim.that)]
     found = {m.label: [values(claim.figure, cell, m, paths) for cell in cells] for m in claim.measures}
     whole = figures.LAPTOP[claim.figure].seeds
-    return found if all(len(arm) == whole for arms in found.values() for arm in arms) else None
+    return found if all(len(arm) == whole for arms in found.values() for arm in arms) else {}
 
 
-def rows(paths):
+def rows(found):
     """A row a claim and measure that is tried: figure, claim, measure, seeds, both arms' means, difference, verdict."""
-    for claim in CLAIMS:
-        for label, (this, that) in (tried(claim, paths) or {}).items():
+    for claim, arms in found.items():
+        for label, (this, that) in arms.items():
             difference, low, high, said = verdict(this, that, "dormant" in label)
             interval = "" if np.isnan(low) else f"{number(difference)} [{number(low)}, {number(high)}]"
             yield claim.figure, claim.says, label, f"{len(this)}", number(this.mean()), number(that.mean()), interval, said
 
 
-def untried(paths):
+def untried(found, paths):
     """A row a study that lacks runs: its command, comparisons that wait for them, runs that are there, hours for all."""
     for name, figure in figures.LAPTOP.items():
-        waiting = [claim.says for claim in CLAIMS if claim.figure == name and tried(claim, paths) is None]
-        if waiting:
+        if waiting := [claim.says for claim, arms in found.items() if claim.figure == name and not arms]:
             there = {run.name for cell in figure.cells for run in finished(name, cell, RETURN, paths)}
             count = f"{len(there)} of {len({run.name for run in figures.runs(figure)})}"
             yield f"`./sweep.sh {name} --laptop`", "; ".join(waiting), count, f"{hours(name):.1f}"
@@ -163,19 +162,19 @@ def ends(name, steps, paths):
 
 def main():
     paths = sys.argv[1:] or [os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")]
-    files = [os.path.join(path, name) for path in paths if os.path.isdir(path) for name in sorted(os.listdir(path))
-             if name.endswith("-laptop.csv")]
+    paths += [os.path.join(path, name) for path in paths if os.path.isdir(path) for name in sorted(os.listdir(path))
+              if name.endswith("-laptop.csv")]
+    lines = []
     try:
-        tables = (("figure", "comparison: A beats B", "measure", "seeds", "A", "B", "A - B [95 %]", "verdict"),
-                  list(rows([*paths, *files]))), (("study", "comparisons", "runs", "hours"), list(untried([*paths, *files])))
+        found = {claim: tried(claim, paths) for claim in CLAIMS}
+        tables = ((("figure", "comparison: A beats B", "measure", "seeds", "A", "B", "A - B [95 %]", "verdict"), rows(found)),
+                  (("study", "comparisons", "runs", "hours"), untried(found, paths)))
+        for heading, table in tables:
+            lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)] + [""]
+        lines += [f"- {line}" for line in (*ends("first", (0, 9000, 18000), paths), *ends("cup", (12000, 20000), paths))]
     except (OSError, ValueError) as error:
         sys.exit(f"claims.py: {plainly(error)}")
-    for heading, table in tables:
-        for row in (heading, ["---"] * len(heading), *table):
-            print("| " + " | ".join(row) + " |")
-        print()
-    for line in (*ends("first", (9000, 18000), [*paths, *files]), *ends("cup", (12000, 20000), [*paths, *files])):
-        print("- " + line)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
