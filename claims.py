@@ -16,6 +16,7 @@ import argparse
 import csv
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +100,9 @@ def verdict(this, that, less):
     difference = this.mean() - that.mean()
     if not np.isfinite(difference) or np.ptp(this) == np.ptp(that) == 0:  # no spread is no certainty
         return difference, np.nan, np.nan, "cannot tell"
-    interval = ttest_ind(this, that, equal_var=False).confidence_interval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of one arm without spread: the other has some
+        interval = ttest_ind(this, that, equal_var=False).confidence_interval()
     low, high = interval.low, interval.high
     claimed, against = (high < 0, low > 0) if less else (low > 0, high < 0)
     return difference, low, high, "seen" if claimed else "reversed" if against else "not seen"

@@ -5064,7 +5064,8 @@ def test_a_verdict_says_what_its_interval_says():
     same, none = np.full(5, 2.0), np.array([1.0, math.nan, 2])
     assert [claims.verdict(scale * one, scale * other, less)[3] for scale in (1, 0.01, 100) for one, other, less in (
         (this, that, False), (this, that, True), (that, this, False), (that, this, True), (this, this[::-1], False), (same, same, True), (same, same + 1, True),
-        (none, this, False))] == ["seen", "reversed", "reversed", "seen", "not seen", "cannot tell", "cannot tell", "cannot tell"] * 3
+        (none, this, False), (same, this, False), (same, this, True))] == [
+        "seen", "reversed", "reversed", "seen", "not seen", "cannot tell", "cannot tell", "cannot tell", "reversed", "seen"] * 3
 
 
 @pytest.mark.slow
