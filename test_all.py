@@ -2878,7 +2878,8 @@ def damaged(path, whole, random):
     torch.save(content | {key: random.choice(wrong)} if random.random() < 0.8 else random.choice(wrong), path)
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=[pytest.mark.soak, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
 def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_in_it_runs(count, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, content, random = tmp_path / "a.pt", some_state(), Random(0)
@@ -2916,6 +2917,7 @@ def fill(buffer, count, rng):
             buffer.update_priority(batch.index, torch.as_tensor(rng.normal(size=4) * 9, dtype=torch.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [40, 1000])
 def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
     rng = np.random.default_rng(0)
@@ -2940,6 +2942,7 @@ def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
     assert sum(name.startswith("rows") for name in names) <= (8 if capacity == 40 else 24)  # what has been overwritten is gone
 
 
+@pytest.mark.slow
 def test_what_is_said_of_the_last_save_waits_for_it(tmp_path, monkeypatch):
     write, slow = checkpoint.write, threading.Event()
     monkeypatch.setattr(checkpoint, "write", lambda *of: (slow.wait(10), write(*of))[1])
@@ -3057,6 +3060,7 @@ def what_it_does(agent):
     return moments, (actions, tensors, rest, agent.updates, agent.updates_per_step, buffer.priority.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algo", AGENTS)
 def test_every_setting_does_something_and_does_it_in_its_own_place(algo):
     """Changed alone, by its type alone, it shows in what is built or in what an update does; and in the run's name."""
@@ -3251,6 +3255,7 @@ def test_help_shows_the_flags_of_the_algorithm_that_is_asked_for(capsys):
         assert not stopped.value.code and flag in said and other not in said
 
 
+@pytest.mark.slow
 def test_a_run_of_another_process_is_left_alone_with_a_status_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *tiny_run("sac"), "--runs", str(tmp_path), "--resume"])
     log = RunLog(str(tmp_path / "run"), dataclasses.asdict(parse(sys.argv[1:])))
@@ -3714,6 +3719,7 @@ def test_presets_and_flags_reach_the_modules():
     assert (options["distribution"], options["grow"], options["update_interval"]) == ("uniform", "random", 7)
 
 
+@pytest.mark.slow
 def test_every_algorithm_has_its_own_defaults():
     sac, mrsac = flags_to_args("--algo", "sac"), flags_to_args("--mst", "--algo=mrsac")
     assert (sac.learning_starts, sac.sparse.sparsity, sac.agent) == (5000, 0.8, SACConfig())
@@ -3728,6 +3734,7 @@ def test_every_algorithm_has_its_own_defaults():
     assert regimes("--algo", "mrsac", "--mst")["encoder"][0] == "dense"
 
 
+@pytest.mark.slow
 def test_run_names_tell_runs_apart():
     names = {run_name(flags_to_args(*flags)) for flags in (
         (), ("--mst",), ("--seed", "1"), ("--scale", "5"), ("--critic-scale", "5"), ("--critic-lr", "1e-3"), ("--env", "walker-run"),
@@ -3737,6 +3744,7 @@ def test_run_names_tell_runs_apart():
                                  "dog-run__scale=5__seed=0", "dog-run__sac__mst__sparsity=0.6__seed=0"} <= names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, name", [
     (("--encoder-type", "4", "--actor-regime", "dense", "--critic-scale", "1"), "dog-run__seed=0"),  # defaults restated
     (("--sparsity", "0.9", "--growth", "random", "--schedule-start", "0.1"), "dog-run__seed=0"),  # nothing is sparse
@@ -3769,6 +3777,7 @@ def test_the_name_grows_by_what_is_needed_and_no_more():
     assert len(set().union(*seen.values())) >= 0.97 * len(seen)  # scale=3 and width, depth by module may say the same twice
 
 
+@pytest.mark.slow
 def test_flags_that_change_nothing_are_told():
     told = lambda *flags: " ".join(notes(flags_to_args(*flags)))
     assert told() == told("--mst", "--sparsity", "0.8") == told("--encoder-type", "4") == ""
@@ -3806,6 +3815,7 @@ def test_a_sparse_flag_is_in_the_name_if_and_only_if_it_moves_a_mask(regime):
         assert named == moved, f"{flag} with {regime}: named {named}, moves masks {moved}"
 
 
+@pytest.mark.slow
 def test_a_long_name_is_shortened_and_stays_its_own():
     numbers = [flag for name in ("critic_lr", "actor_lr", "encoder_lr", "weight_decay", "reward_weight", "terminal_weight",
                                  "dynamics_weight", "exploration_noise", "target_noise", "target_noise_clip", "reward_range")
@@ -3864,6 +3874,7 @@ def test_what_is_said_of_a_run_is_true_of_its_networks():
                                 "M", *(["+", f"{head / 1e6:.2f}", "M", "head"] if name == "encoder" else []), "density", f"{density:.3f}"]
 
 
+@pytest.mark.slow
 def test_large_networks_without_residuals_are_named(tmp_path):
     agent = tiny()
     modules = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in MR_DEFAULT.items()}
@@ -4388,6 +4399,7 @@ def test_a_sweep_without_the_packages_says_so(sweep):
     assert sweep("list", PYTHON="false") == (2, "sweep.sh: false lacks this project's packages: activate its environment, or set PYTHON\n")
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_plain_commands(sweep):
     assert sweep(*GRID, "--print")[1].splitlines() == [f"python train.py {command}" for command in sweep.commands]
     assert not sweep.runs.exists()
@@ -4737,6 +4749,7 @@ def test_sizes_are_those_of_the_networks():
     assert [estimate.millions(x) for x in (154.27, 16.56, 1.323, 0.2, 0.045)] == ["154 M", "17 M", "1.3 M", "0.2 M", "45 k"]
 
 
+@pytest.mark.slow
 def test_what_was_timed_is_what_the_readme_says():
     """TIMED: the README's milliseconds, at the sizes that they were timed with."""
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in (HERE / "README.md").read_text().splitlines()}
@@ -4750,6 +4763,7 @@ def test_what_was_timed_is_what_the_readme_says():
         assert estimate.TIMED["agent"][number] == pytest.approx((sum(sizes.values()) / 1e6, float(rows[label][0])), rel=0, abs=0.006)
 
 
+@pytest.mark.slow
 def test_estimates_pass_through_what_was_timed():
     assert estimate.step_ms(parse(["--scale", "3"])) == pytest.approx(595 + 267 + 191, rel=0.01)  # README, Speed
     assert estimate.step_ms(parse(["--algo", "sac", "--env", "humanoid-run"])) == pytest.approx(85, rel=0.01)
@@ -4826,6 +4840,7 @@ def test_cut_and_repeated_rows(tmp_path):
         aggregate.read_run(folder, ["return"])
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_read_is_named_and_the_others_are_not_lost(tmp_path):
     wanted = {run_name(args): args for args in (flags_to_args("--seed", str(seed), "--total-steps", "20000") for seed in range(3))}
     broken, whole, _ = wanted
@@ -5033,6 +5048,7 @@ def test_any_runs_compared_with_published_ones(tmp_path, monkeypatch, capsys):
     assert [text.get_text() for text in pages[1].legends[0].get_texts()][2:] == ["published A", "published B"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv, message", [
     (("fig1", "."), "unknown figure 'fig1'"), (("fig6", "empty"), "none of the 1440 runs of fig6 is there"), (("fig6", "no"), "no: no such folder"),
     (("fig6", __file__), "is no file that --save wrote"), (("curves", "no"), "no/eval.csv: No such file")])
