@@ -305,7 +305,7 @@ def draw_runs(options):
     groups, firsts, told = {}, {}, []
     for folder in options.paths:
         try:
-            run = read_run(folder, options.columns)
+            run = read_run(folder, [*options.columns, *["returns"] * options.episodes])
             own = from_config(run.config) if run.config else None
             label = run.name.partition("__seed=")[0]
             task = own.env if own else label.partition("__")[0]

@@ -728,6 +728,19 @@ def test_convolutions_random_numbers_nan_and_refusals():
         SparseTraining(model, torch.optim.SGD(nn.Linear(2, 2).parameters()), "sst")
 
 
+def test_a_new_weight_starts_as_its_own_parameter_group_says():
+    model = mlp(6, 20, 20, 1)
+    optimizer = torch.optim.Adagrad([
+        {"params": model[0].parameters(), "initial_accumulator_value": 0.1},
+        {"params": [*model[2].parameters(), *model[4].parameters()], "initial_accumulator_value": 0.3}], lr=0.1)
+    for _ in range(3):
+        backward(model, 6)
+        optimizer.step()
+    sparse = SparseTraining(model, optimizer, "dst", 0.5)
+    for name, start in (("0.weight", 0.1), ("2.weight", 0.3)):
+        assert (optimizer.state[model.get_parameter(name)]["sum"][~sparse.masks[name]] == torch.tensor(start)).all()
+
+
 # ------------------------------------------------------------------------------------------------------- networks.py
 
 def count(module):
@@ -1088,6 +1101,13 @@ def test_a_million_dog_run_transitions_fit_and_what_cannot_fit_is_refused(monkey
         buffer.sample(4)
 
 
+def test_free_memory_is_what_can_be_had(monkeypatch):
+    monkeypatch.setattr("builtins.open", lambda *of: io.StringIO("MemTotal: 900 kB\nMemFree: 5 kB\nMemAvailable: 70 kB\n"))
+    free = replay.free_memory(torch.device("cpu"))
+    monkeypatch.undo()
+    assert free == 70 * 1024
+
+
 # -------------------------------------------------------------------------------------------------------- metrics.py
 
 def test_srank_against_published_values_and_a_naive_form():
@@ -1243,6 +1263,11 @@ def test_norms_and_interference_against_naive_forms():
         assert math.isnan(row["parameter_norm"]) == (nothing.__class__ is nn.ReLU)
 
 
+def test_an_srank_is_capped_by_samples_and_by_features():
+    row = metrics.module_metrics(nn.ReLU(), {"wide": torch.randn(5, 8), "tall": torch.randn(8, 5)}, {}, torch.ones(2))
+    assert row["srank_wide_cap"] == row["srank_tall_cap"] == 5
+
+
 # ------------------------------------------------------------------------------------------------------------ mrq.py
 
 TINY = MRQConfig(batch_size=16, target_update_freq=4)
@@ -1364,6 +1389,18 @@ def test_the_reward_scale_waits_for_a_reward():
     buffer.add(np.ones(4), np.zeros(2), -6.1, np.ones(4), False, False)
     agent.refresh_targets(buffer)
     assert agent.reward_scale.item() == pytest.approx(0.1) and agent.target_reward_scale == 1
+
+
+def test_the_done_loss_waits_for_a_termination():
+    agent, buffer = tiny(), ReplayBuffer(4, 2, 400, 5)
+    for _ in range(60):
+        buffer.add(np.ones(4), np.zeros(2), 1.0, np.ones(4), False, False)
+    agent.update(buffer)
+    done = agent.encoder.model.weight.grad  # its first row
+    assert not agent.info["terminal_loss"].any() and not done[0].any() and done[1:].any()
+    buffer.add(np.ones(4), np.zeros(2), 1.0, np.ones(4), True, False)
+    agent.update_encoder(buffer)
+    assert agent.info["terminal_loss"].any() and agent.encoder.model.weight.grad[0].any()
 
 
 def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
@@ -2623,6 +2660,19 @@ def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
 
 
 @pytest.mark.parametrize("algo", AGENTS)
+def test_every_head_is_computed_in_float32(algo):
+    """Every Q, of targets too, and a Gaussian policy's mean and spread; MR.Q's and DDPG's action has no such head."""
+    agent, _ = tiny_of(algo)
+    fast.speed_up(agent, "bf16")
+    kinds = (agent.networks, agent.targets)
+    heads = [q.output for networks in kinds for q in networks["critic"].children()]
+    if algo in ("sac", "mrsac"):
+        heads += [getattr(networks["actor"], head) for networks in kinds if "actor" in networks for head in ("output", "log_std")]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(head(torch.randn(3, head.in_features)).dtype == torch.float32 for head in heads)
+
+
+@pytest.mark.parametrize("algo", AGENTS)
 @pytest.mark.slow
 def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is
@@ -2844,6 +2894,8 @@ def test_a_worker_for_every_four_cores(monkeypatch):
     assert [len(part) for part, _ in LockstepEvaluation("cartpole-swingup", 4, workers=None).groups] == [2, 1, 1]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)))
     assert len(LockstepEvaluation("cartpole-swingup", 4, workers=None).groups) == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))  # and none without an episode
+    assert [len(part) for part, _ in LockstepEvaluation("cartpole-swingup", 4, workers=None).groups] == [1, 1, 1, 1]
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoint.py
@@ -3004,6 +3056,27 @@ def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
         found.load()
 
 
+def test_what_is_saved_is_as_it_was_when_asked(tmp_path, monkeypatch):
+    write, begin = checkpoint.write, threading.Event()
+    monkeypatch.setattr(checkpoint, "write", lambda *of: (begin.wait(10), write(*of))[1])
+    checkpoints, weights, rows = checkpoint.Checkpoints(str(tmp_path)), torch.ones(3), torch.ones(4)
+    checkpoints.save(1, {"a": weights}, 0, {"x": rows})
+    weights.fill_(7), rows.fill_(7)  # training goes on while the file is written
+    begin.set(), checkpoints.wait()
+    found = checkpoint.Checkpoints(str(tmp_path))
+    assert found.load()["a"].tolist() == [1] * 3 and [part["x"].tolist() for _, part in found.rows()] == [[1] * 4]
+
+
+def test_a_resumed_run_keeps_two_checkpoints(tmp_path):
+    checkpoints = checkpoint.Checkpoints(str(tmp_path))
+    for step in (1, 2):
+        checkpoints.save(step, {"a": torch.ones(3)}, wait=True)
+    found = checkpoint.Checkpoints(str(tmp_path))
+    found.load()
+    found.save(3, {"a": torch.ones(3)}, wait=True)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-000000000002.pt", "checkpoint-000000000003.pt"]
+
+
 # ------------------------------------------------------------------------------------------------------- settings.py
 
 READ_ELSEWHERE = {"eval_every", "eval_episodes", "metrics_every", "log_every", "buffer_size"}  # by the loop and what is built around it
@@ -3126,6 +3199,10 @@ def test_defaults_are_those_of_the_papers():
     for algo, table in tables.items():
         args = defaults(algo)
         assert dataclasses.asdict(args.agent) == table
+        with torch.device("meta"):
+            agent = AGENTS[algo](4, 2, device="meta")  # built by hand, it has the schedule of a default run
+        assert {sparse.total_steps for sparse in agent.sparse.values()} == {
+            (args.total_steps - args.learning_starts) * agent.updates_per_step}
         assert (args.learning_starts, args.agent.updates_per_step, args.agent.horizon) == (
             (5000, 2, 1) if algo in ("sac", "ddpg") else (10_000, 1, 5))
         sparse = {"sparsity": 0.8 if algo in ("sac", "ddpg") else 0.6, "distribution": "er", "growth": "gradient", "update_interval": 1000,
@@ -3170,6 +3247,13 @@ def test_a_full_disk_leaves_whole_rows_and_loses_none(tmp_path):
         log.write("train", {"agent_step": 1})
     with pytest.raises(ValueError, match="rows are missing"):
         log.start({"eval": {"end": 10, "waiting": ""}})
+
+
+def test_a_full_disk_is_told_once(monkeypatch, capsys):
+    run = RecordedRun()
+    run.failure = "eval.csv takes no more rows"
+    recorded_run(monkeypatch, run)
+    assert capsys.readouterr().out.count("note: eval.csv takes no more rows; the run goes on") == 1
 
 
 def test_two_processes_never_train_one_run(tmp_path):
@@ -3271,6 +3355,12 @@ def test_a_run_notes_its_command(monkeypatch):
     assert runlog.circumstances()["command"] == ["train.py", "--mst", "--seed", "3"]
 
 
+def test_the_commit_that_a_run_notes_is_that_of_the_code(tmp_path, monkeypatch):
+    head = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    monkeypatch.chdir(tmp_path)
+    assert (runlog.circumstances()["commit"] or "").removesuffix("+changes") == head
+
+
 # ---------------------------------------------------------------------------------------------------------- train.py
 
 @pytest.mark.slow
@@ -3358,6 +3448,13 @@ def test_every_algorithm_runs_from_the_command_line(tmp_path, algo):
 
 
 BAD_FLAGS = [
+    (("--save-every", "0"), "--save-every must lie in [1, 1e12], not 0"),
+    (("--critic-grad-clip", "0"), "--critic-grad-clip must lie in (0, inf)"),
+    (("--reward-range", "81"), "--reward-range must lie in (0, 80]"),
+    (("--reward-bins", "1"), "--reward-bins must lie in [2, "),
+    (("--threads", "-1"), "--threads must lie"),
+    (("--eval-workers", "-1"), "--eval-workers must lie"),
+    (("--eval-episodes", "0"), "--eval-episodes must lie"),
     (("--env", "walker-wlk"), "did you mean walker-walk"),
     (("--algo", "sac", "--encoder-regime", "dst"), "--encoder-regime: sac has no encoder, only critic and actor"),
     (("--algo=ddpg", "--encoder-scale", "2"), "--encoder-scale: ddpg has no encoder"),
@@ -3619,6 +3716,26 @@ def test_what_a_run_is_built_from(tmp_path):
     assert (small.capacity, small.horizon, small.prioritized, agent_of_sac.sparse["critic"].total_steps) == (90, 1, False, 140)
     other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, device)
     assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
+
+
+@pytest.mark.slow
+def test_workers_and_threads_reach_what_uses_them(tmp_path, monkeypatch):
+    asked, threads = [], []
+    monkeypatch.setattr(train, "LockstepEvaluation", lambda *of, **named: asked.append((of, named)))
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    train.build(flags_to_args("--mst", *SHORT, "--runs", str(tmp_path), "--eval-workers", "3", "--threads", "5", "--seed", "4"))
+    assert asked == [(("cartpole-swingup", 2, 4), {"workers": 3})] and threads == [5]
+
+
+def test_metrics_that_are_not_wanted_are_not_computed():
+    agent, buffer = tiny_of("mrq")
+    agent.update(buffer)
+    full = train.measure(agent, buffer)
+    buffer.sample = lambda *_: pytest.fail("drawn though nothing is wanted")
+    row = train.measure(agent, buffer, wanted=False)
+    assert row.keys() == full.keys()
+    for column, value in row.items():  # what needs no batch is there all the same
+        assert value == full[column] if column.endswith(("/density", "/parameter_norm")) else math.isnan(value), column
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 1), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
@@ -4027,6 +4144,8 @@ def test_a_signal_saves_at_the_next_safe_point_and_stops(tmp_path):
         if moment == "an encoder burst":  # within it, with the action chosen whose step the burst delays
             assert state["agent"]["updates"]["encoder"] == 34 and state["agent"]["updates"]["critic"] == 20
             assert state["progress"]["step"] == 65 and len(state["progress"]["action"]) == 1
+        if moment == "an evaluation":  # within it: the step behind it is not begun
+            assert state["progress"]["step"] == 120 and state["progress"]["action"] is None
         assert not (run / "final.pt").exists()
     files = sorted(os.listdir(run))
     for change, message in ((("--critic-lr", "0.1"), "begun with --critic-lr 0.0003, not 0.1"), (("--seed", "1"), "--seed 0, not 1"),
@@ -4036,6 +4155,34 @@ def test_a_signal_saves_at_the_next_safe_point_and_stops(tmp_path):
     assert in_process(stopped, log) == 0, open(log).read()
     assert timeless(tmp_path / "whole" / "run") == timeless(run) and "Traceback" not in open(log).read()
     assert in_process(stopped, log) == 0 and said().startswith("finished already")
+
+
+def test_what_is_said_to_be_saved():
+    """A save's arguments: the rows since the last save and the one before them, whose next observation came later; the oldest
+    row still needed; and how far the logs, the clock and the episode are."""
+    buffer, told = play(0, 60, 3, 90)[0], []
+    log = types.SimpleNamespace(positions=lambda step=None: {"step": step}, folder="here")
+    agent = types.SimpleNamespace(state_dict=dict, info={}, fault=lambda: None)
+    checkpoints = types.SimpleNamespace(next_row=80, step=None, save=lambda *of, **named: told.append((of, named)))
+    saved = SavedRun(checkpoints, flags_to_args(), torch.device("cpu"), agent, buffer, types.SimpleNamespace(state=dict), log)
+    progress = saved.progress
+    progress.step, progress.seconds, progress.episode_return, progress.last_return = 7, 100.0, 2.5, 4.5
+    saved.save(wait=True)
+    ((step, state, first, rows, oldest, wait), named), = told
+    end = buffer.position + 1
+    assert (step, first, len(rows["rows"]), oldest, wait, named) == (7, 79, end - 79, end - 60, True, {})
+    assert state["log"] == {"step": 7} and 100 <= state["progress"]["seconds"] < 101
+    assert (state["progress"]["episode_return"], state["progress"]["last_return"]) == (2.5, 4.5)
+
+
+def test_which_signals_stop_a_run(monkeypatch):
+    taken = set()
+    monkeypatch.setattr(signal, "signal", lambda number, _: taken.add(number.name))
+    for ignored in (None, signal.SIGHUP):  # nohup ignores it, and is believed
+        taken.clear()
+        monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+        survive.StopSignals()
+        assert taken == {"SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"} - ({"SIGHUP"} if ignored else set())
 
 
 # ---------------------------------------------------------------------------------------------------------- watch.py
@@ -4401,8 +4548,15 @@ def test_a_sweep_without_the_packages_says_so(sweep):
 
 @pytest.mark.slow
 def test_a_sweep_prints_plain_commands(sweep):
-    assert sweep(*GRID, "--print")[1].splitlines() == [f"python train.py {command}" for command in sweep.commands]
+    for flags, more in (((), ""), (("--runs", "some where"), r" --runs some\ where")):
+        assert sweep(*GRID, "--print", *flags)[1].splitlines() == [f"python train.py {command}{more}" for command in sweep.commands]
     assert not sweep.runs.exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_takes_the_gpus_that_it_is_given(sweep):
+    status, output = sweep(*GRID, "--seeds", "1", CUDA_VISIBLE_DEVICES="3,5")
+    assert status == 0 and "2 at a time on 2 GPU(s)" in output and {rest[3] for _, rest in sweep.record("from")} == {"3", "5"}
 
 
 # SLURM itself: authentication, a controller and one node of two cores on the loopback address, in a folder of their own.
@@ -4721,6 +4875,14 @@ def test_figures_refuse_in_one_line(argv, message, monkeypatch, capsys):
 @pytest.mark.slow
 def test_figures_and_plots_need_no_torch():
     subprocess.run([sys.executable, "-c", "import figures, plot, sys; sys.exit('torch' in sys.modules)"], cwd=HERE, check=True)
+
+
+def test_the_laptop_arms_of_fig13_are_what_they_are_called():
+    sizes = {("width", "×1"): (0.25, 1), ("width", "×4"): (1, 1), ("depth", "×1"): (0.25, 1), ("depth", "×4"): (0.25, 4)}
+    for cell in figures.LAPTOP["fig13"].cells:
+        algo, dimension = cell.panel.split(", ")
+        regimes = {"MST": ("dst", "sst"), "plain": ("dense", "dense")}[cell.series]
+        assert cell.flags["algo"] == algo.lower() and modules_of(cell) == simba(*regimes, *sizes[dimension, cell.x])
 
 
 # -------------------------------------------------------------------------------------------------------- estimate.py
@@ -5059,6 +5221,32 @@ def test_plots_refuse_in_one_line(argv, message, tmp_path, monkeypatch, capsys):
     assert status == 1 and not out and len(told) == 1 and message in told[0]
 
 
+def test_intervals_are_drawn_from_low_to_high():
+    _, (left, right) = plot.plt.subplots(1, 2)
+    x = np.arange(3.0)
+    plot.draw_curves(left, [("MST", 0, 0, x, x + 50, x + 10, x + 70)], [])
+    assert set(left.collections[0].get_paths()[0].vertices[:, 1]) == {10, 11, 12, 70, 71, 72}
+    plot.draw_points(right, [("MST", 0, 0, 50.0, 10.0, 70.0)], ["a"], False, 1)
+    whisker, = right.containers[0].lines[2][0].get_segments()
+    assert whisker[:, 1].tolist() == [10, 70]
+
+
+@pytest.mark.slow
+def test_the_statistic_and_the_episodes_that_were_asked_for_are_drawn(tmp_path):
+    def heights(*flags):
+        options = plot.command_line().parse_args(list(flags))
+        page, _ = plot.draw_runs(options) if flags[0] == "curves" else plot.draw_figure("fig11", options)
+        return {tuple(line.get_ydata()) for line in page.axes[0].get_lines()}
+
+    for run in figures.runs(figures.LAPTOP["fig11"], seeds=range(4)):  # over four seeds, an iqm is no mean
+        first = [1, 2, 3, 100][run.seed]
+        folder = write_run(tmp_path, run.args, [(0, first, f"1 2 3 {4 * first - 6}"), (12000, 5, "2 3 4 11")], ("return", "returns"))
+    of_four = ("fig11", str(tmp_path), "--laptop", "--seeds", "4")
+    assert heights(*of_four) == {(2.5, 5)} and heights(*of_four, "--statistic", "mean-sd") == {(26.5, 5)}
+    assert heights(*of_four[:-1], "3,2", "--episodes") == {(2.5, 3.5)}  # the middle half of eight episodes
+    assert heights("curves", str(folder)) == {(100, 5)} and heights("curves", str(folder), "--episodes") == {(2.5, 3.5)}
+
+
 # ---------------------------------------------------------------------------------------------------------- README.md
 
 @pytest.mark.slow
@@ -5145,6 +5333,32 @@ def test_the_readme_has_the_table_of_claims_as_the_results_have_it(monkeypatch, 
     told = run_main(claims, monkeypatch, capsys, HERE / "results")[1]
     readme = (HERE / "README.md").read_text()
     assert len(told) > 15 and "\n".join(told[:told.index("")]) in readme and all(line in readme for line in told)
+
+
+def test_an_unfinished_run_is_in_no_claim(tmp_path):
+    steps = np.arange(0.0, 12001, 1000)
+    written = {run.name: aggregate.Run(run.name, {"agent_step": steps, "frames": 2 * steps, "return": steps})
+               for run in figures.runs(figures.LAPTOP["fig11"])}
+    last = written[max(written)]
+    last.table = {name: values[:-1] for name, values in last.table.items()}
+    aggregate.save(tmp_path / "runs.csv", written.values(), ["return"])
+    claim, paths = next(claim for claim in claims.CLAIMS if claim.says == "MST beats MR.Q"), [str(tmp_path / "runs.csv")]
+    arms = [claims.arm("fig11", words) for words in (claim.this, claim.that)]
+    assert sorted(len(claims.finished("fig11", arm, figures.RETURN, paths)) for arm in arms) == [4, 5]
+    assert claims.tried(dataclasses.replace(claim, measures=(figures.RETURN,)), paths) == {}
+
+
+def test_a_claim_compares_what_it_says():
+    for claim in claims.CLAIMS:
+        this, that = (claims.arm(claim.figure, words) for words in (claim.this, claim.that))
+        better, _, worse = claim.says.partition(" beats ")
+        if claim.figure == "fig13" and "×" in worse:  # one kind at two sizes
+            assert this.x in better and that.x in worse and this.x != that.x and this.series == that.series and this.series in better
+        elif claim.figure == "fig13":
+            assert (this.series, this.x, that.series, that.x) == ("MST", "×4", "plain", "×4")
+        elif this.series in figures.REGIMES:
+            assert this.series in better.lower() and that.series in worse.lower()
+        assert this.panel == that.panel
 
 
 # ------------------------------------------------------------------------------------------------------------- copies
