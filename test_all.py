@@ -741,6 +741,15 @@ def test_a_new_weight_starts_as_its_own_parameter_group_says():
         assert (optimizer.state[model.get_parameter(name)]["sum"][~sparse.masks[name]] == torch.tensor(start)).all()
 
 
+def test_random_growth_of_two_layers_is_not_the_same():
+    model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30))
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", 0.6, 10**6, 1, grow="random", drop_initial=1.0, seed=0)
+    model(torch.randn(4, 30)).sum().backward()
+    assert sparse.update_topology(1)
+    one, two = sparse.masks.values()
+    assert (one & two).sum() < 0.6 * one.sum()  # by chance, 0.4
+
+
 # ------------------------------------------------------------------------------------------------------- networks.py
 
 def count(module):
@@ -948,6 +957,20 @@ def test_the_normalizer_against_numpy():
     normalized = normalizer(torch.from_numpy(seen))
     np.testing.assert_allclose(normalized, (seen - mean) / np.sqrt(var + 1e-8), rtol=2e-4, atol=2e-4)
     assert normalized.dtype == torch.float32 and normalized.shape == (500, 3) and normalizer(normalized[None]).shape == (1, 500, 3)
+
+
+def test_post_residuals_are_in_all_of_the_encoder():
+    for arch_type in (5, 6):
+        config, (obs, action) = networks.ARCH_CONFIGS[arch_type], (torch.randn(9, 5), torch.rand(9, 2))
+        encoder = networks.Encoder(5, 2, arch_type, width_scale=1 / 32, depth_scale=2, residual="post")
+        zs = encoder.zs(obs)
+        torch.testing.assert_close(zs, encoder.zs_activation(naive_block_mlp(encoder.zs_mlp, obs, config, "post")))
+        torch.testing.assert_close(encoder(zs, action), naive_block_mlp(encoder.zsa_mlp, torch.cat([zs, encoder.za(action)], 1), config, "post"))
+
+
+def test_scaled_sizes_are_rounded():
+    assert networks.scaled_size(1, 0.3, 1.6) == (154, 2) and networks.scaled_size(1, 0.3, 0.8, 128, 2) == (38, 2)
+    assert networks.scaled_size(0.0005) == (1, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- replay.py
@@ -1266,6 +1289,11 @@ def test_norms_and_interference_against_naive_forms():
 def test_an_srank_is_capped_by_samples_and_by_features():
     row = metrics.module_metrics(nn.ReLU(), {"wide": torch.randn(5, 8), "tall": torch.randn(8, 5)}, {}, torch.ones(2))
     assert row["srank_wide_cap"] == row["srank_tall_cap"] == 5
+
+
+def test_dormant_scores_of_bfloat16_activations_are_means_in_float32():
+    layer = torch.tensor([[1.0, 1.0], [1.0078125, 1.0]]).bfloat16()  # the mean between two neighbours is neither
+    assert metrics.dormant_ratio({"a": layer}, tau=1.0)[0] == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------------ mrq.py
@@ -2898,6 +2926,17 @@ def test_a_worker_for_every_four_cores(monkeypatch):
     assert [len(part) for part, _ in LockstepEvaluation("cartpole-swingup", 4, workers=None).groups] == [1, 1, 1, 1]
 
 
+@pytest.mark.slow
+def test_a_step_lasts_as_long_as_its_frames():
+    assert [Env("cartpole-swingup", action_repeat=repeat).step_seconds for repeat in (2, 3)] == pytest.approx([0.02, 0.03])
+
+
+@pytest.mark.slow
+def test_actions_beyond_their_bounds_are_clipped():
+    beyond, bound = Env("lqr-lqr_2_1", seed=1), Env("lqr-lqr_2_1", seed=1)
+    assert all(np.array_equal(a, b) for a, b in zip(beyond.step(np.array([3.0])), bound.step(np.array([1.0]))))
+
+
 # ----------------------------------------------------------------------------------------------------- checkpoint.py
 
 def some_state():
@@ -3217,6 +3256,30 @@ def test_defaults_are_those_of_the_papers():
         500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)
 
 
+def test_what_is_not_in_the_name_is_a_matter_of_the_machine_alone():
+    args, own = defaults("mrq"), {name for _, name in flag_names(defaults("mrq"))}
+    outside = {"env", "seed", "device", "threads", "compile", "cuda_graphs", "eval_workers", "runs", "name", "tensorboard", "wandb_project",
+               "resume", "save_every", "eval_only", "checkpoint", "video"}
+    for spec in dataclasses.fields(args):
+        assert dataclasses.is_dataclass(getattr(args, spec.name)) or (spec.name in own) != (spec.name in outside), spec.name
+    assert differences(flags_to_args(), flags_to_args("--metrics-every", "2")) == "--metrics-every 1, not 2"
+
+
+def test_numbers_that_differ_in_the_ninth_digit_have_two_names():
+    assert len({run_name(flags_to_args("--critic-lr", rate)) for rate in ("0.00012345678", "0.00012345679", "0.000123457")}) == 3
+
+
+def test_the_residual_is_read_where_a_type_has_one():
+    for number, config in networks.ARCH_CONFIGS.items():
+        assert (ModuleConfig(number, residual="post").effective().residual == "post") == config["use_residual"]
+        flags = flags_to_args("--actor-type", str(number), "--residual", "post")
+        if config["use_residual"]:
+            check(flags)
+        else:
+            with pytest.raises(ValueError, match="--residual post does nothing"):
+                check(flags)
+
+
 # --------------------------------------------------------------------------------------------------------- runlog.py
 
 def test_a_full_disk_leaves_whole_rows_and_loses_none(tmp_path):
@@ -3359,6 +3422,22 @@ def test_the_commit_that_a_run_notes_is_that_of_the_code(tmp_path, monkeypatch):
     head = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     monkeypatch.chdir(tmp_path)
     assert (runlog.circumstances()["commit"] or "").removesuffix("+changes") == head
+
+
+def test_a_row_goes_by_its_columns_names(tmp_path):
+    log = RunLog(str(tmp_path / "run"), {})
+    log.start()
+    log.write("eval", {"agent_step": 1, "return": 2.0})
+    log.write("eval", {"return": 4.0, "agent_step": 3})
+    assert table(tmp_path / "run", "eval.csv") == [{"agent_step": "1", "return": "2"}, {"agent_step": "3", "return": "4"}]
+
+
+def test_a_resumed_run_purges_what_tensorboard_has_beyond_its_checkpoint(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=lambda folder, purge_step: told.append(purge_step)))
+    RunLog(str(tmp_path / "a"), {}, tensorboard=True).start()
+    RunLog(str(tmp_path / "b"), {}, tensorboard=True).start({"step": 5})
+    assert told == [None, 5]
 
 
 # ---------------------------------------------------------------------------------------------------------- train.py
@@ -3695,6 +3774,21 @@ def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
     with pytest.raises(FloatingPointError, match=r"the action is \[nan\] at agent step 6"):
         recorded_run(monkeypatch, run)
     assert not any(event[0] == "step" and event[1] != event[1] for event in run.events)
+    assert [row["agent_step"] for table, row in run.rows if table == "train"] == [6]  # once, though it was written just before
+
+
+def test_a_signal_to_a_broken_run_is_answered_in_a_line(monkeypatch):
+    agent, log = types.SimpleNamespace(fault=lambda: ("the critic's loss", 3)), types.SimpleNamespace(folder="here")
+    saved = SavedRun(types.SimpleNamespace(last=lambda: "none"), flags_to_args(), torch.device("cpu"), agent, None, None, log)
+
+    def stopped(*_):
+        raise survive.Stopped("SIGTERM")
+
+    monkeypatch.setattr(train, "build", lambda args: (None, log, saved))
+    monkeypatch.setattr(train, "train", stopped)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit, match="the critic's loss was not finite at agent step 10,003.*the last checkpoint is none"):
+        train.main()
 
 
 @pytest.mark.slow
@@ -4002,6 +4096,58 @@ def test_large_networks_without_residuals_are_named(tmp_path):
     assert "--mst" not in train.describe(agent, MR_MST, flags_to_args(), "cpu", "x")
 
 
+def test_the_last_evaluation_measures_whatever_its_number(monkeypatch):
+    run = RecordedRun()
+    recorded_run(monkeypatch, run, metrics_every=4)  # 0, 5, 10, and the end at 11: the third, as 10 is
+    assert [event[1] for event in run.events if event[0] == "measure"] == [True, False, False, True]
+
+
+def test_densities_and_the_first_speed_of_a_run_are_those_of_its_learning(monkeypatch):
+    run = RecordedRun()
+    run.sparse = {"net": types.SimpleNamespace(density=lambda: 0.25, sparsity=0.75)}
+    monkeypatch.setattr(SavedRun, "seconds", lambda saved: float(len(run.events)))  # a clock that events alone move
+    recorded_run(monkeypatch, run)
+    rows = [row for name, row in run.rows if name == "train"]
+    assert [row["net_density"] for row in rows] == [0.25] * 3
+    began = [i for i, event in enumerate(run.events) if event[0] == "observe"][4]  # the first step that learns
+    assert rows[0]["steps_per_second"] == (6 - 4) / (rows[0]["seconds"] - began)
+
+
+def test_the_bar_counts_all_updates_of_a_step(monkeypatch):
+    drawn, now, agent = [], [0.0], types.SimpleNamespace(updates={"critic": 0, "actor": 0}, updates_per_step=2)
+    monkeypatch.setattr(train, "tqdm", type("Bar", (train.tqdm,), {
+        "__init__": lambda bar, **settings: None, "set_postfix_str": lambda bar, text: drawn.append(text)}))
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train.sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
+    bar = train.Bar(flags_to_args("--total-steps", "1000", "--learning-starts", "200"), agent, 0)
+    for now[0], updates in ((100, 100), (200, 300)):
+        agent.updates["critic"] = updates
+        bar.show(400, "learning")
+    assert drawn[-1] == "24:10 left, learning"  # 2,900 of 2 × 2 × 800 are to come, two a second
+
+
+def test_an_action_is_broken_by_any_of_its_numbers(monkeypatch):
+    run = RecordedRun()
+    act = run.act
+    run.act = lambda obs, explore: np.append(act(obs, explore), math.nan if explore and run.time > 8 else 0.0)
+    with pytest.raises(FloatingPointError, match="at agent step 6: the actor has diverged"):
+        recorded_run(monkeypatch, run)
+
+
+def test_modules_draw_masks_of_their_own():
+    seeds = [sparse.seed for seed in (0, 1) for sparse in tiny_of("mrq", regimes_dense("mrq", "sst", "dst", "sst"), seed=seed)[0].sparse.values()]
+    assert len(set(seeds)) == 6
+
+
+def test_of_two_faults_the_first_is_told():
+    agent, buffer = tiny_of("mrq", interval=100)
+    for broken in ("critic", "actor"):  # the critic from its fourth update on, the actor from its seventh
+        for _ in range(3):
+            agent.update(buffer)
+        agent.broken[broken].fill_(1.0)
+    assert agent.fault() == ("the critic's loss or gradient (its update 4)", 3)
+
+
 # -------------------------------------------------------------------------------------------------------- survive.py
 
 # Where a process is killed: at an entry of one of these, or a moment later.
@@ -4185,6 +4331,39 @@ def test_which_signals_stop_a_run(monkeypatch):
         assert taken == {"SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"} - ({"SIGHUP"} if ignored else set())
 
 
+def test_a_broken_run_is_not_saved():
+    agent, told = types.SimpleNamespace(fault=lambda: ("the critic's loss", 3)), []
+    checkpoints = types.SimpleNamespace(next_row=0, step=None, save=lambda *of: told.append(of))
+    log = types.SimpleNamespace(folder="here", positions=lambda step: {})
+    agent.state_dict, agent.info = dict, {}
+    saved = SavedRun(checkpoints, flags_to_args(), torch.device("cpu"), agent, play(0, 60, 3, 90)[0], types.SimpleNamespace(state=dict), log)
+    with pytest.raises(FloatingPointError, match="the critic's loss was not finite at agent step 10,003"):
+        saved.save(wait=True)
+    assert not told
+
+
+def test_a_checkpoint_is_as_large_as_is_said():
+    def size(part):
+        if torch.is_tensor(part):
+            return part.numel() * part.element_size()
+        return sum(map(size, part.values() if isinstance(part, dict) else part)) if isinstance(part, (dict, list, tuple)) else 0
+
+    agent, buffer = tiny_of("mrq")
+    agent.update(buffer)
+    saved = SavedRun(None, None, torch.device("cpu"), agent, buffer, None, None)
+    one, rows = saved.size()
+    assert one == pytest.approx(size(agent.state_dict()) + size(buffer.state_dict()), rel=0.02) and rows == size(buffer.rows)
+
+
+def test_what_a_run_was_resumed_from_is_not_saved_again(monkeypatch):
+    told = []
+    monkeypatch.setattr(SavedRun, "save", lambda self: told.append(self.progress.step))
+    saved = SavedRun(types.SimpleNamespace(step=20), flags_to_args("--save-every", "10"), torch.device("cpu"), None, None, None, None)
+    for saved.progress.step in (0, 20, 25, 30):
+        saved.save_if_due()
+    assert told == [30]
+
+
 # ---------------------------------------------------------------------------------------------------------- watch.py
 
 @pytest.mark.slow
@@ -4223,6 +4402,22 @@ def test_a_film_is_one_episode_at_the_speed_of_the_task():
     act = lambda obs: told.append(obs.tolist()) or np.array([next(actions)])
     assert watch.film(imageio, env, act, 7, "a.mp4", height=4, width=6) == 9
     assert told == [7, (("a.mp4",), {"fps": 20}), [[0.0]], [0.5], [[1.0]], [0.25], [[2.0]], [1.0]] and frames == [(n, (4, 6)) for n in range(3)]
+
+
+def test_a_run_is_evaluated_on_its_own_seeds_and_as_far_as_it_came(tmp_path, monkeypatch, capsys):
+    args, told = flags_to_args("--algo", "sac", "--env", "cartpole-swingup", "--seed", "3"), []
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(args)))
+    checkpoint.Checkpoints(str(tmp_path)).save(7000, {"agent": {"networks": {}}}, wait=True)
+    assert watch.load(str(tmp_path))[1]["step"] == 7000  # not ended: where it stands
+    for name in ("import_imageio", "check_drawing", "build_agent", "restore"):
+        monkeypatch.setattr(watch, name, lambda *of: None)
+    monkeypatch.setattr(watch, "Env", lambda *of: told.append(of) or types.SimpleNamespace(obs_dim=5, action_dim=1))
+    monkeypatch.setattr(watch, "LockstepEvaluation", lambda *of, **named: told.append(of) or (lambda act, step: np.array([step])))
+    monkeypatch.setattr(watch, "film", lambda imageio, env, act, seed, path: told.append(seed) or 1.0)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    watch.main(flags_to_args("--eval-only", "--checkpoint", str(tmp_path), "--eval-episodes", "2", "--device", "cpu", "--video", "a.mp4"))
+    assert told == [("cartpole-swingup", 3), ("cartpole-swingup", 2, 3), envs.episode_seed(3, 7000, 0)]
+    assert "return 7000.0" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------- bench.py
@@ -4378,6 +4573,11 @@ def test_the_benchmark_refuses_in_one_line(flags, message, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         bench.main()
     assert message in stopped.value.code and "\n" not in stopped.value.code
+
+
+def test_the_benchmarks_scales_are_width_and_depth():
+    for own, expected in (({"width_scale": 4, "depth_scale": 3}, (4, 3)), ({"depth_scale": 3}, (2, 3)), ({}, (2, 2))):
+        assert {(m.width_scale, m.depth_scale) for m in bench.module_configs("mst", 2, bench.Args(**own)).values()} == {expected}
 
 
 # ---------------------------------------------------------------------------------------------------------- sweep.sh
@@ -4665,6 +4865,15 @@ def test_a_sweep_as_slurm_arrays(slurm, sweep):
     assert "5 of 6 runs are finished, 0 are queued or running, 1 are submitted now" in output
     sweep.wait_for(lambda: (sweep.runs / bad / "final.pt").exists())
     assert sweep(*flags) == (0, "all 6 runs are finished, in runs\n")
+
+
+@pytest.mark.slow
+def test_a_sweep_says_how_long_it_takes():
+    show = (HERE / "sweep.sh").read_text().partition("\nshow() {")[2].partition("\n}\n")[0]
+    script = ("set -euo pipefail; show() {" + show + "\n}; done=2 total=10 ended=2 spent=7200 elsewhere=0 stopping= shown= jobs=2 next=4 "
+              "list=({1..10}) pid=(1 2) failed=(); show")
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout
+    assert said == "2 of 10 done, 2 running, 0 failed, 0 run elsewhere; about 4 h 0 min left\n"  # eight of an hour each, two at a time
 
 
 # --------------------------------------------------------------------------------------------------------- figures.py
@@ -5048,6 +5257,10 @@ def test_ten_thousand_runs_aggregate_within_a_minute(tmp_path):
     assert time.process_time() - began < 60 / 50 * 4 and len(runs) == 200 and not wrong and not told  # four times the room: CI
 
 
+def test_the_interval_over_tasks_is_widened_for_the_seeds_of_one():
+    assert aggregate.tail([8, 8]) == pytest.approx(scipy.stats.norm.sf(math.sqrt(8 / 7) * scipy.stats.t.ppf(0.975, 14)))
+
+
 # ------------------------------------------------------------------------------------------------------------ plot.py
 
 @pytest.mark.slow
@@ -5359,6 +5572,27 @@ def test_a_claim_compares_what_it_says():
         elif this.series in figures.REGIMES:
             assert this.series in better.lower() and that.series in worse.lower()
         assert this.panel == that.panel
+
+
+def test_a_claim_measures_the_module_that_its_figure_is_about():
+    for claim in claims.CLAIMS:
+        about = figures.LAPTOP[claim.figure].sized
+        assert all(column == "return" or about in ("agent", column.split("/")[0]) for m in claim.measures for column in m.columns), claim.says
+
+
+def test_the_better_arm_of_a_claim_is_the_one_that_it_names():
+    for claim in claims.CLAIMS:
+        this, that = (claims.arm(claim.figure, words).series for words in (claim.this, claim.that))
+        better, _, worse = claim.says.partition(" beats ")
+        word = better.split()[-1]
+        if claim.figure == "fig12":
+            assert (this, that) == ("MST (ER, RigL, 0.6)", worse)
+        elif "needs LayerNorm" in better:
+            assert "LN" in this and "LN" not in that and claim.says.split("(")[1][:-1] in this and claim.says.split("(")[1][:-1] in that
+        elif claim.figure in ("fig2", "fig8"):
+            assert word in this and word not in that and worse.split()[0] in that and ("LN" in this) == ("LN" in that) == ("LN" in worse)
+        elif claim.figure in ("first", "fig11"):
+            assert (word if word == "MST" else "Res") in this and (word if word == "MST" else "Res") not in that
 
 
 # ------------------------------------------------------------------------------------------------------------- copies

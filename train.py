@@ -257,7 +257,8 @@ def train(args, device, env, agent, replay, evaluation, log, saved):
             agent.observe(obs)
             run.action = agent.act(obs, explore=True) if learning else env.random_action()
             if not np.isfinite(run.action).all():  # the last update broke the actor: seen without asking the device
-                write_training(step)  # names the loss that broke, if it shows already
+                if step != run.logged_step:
+                    write_training(step)  # names the loss that broke, if it shows already
                 raise FloatingPointError(f"the action is {run.action} at agent step {step}: the actor has diverged; "
                                          f"stopped. All rows up to here are in {log.folder}")
         if learning:
@@ -289,9 +290,10 @@ def main():
             check(args)
             return watch.main(args)
         *parts, log, saved = build(args)
-        train(args, *parts, log, saved)
-    except Stopped as stopped:
-        sys.exit(save_and_stop(saved, stopped))
+        try:
+            train(args, *parts, log, saved)
+        except Stopped as stopped:  # a run that broke since its last row is not saved, and says so below
+            sys.exit(save_and_stop(saved, stopped))
     except Finished as folder:
         return print(f"finished already: {folder}")
     except Busy as error:
