@@ -198,7 +198,7 @@ def phases(agent, replay, env):
             sparse.update_topology(sparse.update_interval)
 
     def environment():
-        if env.step(env.random_action())[3]:
+        if any(env.step(env.random_action())[2:]):  # terminated, truncated
             env.reset()
 
     own = mrq_phases(agent, replay) if isinstance(agent, MRQ) else simba_phases(agent, replay)
