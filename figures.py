@@ -126,7 +126,7 @@ FIGURES = {
         "encoder: architecture types and training regimes, default size", "points",
         tuple(grid("encoder", TYPES, by_type=False)), sized="encoder"),
     "fig3": Figure(
-        "encoder: SRank collapses without LayerNorm", "curves", tuple(grid("encoder", (2, 4))), (ENCODER_SRANK,),
+        "encoder: SRank with LayerNorm and without", "curves", tuple(grid("encoder", (2, 4))), (ENCODER_SRANK,),
         sized="encoder", choice="Types 2 and 4 are the text's; all five regimes are a choice."),
     "fig4": Figure(
         "encoder scaled in width and depth", "points", tuple(grid("encoder", (2, 4, 6), _SCALES)), sized="encoder"),
