@@ -5530,14 +5530,17 @@ def test_the_readmes_first_command_is_the_study_that_tells_of_it(tmp_path, monke
     command = shlex.split(readme.partition("```bash\n")[2].partition("\n")[0])
     run, *_ = figures.runs(figures.LAPTOP["first"])
     assert run_name(parse(command[command.index("train.py") + 1:])) == run.name and run.cell.series == "MST"
-    steps = np.arange(0.0, 27001, 3000)
-    ends = {run.name: aggregate.Run(run.name, {"agent_step": steps, "frames": 2 * steps, "return": np.where(steps < 18000, steps / 1000, 100 + run.seed)})
-            for run in figures.runs(figures.LAPTOP["first"], seeds=[2, 0, 1])}
+    ends = {}
+    for run in figures.runs(figures.LAPTOP["first"], seeds=[2, 0, 1]):
+        steps = np.arange(0.0, run.args.total_steps + 1, 3000)
+        returns = np.where(steps < 18000, steps / 1000, 100 + run.seed)
+        ends[run.name] = aggregate.Run(run.name, {"agent_step": steps, "frames": 2 * steps, "return": returns})
     aggregate.save(tmp_path / "first-laptop.csv", ends.values(), ["return"])
     (tmp_path / "random-policy.csv").write_text("env,episode,return\ncartpole-swingup,0,3\ncartpole-swingup,1,4.5\nwalker-walk,0,99\n")
-    assert run_main(claims, monkeypatch, capsys, tmp_path)[1][-10:] == [f"- cartpole-swingup, {line}" for line in (
+    assert run_main(claims, monkeypatch, capsys, tmp_path)[1][-11:] == [f"- cartpole-swingup, {line}" for line in (
         *(f"{arm}, at {said}" for arm in ("MST", "dense", "MST, 10,000 random steps")
           for said in ("0 steps, 3 seeds: 0, 0, 0", "9,000 steps, 3 seeds: 9, 9, 9", "18,000 steps, 3 seeds: 100, 101, 102")),
+        "MST, 10,000 random steps, at 27,000 steps, 3 seeds: 100, 101, 102",  # which alone goes so far
         "a random policy, 2 episodes: 4 on average")]
 
 
