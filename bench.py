@@ -98,7 +98,8 @@ def check_variant(variant, device):
         raise ValueError(f"unknown variant {variant!r}: dense or mst, then at most one of +fp32, +tf32, +bf16, then "
                          "+compile, +graphs, each once")
     on = ["on" if option in options else "off" for option in ("compile", "graphs")]
-    fast.pick_speed(*on, precision_of(variant, device), device)
+    precision_of(variant, device)
+    fast.pick_speed(*on, device)
 
 
 def variant_agent(variant, scale, env, device, args):

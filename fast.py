@@ -19,7 +19,6 @@ import gc
 import os
 import platform
 import re
-from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -58,14 +57,13 @@ def pick_precision(name, device):
     return name
 
 
-def pick_speed(compile, graphs, precision, device):
+def pick_speed(compile, graphs, device, pays=False):
     """(whether to compile, whether to capture, lines that the user should be told) of "auto", "on" or "off" each.
-    ValueError for what cannot be, or cannot be trusted, here."""
+    pays: whether "auto" compiles on a CPU. ValueError for what cannot be here."""
     if graphs == "on" and device.type != "cuda":
         raise ValueError(f"--cuda-graphs needs a CUDA device, and this run is on {device}")
-    if compile == "on" and precision == "bf16" and device.type == "cpu":
-        raise ValueError("--compile and --precision bf16 together give NaN at some widths on a CPU: leave one of them away")
-    chosen = [PROVEN_ON_CUDA and device.type == "cuda" if flag == "auto" else flag == "on" for flag in (compile, graphs)]
+    auto = (PROVEN_ON_CUDA, PROVEN_ON_CUDA) if device.type == "cuda" else (pays, False)
+    chosen = [default if flag == "auto" else flag == "on" for flag, default in zip((compile, graphs), auto)]
     unproven = [name for name, flag in (("--compile", compile), ("--cuda-graphs", graphs))
                 if flag == "auto" and device.type == "cuda" and not PROVEN_ON_CUDA]
     notes = [f"  note: {' and '.join(unproven)} stay off until `pytest test_all.py -k cuda` has shown on a GPU that they change "
@@ -80,7 +78,6 @@ def set_precision(precision):
 
 def speed_up(agent, precision="fp32", compile=False):
     """Sets the precision of the agent's losses, and compiles them and the masking of gradients, in place."""
-    pick_speed("on" if compile else "off", "off", precision, agent.device)  # refuses what cannot be trusted
     set_precision(precision)
     if precision == "fp32" and agent.device.type == "cpu" and onednn_pays():
         for network in (*agent.networks.values(), *agent.targets.values()):
@@ -90,8 +87,8 @@ def speed_up(agent, precision="fp32", compile=False):
     if compile:
         # One code object is compiled anew for every agent and module of the process; the default of 8 stops bench.py.
         torch._dynamo.config.recompile_limit = 100
-        # Masking rides on the passes that clipping makes over the gradients.
-        agent.mask_and_clip = torch.compile(agent.mask_and_clip, fullgraph=True, dynamic=False)
+        if agent.device.type == "cuda":  # masking rides on the passes that clipping makes; on a CPU plain ones are faster
+            agent.mask_and_clip = torch.compile(agent.mask_and_clip, fullgraph=True, dynamic=False)
     if precision == "bf16":
         keep_copies(agent)
         for layer in agent.heads():
@@ -126,23 +123,35 @@ def onednn_pays():
 
 
 def product(x, weight, bias=None):
-    """x Wᵀ + b in full float32: (batch, in), (out, in), (out,) -> (batch, out). The operation that compiled models use.
-
-    Each matrix must be dense, row after row or column after column: of a slice oneDNN makes a loop without vectors.
+    """x Wᵀ + b by oneDNN, in full float32: (batch, in), (out, in), (out,) -> (batch, out). The operation that compiled models
+    use. Each matrix must be dense, row after row or column after column: of a slice oneDNN makes a loop without vectors.
     """
     if torch.compiler.is_compiling():  # the compiler's own form of the operation wants weights that never change
-        return opaque_product(x, weight, bias)
+        return torch.ops.module_specific.product(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@torch.library.custom_op("module_specific::product", mutates_args=())
-def opaque_product(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def bfloat16_product(x, weight, bias=None):
+    """x Wᵀ + b of bfloat16: (..., in), (out, in), (out,) -> (..., out)."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        return torch.ops.module_specific.product(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
-@opaque_product.register_fake
-def _(x, weight, bias):
-    return x.new_empty(len(x), len(weight))
+def _product(x, weight, bias):
+    """What the compiler may not look into. It keeps parts of a matrix that is yet to be filled in place, and oneDNN's bfloat16
+    product on AMX reads up to 31 numbers past a row's end, which the weights' padding cancels unless they are NaN
+    (oneDNN#5717)."""
+    if x.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x if x.mT.is_contiguous() else x.contiguous(), weight, bias)
+
+
+# Not torch.library.custom_op, whose calls take four times as long.
+_library = torch.library.Library("module_specific", "DEF")
+_library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.impl("product", _product, "CPU")
+torch.library.register_fake("module_specific::product", lambda x, weight, bias: x.new_empty(*x.shape[:-1], len(weight)))
 
 
 def linear(layer, x):
@@ -217,15 +226,15 @@ class BFloat16Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, weight_copy, bias_copy):
         x = x.bfloat16()
         ctx.save_for_backward(x, weight_copy)
-        return F.linear(x, weight_copy, bias_copy)
+        return bfloat16_product(x, weight_copy, bias_copy)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight_copy = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
-        return (grad @ weight_copy if needs_x else None,
-                (rows.t() @ x.flatten(0, -2)).float() if needs_weight else None,
+        return (bfloat16_product(grad, weight_copy.t()) if needs_x else None,
+                bfloat16_product(rows.t(), x.flatten(0, -2).t()).float() if needs_weight else None,
                 rows.sum(0).float() if needs_bias else None, None, None)
 
 
@@ -330,10 +339,10 @@ def usable_cores():
         return cores
 
 
-def check_compiler(device):
-    """ValueError, in one line, where torch.compile does not work: before a run is begun rather than at its first update."""
+def compiler_trouble(device):
+    """One line that says why torch.compile does not work here, or None: found before a run is begun, not at its first update."""
     try:
         torch.compile(lambda x: x.sin() + 1.0)(torch.ones(8, device=device))
     except Exception as error:  # of many kinds: no compiler, one that fails, no Python headers
         needed = "a working C++ compiler (g++ or clang++)" if device.type == "cpu" else "Triton and a C compiler"
-        raise ValueError(f"--compile needs {needed}: a trial failed with {type(error).__name__}") from None
+        return f"--compile needs {needed}: a trial failed with {type(error).__name__}"

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import fast
 import metrics
 import watch
-from agents import build_agent
+from agents import build_agent, compiling_pays
 from checkpoint import Checkpoints
 from envs import Env, LockstepEvaluation
 from replay import Batch, ReplayBuffer
@@ -126,22 +126,19 @@ def build(args):
     """Everything a run needs; whatever is wrong with the flags is found here, before the folder is made."""
     check(args)
     folder = os.path.join(args.runs, args.name or run_name(args))
-    check_same_run(args, folder)
+    begun = check_same_run(args, folder)
     device = fast.pick_device(args.device)
     torch.set_num_threads(args.threads or fast.usable_cores())
     modules = module_configs(args)
     torch.manual_seed(args.seed)
     env = Env(args.env, seed=args.seed)
-    precision = fast.pick_precision(args.precision, device)
-    compiled, _, speed_notes = fast.pick_speed(args.compile, args.cuda_graphs, precision, device)
-    if compiled:
-        fast.check_compiler(device)
-    agent = build_agent(args, env.obs_dim, env.action_dim, device)
+    compiled, speed_notes = pick_compile(args, device, begun)
+    agent = build_agent(dataclasses.replace(args, compile="on" if compiled else "off"), env.obs_dim, env.action_dim, device)
     rows = min(args.buffer_size, 2 * args.total_steps + 2 * agent.horizon + 2)  # no more than the run can fill
     replay = ReplayBuffer(env.obs_dim, env.action_dim, rows, agent.horizon, agent.prioritized, device=device)
     evaluation = LockstepEvaluation(args.env, args.eval_episodes, args.seed, workers=args.eval_workers)
     config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | circumstances()
-    config |= {"device_used": str(device), "threads_used": torch.get_num_threads(),
+    config |= {"device_used": str(device), "threads_used": torch.get_num_threads(), "compiled": compiled,
                "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
     log = RunLog(folder, config, args.tensorboard, args.wandb_project, args.resume)
     saved = SavedRun(Checkpoints(folder), args, device, agent, replay, env, log)
@@ -150,19 +147,36 @@ def build(args):
     return device, env, agent, replay, evaluation, log, saved
 
 
+def pick_compile(args, device, begun):
+    """(whether to compile, lines that the user should be told). What "auto" chose when the run was `begun` (its config) holds
+    until it ends: compiled and plain losses differ in the last digits. ValueError if "on" cannot be."""
+    pays = begun.get("compiled", False) if begun else compiling_pays(args)  # without that entry: older, when auto was off
+    compiled, _, told = fast.pick_speed(args.compile, args.cuda_graphs, device, pays)
+    trouble = fast.compiler_trouble(device) if compiled else None
+    if trouble and args.compile == "on":
+        raise ValueError(trouble)
+    if compiled:
+        told.append(f"  note: not compiled, which would make the run faster: {trouble}" if trouble else
+                    "  compiled: the first updates wait a minute or so for it; --compile off does without")
+    return compiled and not trouble, told
+
+
 def check_same_run(args, folder):
-    """Finished, or ValueError in one line, if --resume finds a run that has ended, or another one."""
+    """The config of the run that --resume finds, or None. Finished, or ValueError in one line, if that has ended, or is
+    another one."""
     path = os.path.join(folder, "config.json")
     if args.resume and os.path.exists(path):
         try:
             with open(path) as file:
-                before = from_config(json.load(file))
+                config = json.load(file)
+            before = from_config(config)
         except ValueError as error:
             raise ValueError(f"--resume: {path} cannot be read: {str(error).splitlines()[0]}") from None
         if differing := differences(before, args):
             raise ValueError(f"--resume: {folder} was begun with {differing}: choose another --name, or the same flags")
         if os.path.exists(os.path.join(folder, "final.pt")):
             raise Finished(folder)
+        return config
 
 
 def describe_saving(saved):
