@@ -54,7 +54,8 @@ def _scaled(algo, dimension):
 
 
 CLAIMS = (
-    Claim("first", "MST beats dense networks in the first command (not the paper's)", *_critic(("MST",), ("dense",))),
+    Claim("first", "MST beats dense networks in a shorter first command (not the paper's)",
+          *_critic(("MST, 18,000 steps",), ("dense, 18,000 steps",))),
     Claim("fig11", "deep networks need residual connections", *_critic(("MR.Q + Res",), ("MR.Q",))),
     Claim("fig11", "MST beats residual connections alone", *_critic(("MR.Q + Res + MST",), ("MR.Q + Res",))),
     Claim("fig11", "MST beats MR.Q", *_critic(("MR.Q + Res + MST",), ("MR.Q",))),
@@ -176,7 +177,7 @@ def main():
                   (("study", "comparisons", "runs", "hours"), untried(found, paths)))
         for heading, table in tables:
             lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)] + [""]
-        lines += [f"- {line}" for line in (*ends("first", (0, 9000, 18000, 27000, 30000), paths), *ends("cup", (12000, 20000), paths))]
+        lines += [f"- {line}" for line in (*ends("first", (0, 9000, 18000, 24000, 27000, 30000), paths), *ends("cup", (12000, 20000), paths))]
     except (OSError, ValueError) as error:
         sys.exit(f"claims.py: {plainly(error)}")
     print("\n".join(lines))
