@@ -10,7 +10,7 @@ draws) and the topology updates are spread over the steps they serve; observe an
 variants of one scale take turns within one run, so that a noisy machine is noisy to all of them: read the ratios. FLOPs are
 counted by PyTorch's own counter during a real update, bytes are counted from the optimiser's traffic, and the rates that
 turn both into a floor are measured on the spot. Phases are timed apart and uncaptured; "masks" is the plain pass over the
-gradients, which +compile fuses with clipping.
+gradients, which +compile fuses with clipping on CUDA.
 """
 
 import contextlib

@@ -77,7 +77,7 @@ def set_precision(precision):
 
 
 def speed_up(agent, precision="fp32", compile=False):
-    """Sets the precision of the agent's losses, and compiles them and the masking of gradients, in place."""
+    """Sets the precision of the agent's losses, and compiles them, and on CUDA the masking of gradients, in place."""
     set_precision(precision)
     if precision == "fp32" and agent.device.type == "cpu" and onednn_pays():
         for network in (*agent.networks.values(), *agent.targets.values()):
