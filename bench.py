@@ -98,7 +98,7 @@ def check_variant(variant, device):
         raise ValueError(f"unknown variant {variant!r}: dense or mst, then at most one of +fp32, +tf32, +bf16, then "
                          "+compile, +graphs, each once")
     on = ["on" if option in options else "off" for option in ("compile", "graphs")]
-    precision_of(variant, device)
+    precision_of(variant, device)  # refuses what this device does not have, as does the next line
     fast.pick_speed(*on, device)
 
 

@@ -177,7 +177,8 @@ def main():
                   (("study", "comparisons", "runs", "hours"), untried(found, paths)))
         for heading, table in tables:
             lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)] + [""]
-        lines += [f"- {line}" for line in (*ends("first", (0, 9000, 18000, 24000, 27000, 30000), paths), *ends("cup", (12000, 20000), paths))]
+        for study, steps in (("first", (0, 9000, 18000, 24000, 27000, 30000)), ("cup", (12000, 20000))):
+            lines += [f"- {line}" for line in ends(study, steps, paths)]
     except (OSError, ValueError) as error:
         sys.exit(f"claims.py: {plainly(error)}")
     print("\n".join(lines))

@@ -219,7 +219,7 @@ class Args:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int = 0  # CPU threads of PyTorch; 0 is as many as the process may use: give 1 to each of several runs at once
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # of products; auto is tf32 on CUDA, fp32 elsewhere
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the losses; auto: on a CPU, mrq and mrsac of 10,000 learning steps
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the losses; auto: long mrq and mrsac runs on a CPU
     cuda_graphs: Literal["auto", "on", "off"] = "auto"  # capture updates as CUDA graphs; auto: off
     mst: bool = False  # the paper's Module-Specific Training: encoder dense, critic DST, actor SST; types 6, 6, 5, if any
     scale: float = 1.0  # multiplies width and depth of every module

@@ -2604,7 +2604,8 @@ def test_auto_compiles_long_runs_on_the_cpu_where_that_pays_and_works(monkeypatc
         assert chosen("--algo", algo, *short, "--compile", "on")[0] and not chosen("--algo", algo, *long, "--compile", "off")[0]
     assert "--compile off" in "".join(chosen(*long)[1]) and chosen(*short)[1] == []
     # A run goes on as it was begun, whatever "auto" would say now; older ones do not say, and were not compiled.
-    for begun, goes_on in (({"compiled": True}, True), ({"compiled": False}, False), ({"seed": 0}, False)):
+    for begun, goes_on in (({"compiled": True}, True), ({"compiled": False}, False), ({"seed": 0}, False),
+                           ({"compile": "auto"}, False), ({"compile": "on"}, True), ({"compile": "on", "compiled": False}, False)):
         assert all(chosen(*flags, begun=begun)[0] == goes_on for flags in (long, short))
     assert chosen(*short, "--compile", "on", begun={"compiled": False})[0]
     trouble[0] = "no compiler"

@@ -150,7 +150,8 @@ def build(args):
 def pick_compile(args, device, begun):
     """(whether to compile, lines that the user should be told). What "auto" chose when the run was `begun` (its config) holds
     until it ends: compiled and plain losses differ in the last digits. ValueError if "on" cannot be."""
-    pays = begun.get("compiled", False) if begun else compiling_pays(args)  # without that entry: older, when auto was off
+    # Without that entry: of an older version, whose "auto" was off.
+    pays = begun.get("compiled", begun.get("compile") == "on") if begun else compiling_pays(args)
     compiled, _, told = fast.pick_speed(args.compile, args.cuda_graphs, device, pays)
     trouble = fast.compiler_trouble(device) if compiled else None
     if trouble and args.compile == "on":
