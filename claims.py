@@ -4,7 +4,7 @@ What it claims: every comparison of a figure stands here before two of its arms 
 and a verdict says no more than its interval. "seen": the 95 % interval of the difference lies on the paper's side of 0;
 "reversed": on the other; "not seen": it holds 0, which decides nothing; "cannot tell": nothing was measured, or all alike.
 
-    python claims.py                     # the README's tables, from results/
+    python claims.py                     # the tables of README.md and results/README.md, from results/
     python claims.py runs                # from your own runs of ./sweep.sh fig11 --laptop
 
 A run counts by the mean of its last three evaluations, an arm once all its seeds are there. The interval is Welch's, of the
@@ -74,6 +74,17 @@ CLAIMS = (
     Claim("fig12", "RigL beats SET", ("growth (critic)", "MST (ER, RigL, 0.6)"), ("growth (critic)", "SET")),
 )
 
+# What the paper says where no study here has a comparison: of networks or lengths that two cores cannot reach.
+WHOLE = (
+    ("fig3", "SRank of an encoder without LayerNorm collapses in the course of training", ENCODER_SRANK),
+    ("fig4", "large encoders need residual connections, and no sparsity", RETURN),
+    ("fig5", "critic, default size: regimes hardly differ", RETURN),
+    ("fig12", "more sparsity helps large networks, until it is excessive", RETURN),
+    ("fig14", "SAC at 207 M: critic dynamic and actor static beats the other pairings", RETURN),
+    ("fig17", "residual connections before norm and activation beat those after", RETURN),
+    ("fig26", "MST scales MR.SAC where plain scaling degrades", RETURN),
+)
+
 
 def arm(figure, wanted):
     """The cell that these words describe. KeyError unless it is one."""
@@ -109,10 +120,10 @@ def verdict(this, that, less):
     return difference, low, high, "seen" if claimed else "reversed" if against else "not seen"
 
 
-def hours(figure):
-    """Estimated, of two CPU cores, for all of its runs."""
-    found = {run.name: run for run in figures.runs(figures.LAPTOP[figure])}.values()
-    return figures.hours(figure, found, argparse.Namespace(smoke=False, laptop=True))
+def hours(figure, laptop=True):
+    """Estimated, of two CPU cores, for all of its runs, two digits."""
+    found = {run.name: run for run in figures.runs((figures.LAPTOP if laptop else figures.FIGURES)[figure])}.values()
+    return f"{float(f'{figures.hours(figure, found, argparse.Namespace(smoke=False, laptop=laptop)):.2g}'):,g}"
 
 
 def number(value):
@@ -137,13 +148,23 @@ def rows(found):
             yield claim.figure, claim.says, label, f"{len(this)}", number(this.mean()), number(that.mean()), interval, said
 
 
+def summary(found):
+    """A row a claim of the paper's: what was seen of it at laptop size, and what its figure takes at full size."""
+    rows = [(claim.figure, claim.says, dict.fromkeys([measure.label for measure in claim.measures], "not run") | {
+        label: verdict(*both, "dormant" in label)[3] for label, both in arms.items()}) for claim, arms in found.items()]
+    rows += [(figure, says, {measure.label: "no study"}) for figure, says, measure in WHOLE]
+    for figure, says, said in sorted(rows, key=lambda row: int(row[0].removeprefix("fig"))):
+        words = (next((word for label, word in said.items() if kind in label), "") for kind in ("return", "SRank", "dormant"))
+        yield says, *words, f"`./sweep.sh {figure}`", hours(figure, laptop=False)
+
+
 def untried(found, paths):
     """A row a study that lacks runs: its command, comparisons that wait for them, runs that are there, hours for all."""
     for name, figure in figures.LAPTOP.items():
         if waiting := [claim.says for claim, arms in found.items() if claim.figure == name and not arms]:
             there = {run.name for cell in figure.cells for run in finished(name, cell, RETURN, paths)}
             count = f"{len(there)} of {len({run.name for run in figures.runs(figure)})}"
-            yield f"`./sweep.sh {name} --laptop`", "; ".join(waiting), count, f"{hours(name):.1f}"
+            yield f"`./sweep.sh {name} --laptop`", "; ".join(waiting), count, hours(name)
 
 
 def ends(name, steps, paths):
@@ -173,7 +194,9 @@ def main():
     lines = []
     try:
         found = {claim: tried(claim, paths) for claim in CLAIMS}
-        tables = ((("figure", "comparison: A beats B", "measure", "seeds", "A", "B", "A - B [95 %]", "verdict"), rows(found)),
+        papers = {claim: arms for claim, arms in found.items() if claim.figure in figures.FIGURES}
+        tables = ((("the paper says", "return", "SRank", "dormant neurons", "at full size", "hours"), summary(papers)),
+                  (("figure", "comparison: A beats B", "measure", "seeds", "A", "B", "A - B [95 %]", "verdict"), rows(found)),
                   (("study", "comparisons", "runs", "hours"), untried(found, paths)))
         for heading, table in tables:
             lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)] + [""]

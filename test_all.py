@@ -5579,10 +5579,9 @@ def test_claims_are_read_from_the_last_evaluations_of_their_own_arms(tmp_path, m
 
     def tables():
         told = run_main(claims, monkeypatch, capsys, tmp_path / "results")[1]
-        cut = told.index("")
-        return [[[cell.strip() for cell in line.split("|")[1:-1]] for line in lines] for lines in (told[2:cut], told[cut + 3:told.index("", cut + 1)])]
+        return [[[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")[2:]] for table in "\n".join(told).strip().split("\n\n")[:3]]
 
-    rows, waiting = tables()
+    brief, rows, waiting = tables()
     by_claim = {tuple(row[1:3]): row[3:] for row in rows}
     res, mrq, mst = (np.mean(expected[series]) for series in ("MR.Q + Res", "MR.Q", "MR.Q + Res + MST"))
     assert len(rows) == 9 and all(row[0] == "fig11" and row[3] == "5" for row in rows)
@@ -5592,13 +5591,23 @@ def test_claims_are_read_from_the_last_evaluations_of_their_own_arms(tmp_path, m
     assert (with_it, without, said) == (f"{mst + 1:.1f}", f"{res + 1:.1f}", "seen") and difference.startswith("39.5 [")
     assert by_claim["MST beats residual connections alone", "dormant ratio, critic"][-1] == "reversed"
     assert {row[0].split()[1] for row in waiting} == {claim.figure for claim in claims.CLAIMS} - {"fig11"}
-    assert ["`./sweep.sh fig12 --laptop`", "ER beats uniform; RigL beats SET", "5 of 15", f"{claims.hours('fig12'):.1f}"] in waiting  # Fig. 11's MST
+    assert ["`./sweep.sh fig12 --laptop`", "ER beats uniform; RigL beats SET", "5 of 15", claims.hours("fig12")] in waiting  # Fig. 11's MST
+    full = {row["figure"]: row["hours"] for row in figures.table(argparse.Namespace(
+        smoke=False, laptop=False, tasks=None, seeds=None, steps=None, more=""), ["fig11", "fig3", "fig9", "fig6"])}
+    for line in (["deep networks need residual connections", "not seen", *[by_claim["deep networks need residual connections", label][-1]
+                  for label in ("SRank, critic", "dormant ratio, critic")], "`./sweep.sh fig11`", full["fig11"]],
+                 ["MST beats residual connections alone", "seen", "seen", "reversed", "`./sweep.sh fig11`", full["fig11"]],
+                 ["SRank of an encoder without LayerNorm collapses in the course of training", "", "no study", "", "`./sweep.sh fig3`", full["fig3"]],
+                 ["actor: SST beats dense", "not run", "", "not run", "`./sweep.sh fig9`", full["fig9"]],
+                 ["critic: DST beats SST", "not run", "not run", "not run", "`./sweep.sh fig6`", full["fig6"]]):
+        assert line in brief
+    assert len(brief) == len(claims.WHOLE) + sum(claim.figure != "first" for claim in claims.CLAIMS)
 
     written.pop(max(name for name in written if "mst" in name))  # seed 4: not there
     aggregate.save(tmp_path / "results" / "fig11-laptop.csv", written.values(), columns)
-    rows, waiting = tables()
+    _, rows, waiting = tables()
     assert {row[1] for row in rows} == {"deep networks need residual connections"}
-    assert ["`./sweep.sh fig11 --laptop`", "MST beats residual connections alone; MST beats MR.Q", "14 of 15", f"{claims.hours('fig11'):.1f}"] in waiting
+    assert ["`./sweep.sh fig11 --laptop`", "MST beats residual connections alone; MST beats MR.Q", "14 of 15", claims.hours("fig11")] in waiting
 
 
 @pytest.mark.slow
@@ -5626,8 +5635,10 @@ def test_the_readmes_first_command_is_the_study_that_tells_of_it(tmp_path, monke
 @pytest.mark.slow
 def test_the_readme_has_the_table_of_claims_as_the_results_have_it(monkeypatch, capsys):
     told = run_main(claims, monkeypatch, capsys, HERE / "results")[1]
-    readme = (HERE / "README.md").read_text()
-    assert len(told) > 15 and "\n".join(told[:told.index("")]) in readme and all(line in readme for line in told)
+    brief, *tables, lines = "\n".join(told).split("\n\n")
+    readme, details = ((HERE / name).read_text() for name in ("README.md", "results/README.md"))
+    assert brief in readme and len(tables) == 2 and all(table in details for table in tables)
+    assert len(lines.splitlines()) > 15 and all(line in readme + details for line in lines.splitlines())
 
 
 def test_an_unfinished_run_is_in_no_claim(tmp_path):
