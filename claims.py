@@ -85,6 +85,8 @@ WHOLE = (
     ("fig26", "MST scales MR.SAC where plain scaling degrades", RETURN),
 )
 
+PUBLISHED = ("mrq", "simba")  # studies that repeat published runs, by their name in results/published.csv
+
 
 def arm(figure, wanted):
     """The cell that these words describe. KeyError unless it is one."""
@@ -94,16 +96,16 @@ def arm(figure, wanted):
     return found[0]
 
 
-def finished(figure, cell, measure, paths):
-    """The finished runs of an arm that have the measure."""
-    wanted = {run.name: run.args for run in figures.runs(figures.LAPTOP[figure]) if run.cell == cell}
+def finished(figure, cell, measure, paths, task=None):
+    """The finished runs of an arm that have the measure, on all its tasks or on this one."""
+    wanted = {run.name: run.args for run in figures.runs(figures.LAPTOP[figure], task and [task]) if run.cell == cell}
     runs, wrong, _ = gather(wanted, paths, list(measure.columns))
     return [run for name, run in runs.items() if name not in wrong and run.measure(measure.columns) is not None]
 
 
-def values(figure, cell, measure, paths):
-    """One number a finished run, (seeds,)."""
-    return np.array([run.measure(measure.columns)[-LAST:].mean() for run in finished(figure, cell, measure, paths)])
+def values(figure, cell, measure, paths, task=None, last=LAST):
+    """One number a finished run, (seeds,): the mean of its last evaluations."""
+    return np.array([run.measure(measure.columns)[-last:].mean() for run in finished(figure, cell, measure, paths, task)])
 
 
 def verdict(this, that, less):
@@ -167,6 +169,26 @@ def untried(found, paths):
             yield f"`./sweep.sh {name} --laptop`", "; ".join(waiting), count, hours(name)
 
 
+def beside_published(study, paths):
+    """A row a task of a study whose runs are set as a published curve's: ours at their last step, in full, and theirs."""
+    figure, rows = figures.LAPTOP[study], []
+    for path in paths:
+        if os.path.exists(file := os.path.join(path, "published.csv")):
+            with open(file, newline="") as table:
+                rows += [row for row in csv.DictReader(table) if row["algo"] == study]
+    cell, = figure.cells
+    for task in figure.tasks:
+        ours = values(study, cell, RETURN, paths, task, last=1)
+        step = next(run.args.total_steps for run in figures.runs(figure))
+        theirs = [float(row["return"]) for row in rows if (row["env"], int(row["agent_step"])) == (task, step)]
+        if len(ours) == figure.seeds and theirs:
+            difference, low, high, _ = verdict(ours, np.array(theirs), less=False)
+            yield (cell.series, task, f"{step:,}", ", ".join(number(value) for value in sorted(ours)),
+                   f"{number(np.mean(theirs))} ({len(theirs)} seeds, {number(min(theirs))} to {number(max(theirs))})",
+                   f"{number(difference)} [{number(low)}, {number(high)}]",
+                   "alike" if low <= 0 <= high else "higher" if low > 0 else "lower")
+
+
 def ends(name, steps, paths):
     """What every seed of a study got at these steps, a line an arm and step, and what a random policy gets."""
     figure, random = figures.LAPTOP[name], []
@@ -197,9 +219,12 @@ def main():
         papers = {claim: arms for claim, arms in found.items() if claim.figure in figures.FIGURES}
         tables = ((("the paper says", "return", "SRank", "dormant neurons", "at full size", "hours"), summary(papers)),
                   (("figure", "comparison: A beats B", "measure", "seeds", "A", "B", "A - B [95 %]", "verdict"), rows(found)),
-                  (("study", "comparisons", "runs", "hours"), untried(found, paths)))
+                  (("study", "comparisons", "runs", "hours"), untried(found, paths)),
+                  (("algorithm", "task", "agent steps", "this code, each seed", "published", "difference of means [95 %]", ""),
+                   (row for study in PUBLISHED for row in beside_published(study, paths))))
         for heading, table in tables:
-            lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)] + [""]
+            if table := list(table):
+                lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)] + [""]
         for study, steps in (("first", (0, 9000, 18000, 24000, 27000, 30000)), ("cup", (12000, 20000))):
             lines += [f"- {line}" for line in ends(study, steps, paths)]
     except (OSError, ValueError) as error:

@@ -194,7 +194,7 @@ def smoke(figure):
     return dataclasses.replace(figure, cells=tuple(cells), tasks=(SMOKE_TASK,), seeds=1)
 
 
-LAPTOP_NOTE = "Laptop study, not the paper's size."
+LAPTOP_NOTE = "Laptop study, smaller or shorter than the paper's."
 _SHORT = {"learning_starts": 2000, "total_steps": 12000, "eval_every": 1000}
 _NARROW = {"width_scale": 0.25, **_SHORT}
 _LAPTOP_STRONG = {"encoder_type": 6, "encoder_scale": 3, **_NARROW}
@@ -244,6 +244,13 @@ LAPTOP = {
     "cup": Figure("short runs of narrow SAC and DDPG agents", "curves",
                   (Cell("", "MST, SAC", {"algo": "sac", **_CUP}), Cell("", "MST, DDPG", {"algo": "ddpg", **_CUP})), _CRITIC,
                   tasks=("ball_in_cup-catch",), choice="Width ×0.25, 20,000 agent steps, of which 1,000 are random."),
+    # Full size, for `plot.py --reference`: default settings, as published.
+    "mrq": Figure("MR.Q as published, but for a layer more in encoder and actor", "curves",
+                  (Cell("", "MR.Q", {"total_steps": 20000}),), tasks=("cartpole-swingup", "walker-walk"), seeds=3,
+                  choice="Types 4, 4 and 3, dense; 20,000 agent steps, of which 10,000 are random."),
+    "simba": Figure("SAC on SimBa networks, as published", "curves",
+                    (Cell("", "SAC", {"algo": "sac", "total_steps": 25000}),), tasks=("walker-walk", "cheetah-run"), seeds=3,
+                    choice="25,000 agent steps, of which 5,000 are random."),
     "fig2": _laptop("fig2", _types("encoder", (1, 2, 3, 4, 6), **_NARROW), kind="curves",
                     shows="encoder: architecture types"),
     "fig3": _laptop("fig3", _types("encoder", (1, 2, 3, 4, 6), **_NARROW)),
@@ -320,8 +327,8 @@ def size(figure, cell):
 
 # Milliseconds of an agent step of the laptop studies, the mean of their arms, each timed for some steps on one core of an
 # Intel Xeon (AVX-512); two runs fit two cores.
-LAPTOP_MS = {"first": 29, "cup": 29, "fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 55, "fig9": 56, "fig10": 56,
-             "fig11": 87, "fig12": 89, "fig13": 83}
+LAPTOP_MS = {"first": 29, "cup": 29, "mrq": 200, "simba": 200, "fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 55,
+             "fig9": 56, "fig10": 56, "fig11": 87, "fig12": 89, "fig13": 83}
 SMOKE_SECONDS = 6  # of one core: a run, start included
 
 
