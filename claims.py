@@ -85,7 +85,7 @@ WHOLE = (
     ("fig26", "MST scales MR.SAC where plain scaling degrades", RETURN),
 )
 
-PUBLISHED = ("mrq", "simba")  # studies that repeat published runs, by their name in results/published.csv
+PUBLISHED = ("mrq", "simba")  # studies that repeat published runs: those of results/published-NAME.csv
 
 
 def arm(figure, wanted):
@@ -173,9 +173,9 @@ def beside_published(study, paths):
     """A row a task of a study whose runs are set as a published curve's: ours at their last step, in full, and theirs."""
     figure, rows = figures.LAPTOP[study], []
     for path in paths:
-        if os.path.exists(file := os.path.join(path, "published.csv")):
+        if os.path.exists(file := os.path.join(path, f"published-{study}.csv")):
             with open(file, newline="") as table:
-                rows += [row for row in csv.DictReader(table) if row["algo"] == study]
+                rows += csv.DictReader(table)
     cell, = figure.cells
     for task in figure.tasks:
         ours = values(study, cell, RETURN, paths, task, last=1)
