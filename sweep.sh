@@ -216,23 +216,25 @@ submit() {
 # One task of the array $1. SLURM's own signals at the end of a job (cancelled, preempted, limit reached) go to train.py
 # and to this shell, which waits while train.py saves.
 run_task() {
-    local line run status=0 cancelled=""
+    local line run="" status=0 cancelled="" warned=""
+    trap 'warned=yes; [[ ! $run ]] || kill -USR1 "$run" || true' USR1
     runs=${1%/slurm/*} here=$2 python=$3
     line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")
     echo "$(date '+%F %T') $(hostname) job $SLURM_ARRAY_JOB_ID: ${line%%$'\t'*}"
     ! finished "${line%%$'\t'*}" || exit 0
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-    trap 'kill -USR1 "$run"' USR1
     trap 'cancelled=yes' TERM
     train "$line" &
     run=$!
+    [[ ! $warned ]] || kill -USR1 "$run" || true  # before there was anybody to tell
     while kill -0 "$run" 2>/dev/null; do  # a trap ends `wait` before the run has ended
         wait "$run" || true
     done
     wait "$run" || status=$?
     echo "$(date '+%F %T') status $status"
     # By index: the array's last task has the number of the array, and to requeue that would be to requeue all of it.
-    [[ $status != 75 || $cancelled ]] || scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    # 138: SIGUSR1 came before train.py could note it, and there was nothing to save.
+    [[ $status != 75 && $status != 138 || $cancelled ]] || scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
     exit "$status"
 }
 

@@ -4946,6 +4946,22 @@ def test_a_sweep_as_slurm_arrays(slurm, sweep):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("end, requeued", [("exit 75", True), ("kill -USR1 $$", True), ("exit 1", False), ("kill -TERM $$", False), ("exit 0", False)])
+def test_a_task_is_requeued_if_it_was_warned(end, requeued, tmp_path):
+    """Warned while Python starts, it dies of the warning: it must not be lost."""
+    for name, lines in (("scontrol", f'echo "$@" >> {tmp_path}/asked'), ("python", end)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    for folder in ("slurm", "logs"):
+        (tmp_path / "runs" / folder).mkdir(parents=True)
+    (tmp_path / "runs/slurm/sweep.tsv").write_text("other\t--env x\nrun\t--env dog-run\n")
+    env = os.environ | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", HERE / "sweep.sh", "--task", tmp_path / "runs/slurm/sweep.tsv", HERE, tmp_path / "python"], env=env)
+    assert (tmp_path / "runs/logs/run.log").exists()
+    assert ((tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else "") == "requeue 7_1\n" * requeued
+
+
+@pytest.mark.slow
 def test_a_sweep_says_how_long_it_takes():
     show = (HERE / "sweep.sh").read_text().partition("\nshow() {")[2].partition("\n}\n")[0]
     script = ("set -euo pipefail; show() {" + show + "\n}; done=2 total=10 ended=2 spent=7200 elsewhere=0 stopping= shown= jobs=2 next=4 "
