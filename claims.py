@@ -14,6 +14,7 @@ It needs no PyTorch.
 
 import argparse
 import csv
+import functools
 import os
 import sys
 import warnings
@@ -109,11 +110,11 @@ def values(figure, cell, measure, paths, task=None, last=LAST):
 
 
 def verdict(this, that, less):
-    """(difference of means, low, high, what it says). this, that: (seeds,) each, two of each at least; less: whether the
-    claim is that `this` is the smaller one."""
+    """(difference of means, low, high, what it says). this, that: (seeds,) each; less: whether the claim is that `this` is
+    the smaller one."""
     difference = this.mean() - that.mean()
-    if not np.isfinite(difference) or np.ptp(this) == np.ptp(that) == 0:  # no spread is no certainty
-        return difference, np.nan, np.nan, "cannot tell"
+    if not np.isfinite(difference) or min(len(this), len(that)) < 2 or np.ptp(this) == np.ptp(that) == 0:
+        return difference, np.nan, np.nan, "cannot tell"  # no spread is no certainty
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of one arm without spread: the other has some
         interval = ttest_ind(this, that, equal_var=False).confidence_interval()
@@ -122,6 +123,7 @@ def verdict(this, that, less):
     return difference, low, high, "seen" if claimed else "reversed" if against else "not seen"
 
 
+@functools.cache
 def hours(figure, laptop=True):
     """Estimated, of two CPU cores, for all of its runs, two digits."""
     found = {run.name: run for run in figures.runs((figures.LAPTOP if laptop else figures.FIGURES)[figure])}.values()
@@ -131,6 +133,10 @@ def hours(figure, laptop=True):
 def number(value):
     """Three digits, and no more than one behind the point above 1."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}"
+
+
+def span(difference, low, high):
+    return "" if np.isnan(low) else f"{number(difference)} [{number(low)}, {number(high)}]"
 
 
 def tried(claim, paths):
@@ -146,8 +152,8 @@ def rows(found):
     for claim, arms in found.items():
         for label, (this, that) in arms.items():
             difference, low, high, said = verdict(this, that, "dormant" in label)
-            interval = "" if np.isnan(low) else f"{number(difference)} [{number(low)}, {number(high)}]"
-            yield claim.figure, claim.says, label, f"{len(this)}", number(this.mean()), number(that.mean()), interval, said
+            yield (claim.figure, claim.says, label, f"{len(this)}", number(this.mean()), number(that.mean()),
+                   span(difference, low, high), said)
 
 
 def summary(found):
@@ -179,14 +185,14 @@ def beside_published(study, paths):
     cell, = figure.cells
     for task in figure.tasks:
         ours = values(study, cell, RETURN, paths, task, last=1)
-        step = next(run.args.total_steps for run in figures.runs(figure))
+        step = cell.flags["total_steps"]
         theirs = [float(row["return"]) for row in rows if (row["env"], int(row["agent_step"])) == (task, step)]
         if len(ours) == figure.seeds and theirs:
-            difference, low, high, _ = verdict(ours, np.array(theirs), less=False)
+            difference, low, high, said = verdict(ours, np.array(theirs), less=False)
             yield (cell.series, task, f"{step:,}", ", ".join(number(value) for value in sorted(ours)),
                    f"{number(np.mean(theirs))} ({len(theirs)} seeds, {number(min(theirs))} to {number(max(theirs))})",
-                   f"{number(difference)} [{number(low)}, {number(high)}]",
-                   "alike" if low <= 0 <= high else "higher" if low > 0 else "lower")
+                   span(difference, low, high),
+                   {"seen": "higher", "reversed": "lower", "not seen": "no difference seen"}.get(said, said))
 
 
 def ends(name, steps, paths):

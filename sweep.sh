@@ -224,13 +224,16 @@ run_task() {
     ! finished "${line%%$'\t'*}" || exit 0
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     trap 'cancelled=yes' TERM
-    train "$line" &
-    run=$!
-    [[ ! $warned ]] || kill -USR1 "$run" || true  # before there was anybody to tell
-    while kill -0 "$run" 2>/dev/null; do  # a trap ends `wait` before the run has ended
-        wait "$run" || true
-    done
-    wait "$run" || status=$?
+    if [[ $warned ]]; then  # too late to begin
+        status=75
+    else
+        train "$line" &
+        run=$!
+        while kill -0 "$run" 2>/dev/null; do  # a trap ends `wait` before the run has ended
+            wait "$run" || true
+        done
+        wait "$run" || status=$?
+    fi
     echo "$(date '+%F %T') status $status"
     # By index: the array's last task has the number of the array, and to requeue that would be to requeue all of it.
     # 138: SIGUSR1 came before train.py could note it, and there was nothing to save.
