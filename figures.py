@@ -218,11 +218,12 @@ def _regimes(module, arch_type, **others):
 
 
 def _simba_laptop(algo):
-    width, depth = ((1, {}), (4, {"width_scale": 1})), ((1, {}), (4, {"depth_scale": 4}))
+    width, depth = ((1, {}), (4, {"width_scale": 0.5})), ((1, {}), (4, {"depth_scale": 4}))
     for name, points in (("width", width), ("depth", depth)):
         for scale, flags in points:
             for series, mst in (("plain", {}), ("MST", {"mst": True})):
-                yield Cell(f"{algo.upper()}, {name}", series, {"algo": algo, **_NARROW, **flags, **mst}, f"×{scale}")
+                yield Cell(f"{algo.upper()}, {name}", series,
+                           {"algo": algo, **_SHORT, "width_scale": 0.125, **flags, **mst}, f"×{scale}")
 
 
 _DEEP_CRITIC = tuple(_regimes("critic", 6, critic_scale=5, **_LAPTOP_STRONG))
@@ -266,7 +267,7 @@ LAPTOP = {
     "fig12": _laptop("fig12", _mst_ablation(_LAPTOP_MST, _LAPTOP_RES, ()),
                      shows="MST, all modules five times as deep: distribution and growth"),
     "fig13": _laptop("fig13", (*_simba_laptop("sac"), *_simba_laptop("ddpg")),
-                     size="Width ×0.25 of SimBa's published sizes, beside ×1 (called ×4 here) or depth ×4"),
+                     size="Width ×0.125 of SimBa's published sizes (called ×1 here), beside four times that width or depth"),
 }
 
 
@@ -328,7 +329,7 @@ def size(figure, cell):
 # Milliseconds of an agent step of the laptop studies, the mean of their arms, each timed for some steps on one core of an
 # Intel Xeon (AVX-512); two runs fit two cores.
 LAPTOP_MS = {"first": 29, "cup": 29, "mrq": 200, "simba": 210, "fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 55,
-             "fig9": 56, "fig10": 56, "fig11": 87, "fig12": 89, "fig13": 83}
+             "fig9": 56, "fig10": 56, "fig11": 87, "fig12": 89, "fig13": 37}
 SMOKE_SECONDS = 6  # of one core: a run, start included
 
 

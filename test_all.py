@@ -5062,7 +5062,7 @@ def test_a_study_of_one_module_varies_that_module_alone(name, types, scales):
     ("fig8", {"encoder_type": {6}, "encoder_scale": {3}, "actor_type": {3, 4, 5, 6}, "actor_scale": {5}}),
     ("fig9", {"encoder_type": {6}, "encoder_scale": {3}, "actor_type": {5}, "actor_scale": {5}, "actor_regime": {"dense", "sst", "dst", "s2d", "d2s"}}),
     ("fig12", {"mst": {True}, "depth_scale": {5}, "distribution": {"uniform"}, "growth": {"random"}}),
-    ("fig13", {"algo": {"sac", "ddpg"}, "width_scale": {0.25, 1}, "depth_scale": {4}, "mst": {True}})])
+    ("fig13", {"algo": {"sac", "ddpg"}, "width_scale": {0.125, 0.5}, "depth_scale": {4}, "mst": {True}})])
 def test_a_laptop_study_varies_what_it_says(name, varied):
     figure = figures.LAPTOP[name]
     short = {"width_scale": {0.25}, "learning_starts": {2000}, "total_steps": {12000}, "eval_every": {1000}}
@@ -5183,7 +5183,7 @@ def test_figures_and_plots_need_no_torch():
 
 
 def test_the_laptop_arms_of_fig13_are_what_they_are_called():
-    sizes = {("width", "×1"): (0.25, 1), ("width", "×4"): (1, 1), ("depth", "×1"): (0.25, 1), ("depth", "×4"): (0.25, 4)}
+    sizes = {("width", "×1"): (0.125, 1), ("width", "×4"): (0.5, 1), ("depth", "×1"): (0.125, 1), ("depth", "×4"): (0.125, 4)}
     for cell in figures.LAPTOP["fig13"].cells:
         algo, dimension = cell.panel.split(", ")
         regimes = {"MST": ("dst", "sst"), "plain": ("dense", "dense")}[cell.series]
