@@ -86,7 +86,7 @@ WHOLE = (
     ("fig26", "MST scales MR.SAC where plain scaling degrades", RETURN),
 )
 
-PUBLISHED = ("mrq", "simba")  # studies that repeat published runs: those of results/published-NAME.csv
+PUBLISHED = {"mrq": "MR.Q", "simba": "SAC on SimBa networks"}  # studies that repeat published runs: those of results/published-NAME.csv
 
 
 def arm(figure, wanted):
@@ -189,7 +189,7 @@ def beside_published(study, paths):
         theirs = [float(row["return"]) for row in rows if (row["env"], int(row["agent_step"])) == (task, step)]
         if len(ours) == figure.seeds and theirs:
             difference, low, high, said = verdict(ours, np.array(theirs), less=False)
-            yield (cell.series, task, f"{step:,}", ", ".join(number(value) for value in sorted(ours)),
+            yield (PUBLISHED[study], task, f"{step:,}", ", ".join(number(value) for value in sorted(ours)),
                    f"{number(np.mean(theirs))} ({len(theirs)} seeds, {number(min(theirs))} to {number(max(theirs))})",
                    span(difference, low, high),
                    {"seen": "higher", "reversed": "lower", "not seen": "no difference seen"}.get(said, said))

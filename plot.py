@@ -181,7 +181,10 @@ def draw_figure(name, options):
         save(options.save, runs.values(), columns)
 
     tasks = list(dict.fromkeys(run.task for run in found))
-    rows = [BOTH, *tasks] if len(tasks) > 1 else tasks
+    of_return = figure.kind == "curves" and figures.RETURN in figure.measures
+    published = references(options.reference, statistic) if of_return else {}
+    laid = [published[task] for task in tasks if task in published]
+    rows = [BOTH, *tasks] if len(tasks) > 1 and not laid else tasks  # nothing is published of all tasks together
     series = list(dict.fromkeys(cell.series for cell in figure.cells))
     places = dict.fromkeys(cell.panel for cell in figure.cells)
     panels = [(panel, measure) for panel in places for measure in figure.measures]
@@ -192,8 +195,6 @@ def draw_figure(name, options):
             ticks[cell.panel][cell.x] = tick(figure, cell)
         if run.name in runs:
             cells.setdefault((cell.panel, cell.series, cell.x), {}).setdefault(run.task, []).append(runs[run.name])
-    of_return = figure.kind == "curves" and figures.RETURN in figure.measures
-    published = references(options.reference, statistic) if of_return else {}
     total_steps = found[0].args.total_steps
 
     def draw(axes, column, row):
@@ -215,8 +216,8 @@ def draw_figure(name, options):
     several = len(figure.measures) > 1
     titles = [(f"{panel}\n{measure.label}" if several and panel else panel or measure.label * several, measure.label)
               for panel, measure in panels]
-    laid = [published[row] for row in rows if row in published]
-    page = lay_out(titles, rows, draw, caption(name, figure, options, found, wrong) + reference_note(options, laid),
+    text = caption(name, figure, options, found, wrong, BOTH in rows) + reference_note(options, laid)
+    page = lay_out(titles, rows, draw, text,
                    legend_of(series, shown, laid, figure.kind == "curves" or figure.joined), x_label(figure),
                    1 + max(label.count("\n") for labels in ticks.values() for label in labels.values()))
     if options.reference and not laid:
@@ -247,13 +248,13 @@ def listed(found, wrong):
             for (what, said, task), seeds in groups.items()]
 
 
-def caption(name, figure, options, found, wrong):
-    total, seeds, tasks = (len({getattr(run, part) for run in found}) for part in ("name", "seed", "task"))
+def caption(name, figure, options, found, wrong, together):
+    total, seeds = (len({getattr(run, part) for run in found}) for part in ("name", "seed"))
     size = {"smoke": "A smoke test, which shows nothing but that all runs. ", "laptop": figures.LAPTOP_NOTE + " "}
     title = name.replace("fig", "Figure ") if name.startswith("fig") else f"The study {name!r}"
     lines = [f"{title}: {figure.shows}. " + "".join(size[s] for s in size if getattr(options, s))
              + f"{STATISTICS[options.statistic][1]}, {seeds} seed{'s' * (seeds > 1)} a task"
-             + (", all their runs together in the panels of all tasks." if tasks > 1 else ".")
+             + (", all their runs together in the panels of all tasks." if together else ".")
              + (" One seed has no interval." if seeds == 1 else "")]
     if figure.kind == "points":
         lines[0] += " Last evaluation of the run."
@@ -356,7 +357,7 @@ def command_line():
     parser.add_argument("--episodes", action="store_true",
                         help="pool single episodes' returns in the IQM, not their means")
     parser.add_argument("--columns", nargs="+", default=["return"], help="curves: columns of eval.csv")
-    parser.add_argument("--reference", metavar="FILE.csv", help="published curves to lay under ours")
+    parser.add_argument("--reference", metavar="FILE.csv", help="published curves to lay under ours, task by task")
     parser.add_argument("--save", metavar="FILE.csv", help="also write the values that were drawn")
     parser.add_argument("--out", default=".", help="folder of the pictures")
     return figures.options(parser)
