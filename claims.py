@@ -86,7 +86,8 @@ WHOLE = (
     ("fig26", "MST scales MR.SAC where plain scaling degrades", RETURN),
 )
 
-PUBLISHED = {"mrq": "MR.Q", "simba": "SAC on SimBa networks"}  # studies that repeat published runs: those of results/published-NAME.csv
+# Studies that repeat published runs: those of results/published-NAME.csv.
+PUBLISHED = {"mrq": "MR.Q", "simba": "SAC on SimBa networks"}
 
 
 def arm(figure, wanted):

@@ -250,8 +250,8 @@ LAPTOP = {
                   (Cell("", "this code", {"total_steps": 20000}),), tasks=("cartpole-swingup", "walker-walk"), seeds=3,
                   choice="Types 4, 4 and 3, dense; 20,000 agent steps, of which 10,000 are random."),
     "simba": Figure("SAC on SimBa networks, as published", "curves",
-                    (Cell("", "this code", {"algo": "sac", "total_steps": 25000}),), tasks=("walker-walk", "cheetah-run"), seeds=3,
-                    choice="25,000 agent steps, of which 5,000 are random."),
+                    (Cell("", "this code", {"algo": "sac", "total_steps": 25000}),), tasks=("walker-walk", "cheetah-run"),
+                    seeds=3, choice="25,000 agent steps, of which 5,000 are random."),
     "fig2": _laptop("fig2", _types("encoder", (1, 2, 3, 4, 6), **_NARROW), kind="curves",
                     shows="encoder: architecture types"),
     "fig3": _laptop("fig3", _types("encoder", (1, 2, 3, 4, 6), **_NARROW)),
@@ -267,7 +267,7 @@ LAPTOP = {
     "fig12": _laptop("fig12", _mst_ablation(_LAPTOP_MST, _LAPTOP_RES, ()),
                      shows="MST, all modules five times as deep: distribution and growth"),
     "fig13": _laptop("fig13", (*_simba_laptop("sac"), *_simba_laptop("ddpg")),
-                     size="Width ×0.125 of SimBa's published sizes (called ×1 here), beside four times that width or depth"),
+                     size="Width ×0.125 of SimBa's published sizes (called ×1 here), beside four times as wide or deep"),
 }
 
 
