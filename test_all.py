@@ -5680,7 +5680,12 @@ def test_runs_stand_beside_the_published_ones_of_their_task_and_step(tmp_path, m
         published += [f"{task},{step},{seed},{centre + seed - 2 if step == 20000 else 9e9}" for step in (15000, 20000) for seed in range(5)]
     aggregate.save(tmp_path / "mrq-laptop.csv", written.values(), ["return"])
     (tmp_path / "published-mrq.csv").write_text("\n".join(published))
-    (tmp_path / "published-simba.csv").write_text("env,agent_step,seed,return\nwalker-walk,20000,0,9e9\n")
+    (tmp_path / "published-simba.csv").write_text("env,agent_step,seed,return\nwalker-walk,20000,0,9e9\nwalker-walk,25000,0,700\nwalker-walk,25000,1,800\n")
+    simba = {run.name: aggregate.Run(run.name, {"agent_step": np.array([25000.0]), "frames": np.array([50000.0]), "return": np.array([700.0 + run.seed])})
+             for run in figures.runs(figures.LAPTOP["simba"])}
+    aggregate.save(tmp_path / "simba-laptop.csv", simba.values(), ["return"])
+    beside = [line for line in run_main(claims, monkeypatch, capsys, tmp_path)[1] if line.startswith("| SAC on SimBa")]
+    assert len(beside) == 1 and "| walker-walk | 25,000 | 700, 701, 702 | 750 (2 seeds, 700 to 800) | -49.0 [" in beside[0]
     told = [line for line in run_main(claims, monkeypatch, capsys, tmp_path)[1] if line.startswith("| MR.Q |")]
     _, low, high, _ = claims.verdict(np.array([300, 310, 320]), np.arange(248, 253), less=False)
     assert told == [told[0], f"| MR.Q | walker-walk | 20,000 | 300, 310, 320 | 250 (5 seeds, 248 to 252) | 60.0 [{low:.1f}, {high:.1f}] | higher |"]
