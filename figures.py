@@ -198,7 +198,7 @@ LAPTOP_NOTE = "Laptop study, smaller or shorter than the paper's."
 _SHORT = {"learning_starts": 2000, "total_steps": 12000, "eval_every": 1000}
 _NARROW = {"width_scale": 0.25, **_SHORT}
 _LAPTOP_STRONG = {"encoder_type": 6, "encoder_scale": 3, **_NARROW}
-_LAPTOP_ACTOR = {"encoder_type": 6, "actor_scale": 5, **_NARROW}  # an encoder of default depth: ten seeds for five's hours
+_LAPTOP_ACTOR = {"encoder_type": 6, "actor_scale": 5, **_NARROW}  # an encoder of default depth, so that ten seeds take hours
 _LAPTOP_RES = {"depth_scale": 5, **RES, **_NARROW}
 _LAPTOP_MST = {"depth_scale": 5, "mst": True, **_NARROW}
 
@@ -329,8 +329,8 @@ def size(figure, cell):
 
 # Milliseconds of an agent step of the laptop studies, the mean of their arms, each timed for some steps on one core of an
 # Intel Xeon (AVX-512); two runs fit two cores.
-LAPTOP_MS = {"first": 29, "cup": 29, "mrq": 200, "simba": 210, "fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 36,
-             "fig9": 36, "fig10": 36, "fig11": 87, "fig12": 89, "fig13": 37}
+LAPTOP_MS = {"first": 29, "cup": 29, "mrq": 200, "simba": 210, "fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 32,
+             "fig9": 31, "fig10": 31, "fig11": 87, "fig12": 89, "fig13": 37}
 SMOKE_SECONDS = 6  # of one core: a run, start included
 
 
