@@ -196,7 +196,7 @@ def beside_published(study, paths):
                    {"seen": "higher", "reversed": "lower", "not seen": "no difference seen"}.get(said, said))
 
 
-def ends(name, steps, paths):
+def ends(name, steps, paths, where=""):
     """What every seed of a study got at these steps, a line an arm and step, and what a random policy gets."""
     figure, random = figures.LAPTOP[name], []
     task, = figure.tasks
@@ -206,7 +206,7 @@ def ends(name, steps, paths):
             if step not in runs[0].table["agent_step"]:  # beyond a short arm's end
                 continue
             returns = sorted(run.table["return"][run.table["agent_step"] == step].item() for run in runs)
-            yield (f"{task}, {cell.series}, at {step:,} steps, {len(returns)} seeds: "
+            yield (f"{task}, {cell.series}{where}, at {step:,} steps, {len(returns)} seeds: "
                    f"{', '.join(f'{value:.0f}' for value in returns)}")
     for path in paths:
         if os.path.exists(file := os.path.join(path, "random-policy.csv")):
@@ -232,8 +232,10 @@ def main():
         for heading, table in tables:
             if table := list(table):
                 lines += [f"| {' | '.join(row)} |" for row in (heading, ["---"] * len(heading), *table)] + [""]
-        for study, steps in (("first", (0, 9000, 18000, 24000, 27000, 30000)), ("cup", (12000, 20000))):
-            lines += [f"- {line}" for line in ends(study, steps, paths)]
+        again = [file for path in paths if os.path.isfile(file := os.path.join(path, "first-amd.csv"))]  # the first command alone
+        for line in (*ends("first", (0, 9000, 18000, 24000, 27000, 30000), paths),
+                     *ends("first", (0, 9000, 18000, 24000), again, ", on an AMD EPYC"), *ends("cup", (12000, 20000), paths)):
+            lines.append(f"- {line}")
     except (OSError, ValueError) as error:
         sys.exit(f"claims.py: {plainly(error)}")
     print("\n".join(lines))

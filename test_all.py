@@ -5668,6 +5668,11 @@ def test_the_readmes_first_command_is_the_study_that_tells_of_it(tmp_path, monke
         lines += [f"{arm}, at {step:,} steps, 3 seeds: {'0, 0, 0' if step == 0 else '9, 9, 9' if step == 9000 else '100, 101, 102'}"
                   for step in (0, 9000, 18000, 24000, 27000, 30000) if step <= last]
     lines += ["a random policy, 2 episodes: 4 on average"]
+    command, *_ = ends.items()  # the same command on another processor: runs of the same names, told beside these
+    steps = np.arange(0.0, 24001, 3000)
+    elsewhere = [aggregate.Run(command[0], {"agent_step": steps, "frames": 2 * steps, "return": 1000 + steps / 1000})]
+    aggregate.save(tmp_path / "first-amd.csv", elsewhere, ["return"])
+    lines += [f"MST, on an AMD EPYC, at {1000 * thousands:,} steps, 1 seeds: {1000 + thousands}" for thousands in (0, 9, 18, 24)]
     assert run_main(claims, monkeypatch, capsys, tmp_path)[1][-len(lines):] == [f"- cartpole-swingup, {line}" for line in lines]
 
 
