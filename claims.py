@@ -132,7 +132,9 @@ def hours(figure, laptop=True):
 
 
 def number(value):
-    """Three digits, and no more than one behind the point above 1."""
+    """Three digits, and no more than one behind the point above 1; two where two places would round them away."""
+    if 5e-4 <= abs(value) < 0.1:
+        return f"{value:.2g}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}"
 
 

@@ -5601,6 +5601,11 @@ def test_a_verdict_says_what_its_interval_says():
         "seen", "reversed", "reversed", "seen", "not seen", *["cannot tell"] * 4, "reversed", "seen"] * 3
 
 
+def test_a_number_in_a_table_keeps_what_tells_it_from_0():
+    assert [claims.number(value) for value in (168.4, -57.21, 5.94, 0.1, 0.0076, -0.00071, 4e-4, 0)] == [
+        "168", "-57.2", "5.9", "0.10", "0.0076", "-0.00071", "0.00", "0.00"]
+
+
 @pytest.mark.slow
 def test_claims_are_read_from_the_last_evaluations_of_their_own_arms(tmp_path, monkeypatch, capsys):
     """Every run of the laptop study has its own number, and nine that must not count before the last three evaluations."""
