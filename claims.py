@@ -27,6 +27,7 @@ import figures
 from aggregate import gather, plainly
 
 LAST = 3  # evaluations
+FEWEST = 3  # seeds of a task that stands beside published runs
 RETURN, CRITIC_SRANK, CRITIC_DORMANT = figures.RETURN, figures.CRITIC_SRANK, figures.CRITIC_DORMANT
 ACTOR_DORMANT, ENCODER_SRANK = figures.ACTOR_DORMANT, figures.ENCODER_SRANK
 
@@ -179,7 +180,8 @@ def untried(found, paths):
 
 
 def beside_published(study, paths):
-    """A row a task of a study whose runs are set as a published curve's: ours at their last step, in full, and theirs."""
+    """A row a task of a study whose runs are set as a published curve's: ours at their last step, in full, and theirs. Every
+    finished seed is in it, so it may be there before the last is."""
     figure, rows = figures.LAPTOP[study], []
     for path in paths:
         if os.path.exists(file := os.path.join(path, f"published-{study}.csv")):
@@ -190,7 +192,7 @@ def beside_published(study, paths):
         ours = values(study, cell, RETURN, paths, task, last=1)
         step = cell.flags["total_steps"]
         theirs = [float(row["return"]) for row in rows if (row["env"], int(row["agent_step"])) == (task, step)]
-        if len(ours) == figure.seeds and theirs:
+        if len(ours) >= FEWEST and theirs:
             difference, low, high, said = verdict(ours, np.array(theirs), less=False)
             yield (PUBLISHED[study], task, f"{step:,}", ", ".join(number(value) for value in sorted(ours)),
                    f"{number(np.mean(theirs))} ({len(theirs)} seeds, {number(min(theirs))} to {number(max(theirs))})",
