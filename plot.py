@@ -70,6 +70,8 @@ def draw_curves(axes, lines, published):
         x, centre, low, high = (part[x <= furthest] for part in (x, *values))
         axes.fill_between(x, low, high, color="black", alpha=0.08, linewidth=0)
         axes.plot(x, centre, color="black", linewidth=1, linestyle=REFERENCE_LINES[number % 3])
+        if len(x) <= 10:
+            axes.scatter(x, centre, color="black", s=8)  # between so few points nothing was measured
     for series, number, _, x, centre, low, high in lines:
         colour, marker, line = style(series, number)
         every = max(1, len(x) // 6)

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune as prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.collections import PolyCollection
+from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -5500,8 +5500,9 @@ def test_a_study_beside_published_curves_has_no_panel_of_all_tasks(tmp_path, mon
     """Nothing is published of all tasks together; a file of other tasks changes nothing."""
     pages, warned = [], []
     monkeypatch.setattr(plot.plt, "close", pages.append)
-    for task in ("dog-run", "walker-walk"):
-        (tmp_path / "theirs.csv").write_text("env,agent_step,seed,return\n" + "".join(f"{task},{step},0,7\n" for step in (0, 20000)))
+    for theirs in ({"dog-run": 20000}, {"walker-walk": 20000, "cartpole-swingup": 2000}):
+        (tmp_path / "theirs.csv").write_text("env,agent_step,seed,return\n" + "".join(
+            f"{task},{step},0,7\n" for task, every in theirs.items() for step in range(0, 20001, every)))
         status, _, told = run_main(plot, monkeypatch, capsys, "mrq", HERE / "results/mrq-laptop.csv", "--laptop", "--reference", tmp_path / "theirs.csv", "--out", tmp_path)
         warned.append(any("left out" in line for line in told))
         assert not status
@@ -5510,7 +5511,9 @@ def test_a_study_beside_published_curves_has_no_panel_of_all_tasks(tmp_path, mon
     assert [[[text.get_text() for text in legend.get_texts()] for legend in page.legends] for page in pages] == [[["this code"]], [["this code", "published"]]]
     assert ["all tasks" in "".join(text.get_text() for text in page.texts) for page in pages] == warned == [True, False]
     theirs = [[tuple(line.get_ydata()) for line in axes.get_lines() if line.get_color() == "black"] for axes in pages[1].axes]
-    assert theirs == [[], [(7, 7)]]
+    assert theirs == [[(7,) * 11], [(7, 7)]]
+    dots = [[dots.get_offsets().tolist() for dots in axes.collections if isinstance(dots, PathCollection)] for axes in pages[1].axes]
+    assert dots == [[], [[[0, 7], [40000, 7]]]]  # few points are told from a curve
 
 
 @pytest.mark.slow
