@@ -7,9 +7,10 @@ and a verdict says no more than its interval. "seen": the 95 % interval of the d
     python claims.py                     # the tables of README.md and results/README.md, from results/
     python claims.py runs                # from your own runs of ./sweep.sh fig11 --laptop
 
-A run counts by the mean of its last three evaluations, an arm once all its seeds are there. The interval is Welch's, of the
-difference of two means over seeds, as spreads are unequal and seeds few; it is not corrected for the number of comparisons.
-It needs no PyTorch.
+A run counts by the mean of its last three evaluations, an arm once all its seeds are there; beside published runs, where each
+seed is printed, by its last evaluation, and a task once three seeds are there. The interval is Welch's, of the difference of
+two means over seeds, as spreads are unequal and seeds few; it is not corrected for the number of comparisons. It needs no
+PyTorch.
 """
 
 import argparse
@@ -180,8 +181,8 @@ def untried(found, paths):
 
 
 def beside_published(study, paths):
-    """A row a task of a study whose runs are set as a published curve's: ours at their last step, in full, and theirs. Every
-    finished seed is in it, so it may be there before the last is."""
+    """A row a task of a study whose runs are set as a published curve's: ours at their last step, every finished seed, and
+    theirs."""
     figure, rows = figures.LAPTOP[study], []
     for path in paths:
         if os.path.exists(file := os.path.join(path, f"published-{study}.csv")):
