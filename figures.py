@@ -248,7 +248,8 @@ LAPTOP = {
                   tasks=("ball_in_cup-catch",), choice="Width ×0.25, 20,000 agent steps, of which 1,000 are random."),
     # Full size, for `plot.py --reference`: default settings, as published.
     "mrq": Figure("MR.Q as published, but for a layer more in encoder and actor", "curves",
-                  (Cell("", "this code", {"total_steps": 20000}),), tasks=("cartpole-swingup", "walker-walk"), seeds=5,
+                  (Cell("", "this code", {"total_steps": 20000}),),
+                  tasks=("cartpole-swingup", "walker-walk", "dog-run", "dog-trot"), seeds=5,
                   choice="Types 4, 4 and 3, dense; 20,000 agent steps, of which 10,000 are random."),
     "simba": Figure("SAC on SimBa networks, as published", "curves",
                     (Cell("", "this code", {"algo": "sac", "total_steps": 25000}),),
