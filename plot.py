@@ -255,7 +255,7 @@ def caption(name, figure, options, found, wrong, together):
     size = {"smoke": "A smoke test, which shows nothing but that all runs. ", "laptop": figures.LAPTOP_NOTE + " "}
     title = name.replace("fig", "Figure ") if name.startswith("fig") else f"The study {name!r}"
     lines = [f"{title}: {figure.shows}. " + "".join(size[s] for s in size if getattr(options, s))
-             + f"{STATISTICS[options.statistic][1]}, {seeds} seed{'s' * (seeds > 1)} a task"
+             + f"{STATISTICS[options.statistic][1]}, {'up to ' * bool(wrong)}{seeds} seed{'s' * (seeds > 1)} a task"
              + (", all their runs together in the panels of all tasks." if together else ".")
              + (" One seed has no interval." if seeds == 1 else "")]
     if figure.kind == "points":

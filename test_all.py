@@ -5393,8 +5393,8 @@ def test_a_figure_shows_its_runs_and_names_the_rest(tmp_path, monkeypatch, capsy
     assert first.get_xlabel() == "environment frames" and "return" in first.get_ylabel()
     assert [text.get_text() for text in page.legends[0].get_texts()] == ["MR.Q", "MR.Q + Res", "MR.Q + Res + MST"]
     said = page.texts[-1].get_text().replace("\n", " ")
-    assert all(part in said for part in ("δ = 0.01", "τ = 0.025", "batch of 2,048", "3 of 9 runs", "missing: MR.Q, walker-walk, seed 1",
-                                         "of other settings: MR.Q, walker-walk, seed 2", "unfinished: MR.Q + Res, walker-walk, seed 2"))
+    assert all(part in said for part in ("δ = 0.01", "τ = 0.025", "batch of 2,048", "interval, up to 3 seeds a task", "3 of 9 runs",
+                                         "missing: MR.Q, walker-walk, seed 1", "of other settings: MR.Q, walker-walk, seed 2", "unfinished: MR.Q + Res, walker-walk, seed 2"))
     assert any("config.json says --critic-regime dst" in line for line in told) and any("1 row cut short" in line for line in told)
 
     *_, again = run_main(plot, monkeypatch, capsys, options[0], tmp_path / "fig11.csv", *options[2:], "--statistic", "mean-sd")[2], pages[1]
