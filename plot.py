@@ -15,6 +15,7 @@ tell apart, and in grey the markers and lines do.
 import argparse
 import csv
 import dataclasses
+import math
 import os
 import sys
 import textwrap
@@ -103,8 +104,9 @@ def draw_points(axes, points, ticks, joined, count):
             axes.axvline(place - 0.5, color="0.9", linewidth=0.8, zorder=0)
 
 
-def sheet(rows, columns, width, height, caption, legend, title_lines, tick_lines):
-    """A page of panels with the legend above and the caption below, each with the room that it needs, in inches."""
+def sheet(rows, columns, width, height, room, caption, legend, title_lines, tick_lines):
+    """A page of panels with the legend above and the caption below, each with the room that it needs, in inches.
+    width, height: of a panel and what is around it; room: between two rows."""
     total = max(columns * width + 0.75, 7.0, min(14.0, 1 + 0.08 * max(len(label) for label, _ in legend)))
     lines = [part for text in caption for part in textwrap.wrap(text, int(total * 18.5)) or [""]]
     per_row = max(1, int((total - 0.5) / (0.75 + 0.07 * max(len(label) for label, _ in legend))))
@@ -112,8 +114,8 @@ def sheet(rows, columns, width, height, caption, legend, title_lines, tick_lines
     below = 0.48 + 0.13 * tick_lines + 0.145 * len(lines)
     page, grid = plt.subplots(rows, columns, figsize=(total, rows * height + above + below), squeeze=False)
     tall = page.get_figheight()
-    page.subplots_adjust(left=0.75 / total, right=1 - 0.15 / total, top=1 - above / tall, bottom=below / tall, hspace=0.16,
-                         wspace=0.3)
+    page.subplots_adjust(left=0.75 / total, right=1 - 0.15 / total, top=1 - above / tall, bottom=below / tall,
+                         hspace=room / (height - room * (rows - 1) / rows), wspace=0.3)
     page.legend([handle for _, handle in legend], [label for label, _ in legend], loc="upper center", ncols=per_row,
                 bbox_to_anchor=(0.5, 1 - 0.02 / tall), frameon=False, fontsize=9, handlelength=3)
     page.text(0.12 / total, 0.1 / tall, "\n".join(lines), fontsize=7, va="bottom", linespacing=1.35)
@@ -122,14 +124,24 @@ def sheet(rows, columns, width, height, caption, legend, title_lines, tick_lines
 
 def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
     """panels: [(title, y label)]; rows: names; draw(axes, panel's number, row) says whether there was anything to draw.
-    With one panel, the rows go across. Panels of one row and one y label share their scale."""
-    across = len(panels) == 1
-    page, grid = sheet(*((1, len(rows)) if across else (len(rows), len(panels))), *((4.6, 3.0) if across else (2.75, 2.1)),
-                       caption, legend, 1 + max(title.count("\n") for title, _ in panels), tick_lines)
+    With one panel, the rows go across, three beside one another at most or in a square. Panels of one row and one y label
+    share their scale."""
+    across, title_lines = len(panels) == 1, 1 + max(title.count("\n") for title, _ in panels)
+    if across:
+        columns = len(rows) if len(rows) <= 3 else math.ceil(math.sqrt(len(rows)))
+        shape = -(-len(rows) // columns), columns, 4.6, 3.0, 0.22 + 0.15 * title_lines + 0.13 * tick_lines
+    else:
+        shape = len(rows), len(panels), 2.75, 2.1, 0.3
+    page, grid = sheet(*shape, caption, legend, title_lines, tick_lines)
+    if across:
+        for axes in grid.flat[len(rows):]:
+            axes.remove()
+        grid = grid.reshape(-1, 1)  # below, each panel is a row's only one
+    lowest = len(rows) - (shape[1] if across else 1)  # from here on nothing stands below
     for number, row in enumerate(rows):
         tops, bottoms = {}, {}
         for column, (title, y_label) in enumerate(panels):
-            axes = grid[0, number] if across else grid[number, column]
+            axes = grid[number, column]
             axes.grid(True, axis="y", color="0.92", linewidth=0.8)
             axes.set_axisbelow(True)
             axes.tick_params(labelsize=7.5)
@@ -146,14 +158,14 @@ def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
                 axes.set_title(title, fontsize=9)
             if across or column == 0 or panels[column - 1][1] != y_label:
                 axes.set_ylabel(f"{row}\n{y_label}" if column == 0 and not across else y_label, fontsize=8.5)
-            if across or number == len(rows) - 1:
+            if number >= lowest:
                 axes.set_xlabel(x_label, fontsize=8.5)
-            else:
+            elif not across:
                 axes.tick_params(labelbottom=False)
         for column, (_, y_label) in enumerate(panels):
             if y_label in tops:
                 bottom, span = bottoms[y_label], (tops[y_label] - bottoms[y_label]) or 1
-                (grid[0, number] if across else grid[number, column]).set_ylim(bottom - 0.03 * span, bottom + 1.06 * span)
+                grid[number, column].set_ylim(bottom - 0.03 * span, bottom + 1.06 * span)
     return page
 
 

@@ -44,6 +44,7 @@ import torch.nn.functional as F
 import torch.nn.utils.prune as prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection, PolyCollection
 from matplotlib.text import Text
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -5429,8 +5430,7 @@ def check_drawing(page):
         return line.get_color(), line.get_marker(), line.get_linestyle(), line._unscaled_dash_pattern  # a style of one's own is "--" to all
 
     told = {look(handle) for handle in page.legends[0].legend_handles}
-    rows = sorted({axes.get_subplotspec().rowspan.start for axes in page.axes})
-    scales = {}
+    across, scales = all(axes.get_title() for axes in page.axes), {}
     for axes in page.axes:
         spec = axes.get_subplotspec()
         ours = [container.lines[0] for container in axes.containers] or list(axes.get_lines())
@@ -5450,16 +5450,21 @@ def check_drawing(page):
         else:
             last = max(line.get_xdata()[-1] for line in ours)
             assert -0.1 * last < left < 0 and last < right < 1.1 * last
-        assert bool(axes.get_xlabel()) == (spec.rowspan.start == rows[-1])
-        place = (spec.rowspan.start, axes.get_title()) if len(rows) == 1 else spec.rowspan.start  # one row: of tasks, each with its own
+        under = [other for other in map(Axes.get_subplotspec, page.axes)
+                 if other.colspan.start == spec.colspan.start and other.rowspan.start > spec.rowspan.start]
+        assert bool(axes.get_xlabel()) == (not under)
+        assert axes.xaxis.get_tick_params()["labelbottom"] == (across or not under)
+        place = (spec.rowspan.start, axes.get_title()) if across else spec.rowspan.start  # a task each, with its own
         label = axes.get_ylabel().split("\n")[-1] or label  # without one, the panel before has it
         scales.setdefault((place, label), set()).add(axes.get_ylim())
     assert all(len(limits) == 1 for limits in scales.values())
 
 
-@pytest.mark.parametrize("name, seeds", [("fig2", 1), ("fig4", 1), ("fig7", 1), ("fig11", 2), ("fig12", 1), ("fig14", 2)])
+@pytest.mark.parametrize("name, seeds, more", [
+    ("fig2", 1, ()), ("fig4", 1, ()), ("fig7", 1, ()), ("fig11", 2, ()), ("fig12", 1, ()), ("fig14", 2, ()),
+    ("fig2", 1, ("dog-walk", "dog-trot")), ("fig14", 2, ("dog-walk", "dog-trot")), ("fig14", 2, ("dog-walk", "dog-trot", "dog-run"))])
 @pytest.mark.slow
-def test_every_layout_fits_its_page(name, seeds, monkeypatch, tmp_path):
+def test_every_layout_fits_its_page(name, seeds, more, monkeypatch, tmp_path):
     """Figures of every kind, drawn from made-up runs of which three are missing."""
     def made_up(wanted, paths, columns):
         steps = np.arange(0, 500001, 50000)
@@ -5469,13 +5474,17 @@ def test_every_layout_fits_its_page(name, seeds, monkeypatch, tmp_path):
             dict.fromkeys(list(wanted)[-3:], "missing"), []
 
     monkeypatch.setattr(plot, "gather", made_up), monkeypatch.setattr(aggregate, "RESAMPLES", 50)
-    page, _ = plot.draw_figure(name, plot.command_line().parse_args([name, "runs", "--seeds", str(seeds), "--out", str(tmp_path)]))
+    figure = figures.FIGURES[name]
+    names = [*figure.tasks, *more]
+    page, _ = plot.draw_figure(name, plot.command_line().parse_args(
+        [name, "runs", "--seeds", str(seeds), "--tasks", *names, "--out", str(tmp_path)]))
     check_layout(page)
     check_drawing(page)
-    figure = figures.FIGURES[name]
-    panels, tasks = len({cell.panel for cell in figure.cells}) * len(figure.measures), len(figure.tasks) + (len(figure.tasks) > 1)
+    panels, tasks = len({cell.panel for cell in figure.cells}) * len(figure.measures), len(names) + (len(names) > 1)
     across = panels == 1
-    assert len(page.axes) == panels * tasks and len({axes.get_subplotspec().rowspan.start for axes in page.axes}) == (1 if across else tasks)
+    assert len(page.axes) == panels * tasks
+    shape = [len({getattr(axes.get_subplotspec(), span).start for axes in page.axes}) for span in ("rowspan", "colspan")]
+    assert shape == ({1: [1, 1], 3: [1, 3], 4: [2, 2], 5: [2, 3]}[tasks] if across else [tasks, panels])
     for axes in page.axes:
         column = axes.get_subplotspec().colspan.start
         if axes.get_title() and not across:  # the measure, where there are several
