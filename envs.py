@@ -36,6 +36,13 @@ def task_names():
     return [f"{domain}-{task}" for domain, task in _suite().ALL_TASKS]
 
 
+def check_task(name):
+    """ValueError, in one line and with the nearest names, for a task that the suite does not have."""
+    if name not in (known := task_names()):
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        raise ValueError(f"unknown environment {name!r}: did you mean {' or '.join(near) or 'dog-run'}?")
+
+
 def _suite():
     try:
         with warnings.catch_warnings():
@@ -56,13 +63,10 @@ class Env:
     """
 
     def __init__(self, name, seed=0, action_repeat=2):
-        suite = _suite()
-        if name not in task_names():
-            near = difflib.get_close_matches(name, task_names(), n=3, cutoff=0.3)
-            raise ValueError(f"unknown environment {name!r}: did you mean {' or '.join(near) or 'dog-run'}?")
+        check_task(name)
         domain, task = name.split("-", 1)
         self.name, self.action_repeat = name, action_repeat
-        self._env = suite.load(domain, task, task_kwargs={"random": seed})
+        self._env = _suite().load(domain, task, task_kwargs={"random": seed})
         spec = self._env.action_spec()
         if not np.issubdtype(spec.dtype, np.floating):
             raise ValueError(f"{name} has discrete actions: agents here choose continuous ones")

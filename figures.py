@@ -13,6 +13,7 @@ Paper: Sections 3 and 4, Appendices B.2.2, D and E. Figures 18-25 are the rows o
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -377,7 +378,7 @@ def show_table(options, names):
 
 def options(parser):
     """What narrows a figure's runs: the same for sweep.sh and plot.py."""
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks instead of the figure's own")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks instead of the figure's own, with commas or spaces between")
     parser.add_argument("--seeds", metavar="N|A,B,..", help="the first N seeds, or those named")
     parser.add_argument("--steps", type=int, metavar="N", help="agent steps instead of the figure's own")
     parser.add_argument("--more", default="", metavar="'FLAGS'", help="further flags of train.py for every run, in quotes")
@@ -408,7 +409,18 @@ def selected(name, options):
     if options.steps is not None:
         figure = dataclasses.replace(figure, cells=tuple(
             dataclasses.replace(cell, flags={**cell.flags, "total_steps": options.steps}) for cell in figure.cells))
-    return figure, list(runs(figure, options.tasks, _seeds(options.seeds), shlex.split(options.more)))
+    return figure, list(runs(figure, _tasks(options.tasks), _seeds(options.seeds), shlex.split(options.more)))
+
+
+def _tasks(names):
+    """["dog-run,dog-trot", "fish-swim"] -> all three; None, the figure's own, stays None."""
+    names = names and [task for name in names for task in name.split(",") if task]
+    if names and not {*names} <= {task for figure in (*FIGURES.values(), *LAPTOP.values()) for task in figure.tasks}:
+        from envs import check_task
+        with contextlib.suppress(ImportError):  # one may print commands, and draw runs, without dm_control
+            for name in names:
+                check_task(name)
+    return names
 
 
 def _seeds(text):

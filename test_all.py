@@ -5153,6 +5153,9 @@ def test_figures_print_commands_and_names_in_one_order(monkeypatch, capsys):
     assert [run_name(parse(command.split())) for command in commands] == names
     _, commands, _ = run_main(figures, monkeypatch, capsys, "commands", "fig11", "--seeds", "1", "--more", "--precision bf16 --scale 3")
     assert "--env dog-run --precision bf16 --mst --scale 3 --seed 0" in commands and len(commands) == 6
+    for apart in (("fish-swim,dog-trot",), ("fish-swim", "dog-trot")):
+        _, names, _ = run_main(figures, monkeypatch, capsys, "names", "fig11", "--seeds", "1", "--tasks", *apart)
+        assert [name.split("__")[0] for name in names] == ["fish-swim", "dog-trot"] * 3
     _, rows, _ = run_main(figures, monkeypatch, capsys, "list")
     assert all(any(row.split()[0] == name for row in rows[1:-2]) for name in figures.FIGURES) and "4,100 distinct" in rows[-1]
     assert any("1,440" in row and "critic 2.6 M / 33 M / 139 M" in row for row in rows)
@@ -5174,7 +5177,8 @@ def test_every_option_says_what_it_is_for(module, monkeypatch):
 @pytest.mark.parametrize("argv, message", [
     (("commands", "fig1"), "unknown figure 'fig1': choose one of fig2"), (("names", "fig14", "--laptop"), "no laptop study"),
     (("commands",), "name a figure"), (("commands", "fig2", "--seeds", "a"), "--seeds a"), (("names", "fig2", "--seeds", "0"), "--seeds 0"),
-    (("commands", "fig2", "--steps", "50"), "--total-steps 50 trains nothing"), (("names", "fig2", "--more", "--seed 3"), "--more cannot hold")])
+    (("commands", "fig2", "--steps", "50"), "--total-steps 50 trains nothing"), (("names", "fig2", "--more", "--seed 3"), "--more cannot hold"),
+    (("names", "fig2", "--tasks", "dog-run,dog-rum"), "'dog-rum': did you mean dog-run")])
 def test_figures_refuse_in_one_line(argv, message, monkeypatch, capsys):
     status, out, _ = run_main(figures, monkeypatch, capsys, *argv)
     assert message in status and "\n" not in status and not out
