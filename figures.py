@@ -250,7 +250,7 @@ LAPTOP = {
     # Full size, for `plot.py --reference`: default settings, as published.
     "mrq": Figure("MR.Q as published, but for a layer more in encoder and actor", "curves",
                   (Cell("", "this code", {"total_steps": 20000}),),
-                  tasks=("cartpole-swingup", "walker-walk", "dog-run", "dog-trot"), seeds=5,
+                  tasks=("cartpole-swingup", "walker-walk", "dog-run", "dog-trot", "humanoid-run", "humanoid-walk"), seeds=5,
                   choice="Types 4, 4 and 3, dense; 20,000 agent steps, of which 10,000 are random."),
     "simba": Figure("SAC on SimBa networks, as published", "curves",
                     (Cell("", "this code", {"algo": "sac", "total_steps": 25000}),),
