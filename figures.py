@@ -414,8 +414,12 @@ def selected(name, options):
 
 def _tasks(names):
     """["dog-run,dog-trot", "fish-swim"] -> all three; None, the figure's own, stays None."""
-    names = names and [task for name in names for task in name.split(",") if task]
-    if names and not {*names} <= {task for figure in (*FIGURES.values(), *LAPTOP.values()) for task in figure.tasks}:
+    if names is None:
+        return None
+    names = [task for name in names for task in name.split(",") if task]
+    if not names:
+        raise ValueError("--tasks names no task: give some, as dog-run,dog-trot")
+    if not {*names} <= {task for figure in (*FIGURES.values(), *LAPTOP.values()) for task in figure.tasks}:
         from envs import check_task
         with contextlib.suppress(ImportError):  # one may print commands, and draw runs, without dm_control
             for name in names:

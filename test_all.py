@@ -5178,7 +5178,7 @@ def test_every_option_says_what_it_is_for(module, monkeypatch):
     (("commands", "fig1"), "unknown figure 'fig1': choose one of fig2"), (("names", "fig14", "--laptop"), "no laptop study"),
     (("commands",), "name a figure"), (("commands", "fig2", "--seeds", "a"), "--seeds a"), (("names", "fig2", "--seeds", "0"), "--seeds 0"),
     (("commands", "fig2", "--steps", "50"), "--total-steps 50 trains nothing"), (("names", "fig2", "--more", "--seed 3"), "--more cannot hold"),
-    (("names", "fig2", "--tasks", "dog-run,dog-rum"), "'dog-rum': did you mean dog-run")])
+    (("names", "fig2", "--tasks", "dog-run,dog-rum"), "'dog-rum': did you mean dog-run"), (("names", "fig2", "--tasks", ","), "--tasks names no task")])
 def test_figures_refuse_in_one_line(argv, message, monkeypatch, capsys):
     status, out, _ = run_main(figures, monkeypatch, capsys, *argv)
     assert message in status and "\n" not in status and not out
