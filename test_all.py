@@ -2539,6 +2539,17 @@ def test_onednn_products_equal_pytorchs_own(monkeypatch):
         torch.testing.assert_close(fast.linear(layer.double(), x.double()), layer(x.double()))
 
 
+def test_onednn_pays_on_amds_processors_with_avx512_alone(monkeypatch):
+    monkeypatch.setattr(fast, "onednn_available", lambda: True)
+    said = {}
+    for vendor in ("AuthenticAMD", "GenuineIntel"):
+        monkeypatch.setattr(fast, "open", lambda path: io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n"), raising=False)
+        for capability in ("AVX512", "AVX2", "DEFAULT"):
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+            said[vendor, capability] = fast.onednn_pays.__wrapped__()
+    assert [which for which, pays in said.items() if pays] == [("AuthenticAMD", "AVX512")]
+
+
 @pytest.mark.skipif(not fast.onednn_available(), reason="this PyTorch or processor has no use for oneDNN's products")
 @pytest.mark.parametrize("algo", ["mrq", "sac"])
 def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
