@@ -9,7 +9,7 @@ the results are those of the plain path within rounding; masks included, since t
 
 Precision, of matrix products and what lies between them; weights, gradients, moments, losses, and the last layers of Q
 and of stochastic actors stay in float32:
-    fp32   float32 throughout; on AMD's with AVX-512 by oneDNN, up to twice as fast as PyTorch's own choice there
+    fp32   float32 throughout; by oneDNN on AMD's processors with AVX-512, up to twice as fast as PyTorch's choice
     tf32   float32 products rounded to 10 bits of mantissa, on CUDA since Ampere
     bf16   bfloat16 products through autocast, on CUDA and on processors with bf16 instructions
 """
@@ -113,7 +113,7 @@ def onednn_available():
 @functools.cache
 def onednn_pays():
     """Whether oneDNN's float32 products are the faster ones: on AMD's processors with AVX-512, by twice; without it they cost
-    3 % of an update, on Intel's 8 %. A rule, not a measurement: a run that is continued must take the same path again."""
+    0 to 6 % of an update, on Intel's 8 %. A rule, not a measurement: a run that is continued must take the same path again."""
     try:
         with open("/proc/cpuinfo") as file:
             processor = next((line for line in file if line.startswith("vendor_id")), "")
