@@ -5767,6 +5767,23 @@ def test_the_readme_has_the_table_of_claims_as_the_results_have_it(monkeypatch, 
     others, dogs, humanoids = (" to ".join(f"{float(f'{bound(reach[kind]):.2g}'):g}" for bound in (min, max)) for kind in ("other", "dog", "humanoid"))
     assert (f"the intervals reach {others}, on the dogs {dogs}, and on the humanoids, where little is learnt yet by either, {humanoids}."
             in readme.replace("\n", " "))
+    # Those that do differ are named there too, by how much; where three policies were evaluated again, what came of it.
+    rows = re.findall(r"\| (\S+)[^|]*\| ([a-z-]+) \| [\d,]+ \|[^|]+\|[^|]+\| \S+ \[(\S+), (\S+)\] \| (lower|higher)", details)
+    assert rows
+    for algo, task, low, high, said in rows:
+        reaches = " to ".join(sorted(bound.lstrip("-") for bound in (low, high)))
+        assert f"{algo}'s three seeds on {task} ended {said}, by an interval of {reaches} of 1,000" in readme.replace("\n", " ")
+    with open(HERE / "results/simba-again.csv", newline="") as again:
+        fresh = [(row["seed"], float(row["return"])) for row in csv.DictReader(again) if int(row["episode"]) >= 10]
+    with open(HERE / "results/published-simba.csv", newline="") as published:
+        theirs = [float(row["return"]) for row in csv.DictReader(published)
+                  if (row["env"], row["agent_step"]) == ("humanoid-walk", "25000")]
+    ours = np.array([np.mean([value for seed, value in fresh if seed == one]) for one in "012"])
+    less, low, high, _ = claims.verdict(ours, np.array(theirs), less=False)
+    assert len(fresh) == 3 * 140
+    assert ("return {:.2f}, {:.2f} and {:.2f} over 140 more episodes each (`simba-again.csv`, by `train.py --eval-only --eval-episodes 150`), "
+            "{:.2f} below the published mean, by an interval of {:.2f} to {:.2f}.".format(*ours, -less, low, high)
+            in details.replace("\n", " "))
 
 
 def test_an_unfinished_run_is_in_no_claim(tmp_path):
