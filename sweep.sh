@@ -153,10 +153,14 @@ stop() {
 
 # One line that changes in place; in a file, a line whenever a run has ended.
 show() {
-    local line minutes left=$((${#list[@]} - next + ${#pid[@]}))
+    local line minutes slot went mean took=0 left=$((${#list[@]} - next + ${#pid[@]}))
     line="$done of $total done, ${#pid[@]} running, ${#failed[@]} failed, $elsewhere run elsewhere"
     if ((ended && left)) && [[ ! $stopping ]]; then  # if each takes as long as those before
-        minutes=$(((spent * left / ended / (jobs < left ? jobs : left) + 59) / 60))
+        mean=$((spent / ended))
+        for slot in "${!pid[@]}"; do  # less what those that run have done of it
+            went=$((SECONDS - since[slot])) took=$((took + (went < mean ? went : mean)))
+        done
+        minutes=$((((mean * left - took) / (jobs < left ? jobs : left) + 59) / 60))
         line+="; about $((minutes / 60)) h $((minutes % 60)) min left"
     fi
     if [[ -t 1 ]]; then
