@@ -4979,14 +4979,13 @@ def test_a_task_is_requeued_if_it_was_warned(early, end, requeued, tmp_path):
 def test_a_sweep_says_how_long_it_takes():
     show = (HERE / "sweep.sh").read_text().partition("\nshow() {")[2].partition("\n}\n")[0]
     begin = "set -euo pipefail; show() {" + show + "\n}; done=2 ended=2 spent=7200 elsewhere=0 stopping= shown= jobs=2 failed=(); "
-    for now, expected in (("total=10 next=4 list=({1..10}) pid=(1 2) since=(0 0) SECONDS=0", "4 h 0"),  # eight of an hour each, two at a time
-                          ("total=10 next=4 list=({1..10}) pid=(1 2) since=(0 600) SECONDS=1800", "3 h 35"),  # 50 minutes of them done
-                          ("total=3 next=3 list=(1 2 3) pid=([1]=7) since=(9 0) SECONDS=3000", "0 h 10"),  # the last one, in the second slot
-                          ("total=3 next=3 list=(1 2 3) pid=([1]=7) since=(9 0) SECONDS=9000", "0 h 0")):  # it takes longer than they did
-        running = 2 if "1 2)" in now else 1
-        said = subprocess.run(["bash", "-c", f"{begin}{now}; show"], capture_output=True, text=True).stdout
-        total = now[6:].split()[0]
-        assert said == f"2 of {total} done, {running} running, 0 failed, 0 run elsewhere; about {expected} min left\n"
+    ten, last = "total=10 next=4 list=({1..10}) pid=(1 2)", "total=3 next=3 list=(1 2 3) pid=([1]=7)"  # `last` runs in the second slot
+    for state, running, left in ((f"{ten} since=(0 0) SECONDS=0", "2 of 10 done, 2 running", "4 h 0"),  # eight of an hour each, two at a time
+                                 (f"{ten} since=(0 600) SECONDS=1800", "2 of 10 done, 2 running", "3 h 35"),  # 50 minutes of them are done
+                                 (f"{last} since=(9 0) SECONDS=3000", "2 of 3 done, 1 running", "0 h 10"),
+                                 (f"{last} since=(9 0) SECONDS=9000", "2 of 3 done, 1 running", "0 h 0")):  # it takes longer than they did
+        said = subprocess.run(["bash", "-c", f"{begin}{state}; show"], capture_output=True, text=True).stdout
+        assert said == f"{running}, 0 failed, 0 run elsewhere; about {left} min left\n"
 
 
 # --------------------------------------------------------------------------------------------------------- figures.py
