@@ -196,7 +196,7 @@ def beside_published(study, paths):
         if len(ours) >= FEWEST and theirs:
             difference, low, high, said = verdict(ours, np.array(theirs), less=False)
             yield (PUBLISHED[study], task, f"{step:,}", ", ".join(number(value) for value in sorted(ours)),
-                   f"{number(np.mean(theirs))} ({len(theirs)} seeds, {number(min(theirs))} to {number(max(theirs))})",
+                   f"{number(np.mean(theirs))} ({len(theirs)} runs, {number(min(theirs))} to {number(max(theirs))})",
                    span(difference, low, high),
                    {"seen": "higher", "reversed": "lower", "not seen": "no difference seen"}.get(said, said))
 

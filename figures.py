@@ -254,7 +254,7 @@ LAPTOP = {
                   choice="Types 4, 4 and 3, dense; 20,000 agent steps, of which 10,000 are random."),
     "simba": Figure("SAC on SimBa networks, as published", "curves",
                     (Cell("", "this code", {"algo": "sac", "total_steps": 25000}),),
-                    tasks=("walker-walk", "cheetah-run", "dog-run", "dog-trot", "humanoid-run", "humanoid-walk"), seeds=3,
+                    tasks=("walker-walk", "cheetah-run", "dog-run", "dog-trot", "humanoid-run", "humanoid-walk"), seeds=5,
                     choice="25,000 agent steps, of which 5,000 are random."),
     "fig2": _laptop("fig2", _types("encoder", (1, 2, 3, 4, 6), **_NARROW), kind="curves",
                     shows="encoder: architecture types"),

@@ -5729,18 +5729,18 @@ def test_runs_stand_beside_the_published_ones_of_their_task_and_step(tmp_path, m
              for run in figures.runs(figures.LAPTOP["simba"])}
     aggregate.save(tmp_path / "simba-laptop.csv", simba.values(), ["return"])
     beside = [line for line in run_main(claims, monkeypatch, capsys, tmp_path)[1] if line.startswith("| SAC on SimBa")]
-    assert len(beside) == 1 and "| walker-walk | 25,000 | 700, 701, 702 | 750 (2 seeds, 700 to 800) | -49.0 [" in beside[0]
+    assert len(beside) == 1 and "| walker-walk | 25,000 | 700, 701, 702, 703, 704 | 750 (2 runs, 700 to 800) | -48.0 [" in beside[0]
     told = [line for line in run_main(claims, monkeypatch, capsys, tmp_path)[1] if line.startswith("| MR.Q |")]
     _, low, high, _ = claims.verdict(np.arange(300, 350, 10), np.arange(248, 253), less=False)
-    assert told == [told[0], f"| MR.Q | walker-walk | 20,000 | 300, 310, 320, 330, 340 | 250 (5 seeds, 248 to 252) | 70.0 [{low:.1f}, {high:.1f}] | higher |"]
-    assert "| MR.Q | cartpole-swingup | 20,000 | 500, 510, 520, 530, 540 | 510 (5 seeds, 508 to 512) | 10.0 [" in told[0] and told[0].endswith("| no difference seen |")
+    assert told == [told[0], f"| MR.Q | walker-walk | 20,000 | 300, 310, 320, 330, 340 | 250 (5 runs, 248 to 252) | 70.0 [{low:.1f}, {high:.1f}] | higher |"]
+    assert "| MR.Q | cartpole-swingup | 20,000 | 500, 510, 520, 530, 540 | 510 (5 runs, 508 to 512) | 10.0 [" in told[0] and told[0].endswith("| no difference seen |")
     (tmp_path / "published-mrq.csv").write_text("env,agent_step,seed,return\nwalker-walk,20000,0,999\n")
     assert any(line.endswith("|  | cannot tell |") for line in run_main(claims, monkeypatch, capsys, tmp_path)[1])  # by one run
     for seeds in ("300, 310, 320, 330", "300, 310, 320", None):  # every finished seed is told, of three at least
         written.pop(max(written))
         aggregate.save(tmp_path / "mrq-laptop.csv", written.values(), ["return"])
         told = [line for line in run_main(claims, monkeypatch, capsys, tmp_path)[1] if "| MR.Q | walker" in line]
-        assert bool(told) == bool(seeds) and all(f"| {seeds} | 999 (1 seeds" in line for line in told)
+        assert bool(told) == bool(seeds) and all(f"| {seeds} | 999 (1 runs" in line for line in told)
 
 
 def test_the_published_studies_run_as_the_published_ones_did():
