@@ -256,6 +256,11 @@ LAPTOP = {
                     (Cell("", "this code", {"algo": "sac", "total_steps": 25000}),),
                     tasks=("walker-walk", "cheetah-run", "dog-run", "dog-trot", "humanoid-run", "humanoid-walk"), seeds=5,
                     choice="25,000 agent steps, of which 5,000 are random."),
+    # Longer than the two above: to where policies are good. At scale 1, which the paper has no comparison of MST for.
+    "length": Figure("MR.Q over 100,000 agent steps, dense as published and with MST", "curves",
+                     (Cell("", "dense", {"total_steps": 100_000}), Cell("", "MST", {"total_steps": 100_000, "mst": True})),
+                     tasks=("walker-walk", "cartpole-swingup", "cheetah-run"), seeds=2,
+                     choice="Types 4, 4 and 3, dense, and types 6, 6 and 5 with MST, scale 1, fp32; 10,000 random steps."),
     "fig2": _laptop("fig2", _types("encoder", (1, 2, 3, 4, 6), **_NARROW), kind="curves",
                     shows="encoder: architecture types"),
     "fig3": _laptop("fig3", _types("encoder", (1, 2, 3, 4, 6), **_NARROW)),
@@ -332,7 +337,7 @@ def size(figure, cell):
 
 # Milliseconds of an agent step of the laptop studies, the mean of their arms, each timed for some steps on one core of an
 # Intel Xeon (AVX-512); two runs fit two cores.
-LAPTOP_MS = {"first": 29, "cup": 29, "mrq": 200, "simba": 210, "fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 32,
+LAPTOP_MS = {"first": 29, "cup": 29, "mrq": 200, "simba": 210, "length": 200, "fig2": 28, "fig3": 28, "fig6": 67, "fig7": 67, "fig8": 32,
              "fig9": 31, "fig10": 31, "fig11": 87, "fig12": 89, "fig13": 37}
 SMOKE_SECONDS = 6  # of one core: a run, start included
 
