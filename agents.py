@@ -3,7 +3,7 @@
     agent = build_agent(parse(["--algo", "sac", "--mst"]), obs_dim=24, action_dim=6, device=torch.device("cpu"))
 """
 
-import fast
+from runtime import fast
 from mrq import MRQ
 from mrsac import MRSAC
 from networks import SIMBA_SIZES, scaled_size

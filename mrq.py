@@ -15,7 +15,7 @@ Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it by `p
 import torch
 import torch.nn.functional as F
 
-from modules import ModularAgent, frozen
+from base import ModularAgent, frozen
 from networks import Actor, Critic, Encoder
 from replay import multi_step_return, still_running, to_device
 from settings import MR_DEFAULT, MRQConfig

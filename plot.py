@@ -25,9 +25,9 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-import figures
-from aggregate import STATISTICS, Run, curve, difference, final, gather, plainly, read_run, save
-from estimate import millions
+from paper import figures
+from runtime.aggregate import STATISTICS, Run, curve, difference, final, gather, plainly, read_run, save
+from paper.estimate import millions
 from settings import from_config
 
 matplotlib.use("Agg")

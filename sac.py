@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from modules import ModularAgent, frozen
+from base import ModularAgent, frozen
 from networks import SIMBA_SIZES, RunningNormalizer, SimbaCritic, SimbaGaussian, SimbaMLP, scaled_size
 from replay import to_device
 from settings import SIMBA, DDPGConfig, SACConfig

@@ -56,8 +56,8 @@ read_arguments() {
 # A run is one line: its folder's name, a tab, and the quoted arguments of train.py.
 list_runs() {
     local names commands line
-    names=$("$python" "$here/figures.py" names "${grid[@]}") || exit 2
-    commands=$("$python" "$here/figures.py" commands "${grid[@]}") || exit 2
+    names=$(env PYTHONPATH="$here" "$python" -m paper.figures names "${grid[@]}") || exit 2
+    commands=$(env PYTHONPATH="$here" "$python" -m paper.figures commands "${grid[@]}") || exit 2
     while read -r line; do  # again what follows --: figures.py leaves out what does not belong to a run's name, as --device
         echo "${more[*]}$line"
     done <<<"$commands" | paste <(echo "$names") -
@@ -252,7 +252,7 @@ case ${1-} in
     --task) run_task "${@:2}" ;;
 esac
 "$python" -c "import tyro" 2>/dev/null || fail "$python lacks this project's packages: activate its environment, or set PYTHON"
-[[ $1 != list ]] || exec "$python" "$here/figures.py" "$@"
+[[ $1 != list ]] || exec env PYTHONPATH="$here" "$python" -m paper.figures "$@"
 read_arguments "$@"
 runs_of_grid=$(list_runs)
 mapfile -t list <<<"$runs_of_grid"

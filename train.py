@@ -45,16 +45,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import fast
+from runtime import fast
 import metrics
-import watch
+import evaluate as watch
 from agents import build_agent, compiling_pays
-from checkpoint import Checkpoints
+from runtime.checkpoint import Checkpoints
 from envs import Env, LockstepEvaluation
 from replay import Batch, ReplayBuffer
-from runlog import Busy, Finished, RunLog, circumstances
+from runtime.log import Busy, Finished, RunLog, circumstances
 from settings import check, differences, from_config, module_configs, notes, parse, run_name
-from survive import SavedRun, Stopped, StopSignals
+from runtime.resume import SavedRun, Stopped, StopSignals
 
 # What a run may raise: `one_line` tells it.
 REFUSED = (ValueError, MemoryError, OSError, ImportError, RuntimeError, FloatingPointError)

@@ -21,7 +21,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 
-from estimate import millions, sizes, step_ms
+from paper.estimate import millions, sizes, step_ms
 from settings import check, defaults, flag_names, parse, run_name, set_setting, telling_flags
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")

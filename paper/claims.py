@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import ttest_ind
 
-import figures
-from aggregate import gather, plainly
+from paper import figures
+from runtime.aggregate import gather, plainly
 
 LAST = 3  # evaluations
 FEWEST = 3  # seeds of a task that stands beside published runs

@@ -24,14 +24,16 @@ import time
 from dataclasses import dataclass, field
 from typing import Literal
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the project
+
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-import fast
+from runtime import fast
 from agents import AGENTS, check_memory
 from envs import Env
-from modules import frozen
+from base import frozen
 from mrq import MRQ
 from replay import ReplayBuffer
 from train import REFUSED, one_line

@@ -25,7 +25,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-HERE, SUITE = Path(__file__).resolve().parent, "test_all.py"
+HERE, SUITE = Path(__file__).resolve().parents[1], "test_all.py"
+FOLDERS = ("runtime", "paper", "tools", "tests", "docs")
 SWAPS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub, ast.Sub: ast.Add,
          ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
@@ -104,8 +105,8 @@ folder, seen = os.environ["PYTHONPATH"], set()
 file = open(os.path.join(folder, "lines"), "a", buffering=1)
 def trace(frame, event, argument):
     code = frame.f_code
-    place, name = os.path.split(code.co_filename)
-    if not code.co_flags & 1 or place not in (folder, "") or not name.endswith(".py") or name == "test_all.py":
+    name = os.path.relpath(code.co_filename, folder)
+    if not code.co_flags & 1 or name.startswith(("..", "<", "test")) or not name.endswith(".py"):
         return None
     line = f"{name}:{frame.f_lineno}"
     if line not in seen:
@@ -202,7 +203,8 @@ def in_a_copy(plugin, limit=1e9, changes=()):
         for path in HERE.iterdir():
             if path.is_file() and not path.name.startswith("."):
                 shutil.copy(path, folder)
-        shutil.copytree(HERE / "results", Path(folder, "results"))  # which tests hold against the README
+        for name in FOLDERS:
+            shutil.copytree(HERE / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
         for name, content in changes:
             Path(folder, name).write_bytes(content)
         status = run_tests(folder, plugin, limit)
@@ -213,7 +215,8 @@ def in_a_copy(plugin, limit=1e9, changes=()):
 def main():
     args = tyro.cli(Args, description=__doc__)
     import dm_control.suite, hypothesis, torch, tqdm  # slow to import: the children have them already
-    files = [HERE / name for name in args.files] or sorted({*HERE.glob("*.py")} - {HERE / SUITE, Path(__file__).resolve()})
+    files = [HERE / name for name in args.files] or sorted(
+        {path for place in (".", "runtime", "paper", "tools") for path in HERE.glob(f"{place}/*.py")} - {HERE / SUITE, Path(__file__).resolve()})
     everything = [mutant for path in files for mutant in mutants(path)]
     random.Random(args.seed).shuffle(everything)
     known = Path(args.map).read_text() if args.map and os.path.exists(args.map) else in_a_copy(Recorder())[1]
@@ -222,10 +225,10 @@ def main():
     tests, survivors = json.loads(known), []
     print(f"{len(everything)} mutants, {len(tests)} tests; red: {', '.join(n for n in tests if tests[n]['red']) or 'none'}", flush=True)
     for number, (path, lines, change, source) in enumerate(everything[:args.number], start=1):
-        chosen, began = tests_for(tests, path.name, lines), time.time()
+        chosen, began = tests_for(tests, str(path.relative_to(HERE)), lines), time.time()
         limit = 60 + 4 * sum(tests[name]["seconds"] for name in chosen)
-        status, killer = in_a_copy(Chosen(chosen), limit, [(path.name, source)])
-        what = " ".join(f"{path.name}:{lines[0]} {change}".split())
+        status, killer = in_a_copy(Chosen(chosen), limit, [(path.relative_to(HERE), source)])
+        what = " ".join(f"{path.relative_to(HERE)}:{lines[0]} {change}".split())
         alive = status == 0 or not chosen
         survivors += [what] if alive else []
         print(f"{number} {what[:200]} | {'SURVIVED' if alive else f'caught by {killer or status}'}, {time.time() - began:.0f} s", flush=True)

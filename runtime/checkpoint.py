@@ -9,7 +9,7 @@ your project.
 
     import os, tempfile
     import torch
-    from checkpoint import Checkpoints
+    from runtime.checkpoint import Checkpoints
 
     model = torch.nn.Linear(4, 1)
     rows = torch.randn(1000, 4)                                         # a log that grows: rows 0 to 999 so far

@@ -15,9 +15,9 @@ import warnings
 
 import torch
 
-import fast
+from runtime import fast
 from agents import build_agent
-from checkpoint import Checkpoints, read
+from runtime.checkpoint import Checkpoints, read
 from envs import Env, LockstepEvaluation, episode_seed
 from settings import from_config
 

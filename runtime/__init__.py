@@ -1,0 +1,1 @@
+"""What long runs need: precision and compilation, files, resume, the terminal. Skip on first reading."""

@@ -1,0 +1,123 @@
+"""Tests of aggregate."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+from runtime import aggregate
+
+from settings import run_name
+from tests.helpers import flags_to_args, write_run
+
+
+def strata(*tasks):
+    """Tasks of one value a seed -> (1 point, seeds, 1 episode) each."""
+    return [np.array(values, float).reshape(1, -1, 1) for values in tasks]
+
+
+def test_interquartile_means_by_hand():
+    assert aggregate.iqm(strata([9, 1, 2, 3, 4, 5, 6, 100]))[0] == [4.5]  # (3 + 4 + 5 + 6) / 4
+    assert aggregate.iqm(strata([0, 3, 4, 8, 99]))[0] == [5.0]  # a quarter of five: one at each end
+    assert aggregate.iqm(strata([0, 10, 20, 30], [1, 11, 21, 31]))[0] == [15.5]  # (10 + 11 + 20 + 21) / 4, all runs together
+    episodes = [np.array([[[0, 50, 60, 70], [61, 62, 63, 1000]]], float)]
+    assert aggregate.iqm(episodes)[0] == [61.5]  # (60 + 61 + 62 + 63) / 4: two seeds of four episodes, pooled
+    centre, low, high = aggregate.mean_sd(strata([1, 3], [10, 18]))
+    assert centre == [8] and [high[0] - 8, 8 - low[0]] == [pytest.approx(math.sqrt((2 + 32) / 2))] * 2  # variances within a task
+    assert np.isnan(aggregate.iqm(strata([7]))[1:]).all() and np.isnan(aggregate.mean_sd(strata([7]))[1:]).all()  # one seed
+    for few in (strata([7, 9]), strata([7, 9], [1, 2])):
+        assert not np.isnan(aggregate.iqm(few)).any() and not np.isnan(aggregate.mean_sd(few)).any()  # two have an interval
+
+
+def test_intervals_are_those_of_scipy_at_the_widened_level():
+    values = np.random.default_rng(3).normal(100, 10, 8)
+    centre, low, high = (part[0] for part in aggregate.iqm(strata(values)))
+    beyond = aggregate.tail([8])
+    assert beyond == pytest.approx(scipy.stats.norm.sf(math.sqrt(8 / 7) * 2.364624), rel=1e-5)  # Student's t, 7 degrees
+    theirs = scipy.stats.bootstrap((values,), lambda x, axis: scipy.stats.trim_mean(x, 0.25, axis=axis), method="percentile",
+                                   n_resamples=20000, confidence_level=1 - 2 * beyond, rng=np.random.default_rng(0))
+    assert centre == pytest.approx(scipy.stats.trim_mean(values, 0.25))
+    assert [low, high] == pytest.approx(list(theirs.confidence_interval), abs=0.8) and high - low > 10
+
+
+@pytest.mark.parametrize("seeds, tasks", [(5, 1), (8, 1), (8, 2)])
+def test_95_percent_intervals_cover_about_95_percent(seeds, tasks, monkeypatch):
+    monkeypatch.setattr(aggregate, "RESAMPLES", 2000)
+    rng = np.random.default_rng(seeds + tasks)
+    points = 800
+    _, low, high = aggregate.iqm([rng.normal(0, 1, (points, seeds, 1)) for _ in range(tasks)])  # every true IQM is 0
+    assert 0.925 < ((low <= 0) & (0 <= high)).mean() < 0.985
+
+
+def test_seeds_are_resampled_within_their_task():
+    _, low, high = aggregate.iqm(strata([0, 1] * 4, [100, 101] * 4))
+    assert high[0] - low[0] < 60  # pooled resampling would draw 12 of 16 from one task now and then: wider than 90
+    clustered = np.repeat(np.random.default_rng(0).normal(0, 1, (1, 8, 1)), 50, 2)
+    once, many = aggregate.iqm([clustered[:, :, :1]]), aggregate.iqm([clustered])
+    assert many[2] - many[1] == pytest.approx(once[2] - once[1], rel=0.25)  # 50 equal episodes are no 400 seeds
+    clustered[:, :, 0] = -9
+    assert np.concatenate(aggregate.iqm([clustered])[1:]) == pytest.approx(np.concatenate(many[1:]), abs=0.1)  # ... and one odd episode does not matter
+
+
+def test_cut_and_repeated_rows(tmp_path):
+    folder = write_run(tmp_path, flags_to_args(), [(5000, 20), (0, 1.5), (5000, 30), (10000, "x")], tail="15000,30000,4")
+    run = aggregate.read_run(folder, ["return"])
+    assert run.table["agent_step"].tolist() == [0, 5000] and run.table["return"].tolist() == [1.5, 30]
+    assert run.last_step == 5000 and "2 rows cut short or broken" in run.notes[0]  # "4" may have been "432"
+    (folder / "eval.csv").write_text("")
+    with pytest.raises(ValueError, match="no columns agent_step"):
+        aggregate.read_run(folder, ["return"])
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_not_lost(tmp_path):
+    wanted = {run_name(args): args for args in (flags_to_args("--seed", str(seed), "--total-steps", "20000") for seed in range(3))}
+    broken, whole, _ = wanted
+    write_run(tmp_path, wanted[whole], [(0, 1), (20000, 2)])
+    write_run(tmp_path, wanted[broken], [])
+    (tmp_path / broken / "eval.csv").write_text("step,value\n1,2\n")
+    runs, wrong, told = aggregate.gather(wanted, [str(tmp_path)], ["return"])
+    assert list(runs) == [whole] and wrong == {broken: "not readable", max(wanted): "missing"} and len(told) == 1
+    assert broken in told[0] and "no columns agent_step" in told[0] and told[0].endswith("left out")
+
+
+def test_curves_count_the_seeds_that_are_there():
+    def run(steps, values):
+        return aggregate.Run("", {"agent_step": np.array(steps), "frames": 2.0 * np.array(steps), "m": np.array(values, float)})
+
+    one, two, three = run([0, 10, 20], [math.nan, 3, 5]), run([0, 10], [math.nan, 5]), run([0, 10, 20], [math.nan, 100, 7])
+    frames, centre, low, high = aggregate.curve([[one, two, three]], ("m",), aggregate.mean_sd, False)
+    assert frames.tolist() == [20, 40] and centre.tolist() == [36, 6]  # NaN at step 0: nothing to measure; then 3, then 2 seeds
+    assert high - centre == pytest.approx([np.std([3, 5, 100], ddof=1), math.sqrt(2)])
+    assert aggregate.curve([[one], [run([0, 10], [math.nan] * 2)]], ("m",), aggregate.iqm, False) is None
+    assert aggregate.curve([[one]], ("other",), aggregate.iqm, False) is None
+    assert aggregate.final([[one, two, three]], ("m",), 20, aggregate.mean_sd, False)[0] == 6  # two is not finished
+
+
+@pytest.mark.slow
+def test_ten_thousand_runs_aggregate_within_a_minute(tmp_path):
+    columns = ["return", *(f"m{number}" for number in range(60))]
+    rows = [(step, *np.random.default_rng(step).normal(size=61).round(4)) for step in range(0, 505000, 5000)]
+    wanted = {}
+    default = flags_to_args()
+    source = write_run(tmp_path, default, rows, columns)
+    for seed in range(200):  # a fiftieth
+        args = dataclasses.replace(default, seed=1 + seed)
+        wanted[run_name(args)] = args
+        folder = tmp_path / run_name(args)
+        folder.mkdir()
+        os.link(source / "eval.csv", folder / "eval.csv")
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(args)))
+    began = time.process_time()
+    runs, wrong, told = aggregate.gather(wanted, [str(tmp_path)], ["return"])
+    for group in range(25):
+        assert len(aggregate.curve([list(runs.values())[8 * group:8 * group + 8]], ("return",), aggregate.iqm, False)[0]) == 101
+    assert time.process_time() - began < 60 / 50 * 4 and len(runs) == 200 and not wrong and not told  # four times the room: CI
+
+
+def test_the_interval_over_tasks_is_widened_for_the_seeds_of_one():
+    assert aggregate.tail([8, 8]) == pytest.approx(scipy.stats.norm.sf(math.sqrt(8 / 7) * scipy.stats.t.ppf(0.975, 14)))

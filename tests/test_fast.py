@@ -1,0 +1,572 @@
+"""Tests of fast."""
+
+import copy
+import io
+import json
+import re
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given
+from torch.utils._python_dispatch import TorchDispatchMode
+from runtime import fast
+
+import networks
+import replay
+import train
+from agents import AGENTS, build_agent
+from replay import ReplayBuffer
+from settings import MR_DEFAULT, notes, parse, run_name
+from tests.helpers import count, filled, regimes_dense, tiny, tiny_of
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Fails on every operation that makes the host wait for the device: reading a value, or a shape that depends on one, or
+    a copy between the two that does not say that nobody waits for it."""
+    FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
+                 "aten::_unique2", "aten::bincount", "aten::repeat_interleave.Tensor",
+                 "aten::kthvalue"}  # waits for nothing, but has one thread block a call: 0.7 s for 100 M elements
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        by_mask = function.name().startswith("aten::index") and any(
+            torch.is_tensor(i) and i.dtype == torch.bool for i in (arguments[1] if len(arguments) > 1 and
+                                                                   isinstance(arguments[1], (list, tuple)) else ()))
+        assert function.name() not in self.FORBIDDEN and not by_mask, f"{function.name()} synchronises"
+        if function.name() in ("aten::copy_", "aten::_to_copy"):
+            options = options or {}
+            to = arguments[0].device if function.name() == "aten::copy_" else options.get("device") or arguments[0].device
+            waits = not (options.get("non_blocking") or arguments[2:3] == (True,))
+            assert not (waits and to != arguments[function.name() == "aten::copy_"].device), f"{function.name()} synchronises"
+        return function(*arguments, **(options or {}))
+
+
+class NoNumbers(NoSynchronisation):
+    """... and on `tensor[row] = number`: on CUDA the number becomes a tensor of the host, whose copy is waited for."""
+    FORBIDDEN = NoSynchronisation.FORBIDDEN | {"aten::scalar_tensor"}
+
+
+@pytest.mark.parametrize("algo, growth", [("mrq", "gradient"), ("mrq", "random"), ("sac", "gradient"), ("ddpg", "random"),
+                                          ("mrsac", "gradient")])
+@pytest.mark.slow
+def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
+    modules = regimes_dense(algo, *(("s2d", "dst", "d2s") if algo in ("mrq", "mrsac") else ("dst", "d2s")))
+    agent, buffer = tiny_of(algo, modules)
+    for sparse in agent.sparse.values():
+        sparse.grow = growth
+    with NoSynchronisation():  # bursts, targets, scales, topology updates and the fused optimisers among them
+        for _ in range(9):
+            agent.update(buffer)
+        with pytest.raises(AssertionError, match="synchronises"):
+            agent.info["critic_loss"].mean().item()
+        with pytest.raises(AssertionError, match="synchronises"):
+            buffer.priority[buffer.priority > 0]
+
+    # Tensors on "meta" have no values at all: whoever asks for one, or mixes in a tensor of the host, fails.
+    agent, _ = tiny_of(algo, modules, device="meta")
+    buffer = ReplayBuffer(4, 2, 40, agent.horizon, agent.prioritized, device="meta")
+    buffer.sampleable = 1
+    for optimizer in agent.optimizers.values():  # the fused kernel has no meta form; it was under watch above
+        monkeypatch.setattr(optimizer, "step", lambda: None)
+    with NoSynchronisation():  # the whole loop; the ring closes in it, and episodes end in both ways
+        for step in range(60):
+            with NoNumbers():
+                agent.observe(np.ones(4, np.float32))
+            with pytest.raises(AssertionError, match="_to_copy synchronises"):  # the action: all that is ever read
+                agent.act(np.ones(4, np.float32), explore=True)
+            if step < 9:
+                agent.update(buffer)
+            with NoNumbers():
+                buffer.add(np.ones(4), np.ones(2), 0.5, np.ones(4), step % 50 == 19, step % 50 == 49)
+        with NoNumbers(), pytest.raises(AssertionError, match="synchronises"):
+            buffer.reward[3] = 1.0
+    with pytest.raises(RuntimeError):
+        agent.info["critic_loss"].mean().item()
+    assert agent.updates["critic"] == 9 and agent.info["critic_loss"].device.type == "meta"
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, views left out; an optimiser's step counts as the one operation that moves the weights."""
+    count, UNCOUNTED = 0, ("aten::_unsafe_view", "aten::_foreach_add_.Scalar", "aten::_foreach_sub_.List", "profiler::")
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        views = any(result.alias_info is not None and not result.alias_info.is_write for result in function._schema.returns)
+        self.count += not views and not function.name().startswith((*self.UNCOUNTED, "aten::detach"))
+        return function(*arguments, **(options or {}))
+
+
+def test_an_agent_step_stays_small():
+    """Each operation costs the host some microseconds, and a GPU more than most of them take. The depth decides, not the width."""
+    agent, buffer = tiny(), filled()
+    agent.refresh_targets(buffer)
+    agent.update(buffer)
+    with Operations() as operations:
+        agent.update_encoder(buffer)
+        agent.update_critic_and_actor(buffer)
+    assert 300 < operations.count <= 700
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_recorded_updates_equal_plain_ones(algo):
+    """The host's side of graph capture, with a stand-in for the device's. Recording runs the function and then puts the
+    device's state back; replaying runs it and puts the host's counts back, and writes where it was recorded."""
+    (plain, *_), (agent, _), recordings = tiny_of(algo), tiny_of(algo), []
+    buffers = [tiny_of(algo)[1], tiny_of(algo)[1]]
+
+    def counts():
+        return dict(agent.updates), {name: sparse.last_step for name, sparse in agent.sparse.items()}
+
+    def set_counts(updates, last_steps):
+        agent.updates.update(updates)
+        for name, step in last_steps.items():
+            agent.sparse[name].last_step = step
+
+    def record(function):
+        recordings.append(function)
+        state, tensors = copy.deepcopy(agent.state_dict()), copy.deepcopy(vars(buffers[1]))
+        rng = torch.get_rng_state()
+        function()
+        advanced, recorded = counts(), agent.info
+        agent.load_state_dict(state)
+        vars(buffers[1]).update(tensors)
+        torch.set_rng_state(rng)
+        set_counts(*advanced)
+
+        def replay_graph():
+            before, info = counts(), agent.info
+            agent.info = {}
+            function()
+            set_counts(*before)
+            for name, value in agent.info.items():
+                recorded[name].copy_(value)
+            agent.info = info
+        return replay_graph
+
+    for name, modules in agent.captures.items():
+        setattr(agent, name, fast.CapturedUpdate(agent, getattr(agent, name), modules, record))
+    for step in range(20):
+        for one, replay in zip((plain, agent), buffers):
+            torch.manual_seed(step)
+            one.update(replay)
+        assert plain.updates == agent.updates
+        assert {n: s.last_step for n, s in plain.sparse.items()} == {n: s.last_step for n, s in agent.sparse.items()}
+        assert {k: v.tolist() for k, v in plain.info.items()} == {k: v.tolist() for k, v in agent.info.items()}
+    assert len(recordings) == len(agent.captures)  # once each: topology changes did not record anew
+    for kind in ("networks", "targets"):
+        for name, network in getattr(plain, kind).items():
+            assert all(torch.equal(a, b) for a, b in zip(network.parameters(), getattr(agent, kind)[name].parameters()))
+    assert all(torch.equal(value, agent.tensors()[name]) for name, value in plain.tensors().items())
+    assert all(sparse.last_step > 3 * 3 for sparse in plain.sparse.values())  # several of them were topology updates
+
+
+# On a GPU: `pytest test_all.py -k cuda`, some minutes. Whoever sees them pass may set fast.PROVEN_ON_CUDA.
+GPU = "cuda"
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def on_gpu(algo, precision="tf32", compile=False, captured=True):
+    """An agent on the GPU whose topology moves every 60 updates, and its buffer."""
+    agent, buffer = tiny_of(algo, device=GPU, interval=60, total_updates=3000)
+    fast.speed_up(agent, precision, compile)
+    if captured:
+        fast.captured(agent)
+    return agent, buffer
+
+
+def weights_of(agent):
+    return [p for network in (*agent.networks.values(), *agent.targets.values()) for p in network.parameters()]
+
+
+def moved_by_updates(agent, buffer):
+    """Every tensor that an update writes."""
+    moments = [value for optimizer in agent.optimizers.values() for state in optimizer.state.values() for value in state.values()]
+    masks = [mask for sparse in agent.sparse.values() for mask in sparse.masks.values()]
+    return [*weights_of(agent), *moments, *masks, *agent.tensors().values(), buffer.priority, buffer.max_priority]
+
+
+def distance(one, other):
+    return torch.cat([(a.detach() - b.detach()).flatten() for a, b in zip(one, other, strict=True)]).norm().item()
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision, compile", [("fp32", False), ("tf32", False), ("bf16", False), ("tf32", True), ("bf16", True)])
+@pytest.mark.parametrize("algo", AGENTS)
+def test_cuda_captured_updates_equal_eager_ones(algo, precision, compile):
+    """1,000 updates, 16 topology changes among them, in rounds of 50 that begin alike, so that rounding does not add up. The
+    same noise and draws at every update, what a frozen generator would give, end 0.5 to 2 times that way apart."""
+    (eager, one), (graphed, other) = on_gpu(algo, precision, captured=False), on_gpu(algo, precision, compile)
+    for number in range(20):
+        before = [weight.detach().clone() for weight in weights_of(eager)]
+        for agent, buffer in ((eager, one), (graphed, other)):
+            torch.manual_seed(number)
+            for _ in range(50):
+                agent.update(buffer)
+        assert eager.updates == graphed.updates and eager.fault() is None is graphed.fault()
+        way = distance(before, weights_of(eager))
+        assert 0 < way and distance(weights_of(eager), weights_of(graphed)) <= (0.3 if compile else 1e-3) * way
+        with torch.no_grad():
+            for theirs, ours in zip(moved_by_updates(graphed, other), moved_by_updates(eager, one), strict=True):
+                theirs.copy_(ours)
+
+
+@needs_cuda
+@pytest.mark.parametrize("algo", AGENTS)
+def test_cuda_loop_waits_for_nothing_but_the_action(algo):
+    agent, buffer = on_gpu(algo)
+    obs = np.ones(4, np.float32)
+    for _ in range(10):
+        agent.update(buffer)  # warmed up and recorded
+    agent.act(obs, explore=True)
+    try:
+        for step in range(130):  # topology changes, bursts, ends of both kinds
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                action = agent.act(obs, explore=True)
+            assert sum("synchronizing" in str(wait.message) for wait in waits) == 1
+            torch.cuda.set_sync_debug_mode("error")
+            agent.observe(obs)
+            agent.update(buffer)
+            buffer.add(obs, action, 0.5, obs, step % 50 == 19, step % 50 == 49)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            agent.info["critic_loss"].mean().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("algo", AGENTS)
+def test_cuda_memory_stands_still(algo):
+    agent, buffer = on_gpu(algo)
+    seen = []
+    for _ in range(4):
+        for _ in range(120):
+            agent.update(buffer)
+        torch.cuda.synchronize()
+        seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert seen[1] == seen[2] == seen[3]
+
+
+@needs_cuda
+@pytest.mark.parametrize("algo", AGENTS)
+def test_cuda_resume_and_evaluation_between_replays_change_nothing(algo):
+    (plain, one), (watched, other) = on_gpu(algo), on_gpu(algo)
+    for step in range(70):
+        for agent, buffer in ((plain, one), (watched, other)):
+            torch.manual_seed(step)
+            agent.update(buffer)
+        watched.act(np.ones((10, 4), np.float32), explore=False)
+        watched.probe(other.gather(torch.arange(8, device=GPU)))
+    assert distance(weights_of(plain), weights_of(watched)) == 0
+    resumed, third = on_gpu(algo, captured=False)[0], copy.deepcopy(one)
+    resumed.load_state_dict(copy.deepcopy(plain.state_dict()))
+    fast.captured(resumed)  # after loading, which replaces the optimisers' tensors
+    before = [weight.detach().clone() for weight in weights_of(plain)]
+    for agent, buffer in ((plain, one), (resumed, third)):
+        torch.manual_seed(1)
+        for _ in range(60):
+            agent.update(buffer)
+    assert distance(weights_of(plain), weights_of(resumed)) <= 1e-3 * distance(before, weights_of(plain))
+
+
+@pytest.mark.skipif(not fast.onednn_available(), reason="this PyTorch or processor has no use for oneDNN's products")
+def test_onednn_products_equal_pytorchs_own(monkeypatch):
+    torch.manual_seed(0)
+    calls, product = [], fast.product
+    monkeypatch.setattr(fast, "product", lambda *arguments: (calls.append(1), product(*arguments))[1])
+    for rows, inputs, outputs, bias in ((256, 128, 130, True), (3, 700, 40, False), (1, 200, 200, True)):
+        layer, x = nn.Linear(inputs, outputs, bias), torch.randn(rows, 2 * inputs)[:, ::2].requires_grad_()  # with gaps
+        expected, ours = layer(x), fast.linear(layer, x)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        for factor in (torch.randn(rows, outputs), torch.ones(()), torch.randn(rows, 2 * outputs)[:, ::2]):  # whatever comes back
+            gradients = [torch.autograd.grad((y * factor).sum(), [x, *layer.parameters()], retain_graph=True) for y in (ours, expected)]
+            torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        calls.clear()
+        fast.linear(layer, x.detach()).sum().backward()
+        layer.requires_grad_(False)
+        fast.linear(layer, x).sum().backward()
+        assert x.grad is not None and len(calls) == 2 + 2  # no product for who asks no gradient
+        assert torch.equal(fast.linear(layer, x[0]), F.linear(x[0], layer.weight, layer.bias))  # not a batch
+        torch.testing.assert_close(fast.linear(layer.double(), x.double()), layer(x.double()))
+
+
+def test_onednn_pays_on_amds_processors_with_avx512_alone(monkeypatch):
+    monkeypatch.setattr(fast, "onednn_available", lambda: True)
+    said = {}
+    for vendor in ("AuthenticAMD", "GenuineIntel"):
+        monkeypatch.setattr(fast, "open", lambda path: io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n"), raising=False)
+        for capability in ("AVX512", "AVX2", "DEFAULT"):
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+            said[vendor, capability] = fast.onednn_pays.__wrapped__()
+    assert [which for which, pays in said.items() if pays] == [("AuthenticAMD", "AVX512")]
+
+
+@pytest.mark.skipif(not fast.onednn_available(), reason="this PyTorch or processor has no use for oneDNN's products")
+@pytest.mark.parametrize("algo", ["mrq", "sac"])
+def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
+    calls, product = [], fast.product
+    monkeypatch.setattr(fast, "onednn_pays", lambda: True)  # whatever the processor
+    monkeypatch.setattr(fast, "product", lambda x, weight, bias=None: (calls.append(weight.shape), product(x, weight, bias))[1])
+    monkeypatch.setattr(fast, "WIDE", 256)
+    (plain, buffer), (agent, other) = tiny_of(algo), tiny_of(algo)
+    layers = [layer for network in (*agent.networks.values(), *agent.targets.values()) for layer in network.modules() if isinstance(layer, nn.Linear)]
+    assert any(layer.weight.numel() == fast.WIDE for layer in layers)
+    fast.speed_up(agent, "fp32")
+    assert all(("forward" in vars(layer)) == (layer.weight.numel() >= fast.WIDE) for layer in layers)
+    for one, replay in ((plain, buffer), (agent, other)):
+        torch.manual_seed(1)
+        for _ in range(4):
+            one.update(replay)
+    assert calls and all(shape.numel() >= 256 or 16 in shape for shape in calls)  # products of gradients have the batch
+    for name, network in plain.networks.items():
+        torch.testing.assert_close(list(network.parameters()), list(agent.networks[name].parameters()), rtol=1e-3, atol=1e-5)
+    calls.clear()
+    for precision, available in (("bf16", True), ("fp32", False)):
+        monkeypatch.setattr(fast, "onednn_pays", lambda: available)
+        agent, buffer = tiny_of(algo)
+        fast.speed_up(agent, precision)
+        agent.update(buffer)
+        assert not calls
+
+
+def test_devices_and_precisions_by_name(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fast.pick_device("auto") == fast.pick_device("cpu") == cpu
+    assert [fast.pick_precision("auto", device) for device in (cpu, cuda)] == ["fp32", "tf32"]
+    assert [fast.pick_precision(name, cuda) for name in fast.PRECISIONS] == ["fp32", "tf32", "bf16"]
+    with pytest.raises(ValueError, match="unknown precision"):
+        fast.pick_precision("fp16", cuda)
+    chosen = []
+    for name, answer in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", chosen.append)):
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert fast.pick_device("auto") == torch.device("cuda") and fast.pick_device("cuda:1") == cuda and chosen == [cuda]
+    with pytest.raises(ValueError, match="this machine has 2 CUDA devices"):
+        fast.pick_device("cuda:2")
+    for precision, setting in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
+        fast.set_precision(precision)
+        assert torch.get_float32_matmul_precision() == setting
+
+
+def test_the_compiler_is_tried_on_the_device_itself(monkeypatch):
+    tried = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: tried.append((x.device.type, function(x))))
+    assert fast.compiler_trouble(torch.device("meta")) is None and [device for device, _ in tried] == ["meta"]
+    monkeypatch.setattr(torch, "compile", lambda function: 1 / 0)
+    for device, needed in (("cpu", r"C\+\+ compiler .* ZeroDivisionError"), ("cuda", "Triton")):
+        assert re.search(needed, fast.compiler_trouble(torch.device(device)))
+
+
+def test_auto_compiles_long_runs_on_the_cpu_where_that_pays_and_works(monkeypatch):
+    cpu, trouble = torch.device("cpu"), [None]
+    monkeypatch.setattr(fast, "compiler_trouble", lambda device: trouble[0])
+    chosen = lambda *flags, begun=None: train.pick_compile(parse([*flags]), cpu, begun)
+    long, short = ("--total-steps", "11000", "--learning-starts", "1000"), ("--total-steps", "10999", "--learning-starts", "1000")
+    for algo, pays in (("mrq", True), ("mrsac", True), ("sac", False), ("ddpg", False)):
+        assert chosen("--algo", algo, *long)[0] == pays and not chosen("--algo", algo, *short)[0]
+        assert chosen("--algo", algo, *short, "--compile", "on")[0] and not chosen("--algo", algo, *long, "--compile", "off")[0]
+    assert "--compile off" in "".join(chosen(*long)[1]) and chosen(*short)[1] == []
+    # A run goes on as it was begun, whatever "auto" would say now; older ones do not say, and were not compiled.
+    for begun, goes_on in (({"compiled": True}, True), ({"compiled": False}, False), ({"seed": 0}, False),
+                           ({"compile": "auto"}, False), ({"compile": "on"}, True), ({"compile": "on", "compiled": False}, False)):
+        assert all(chosen(*flags, begun=begun)[0] == goes_on for flags in (long, short))
+    assert chosen(*short, "--compile", "on", begun={"compiled": False})[0]
+    trouble[0] = "no compiler"
+    assert not chosen(*long)[0] and "not compiled" in "".join(chosen(*long)[1]) and chosen(*short)[1] == []
+    with pytest.raises(ValueError, match="no compiler"):
+        chosen(*short, "--compile", "on")
+
+
+@pytest.mark.slow
+def test_a_run_is_compiled_as_auto_says_and_goes_on_so(tmp_path, monkeypatch):
+    """From the flag to the agent, the config and the run that is continued."""
+    built, build_agent = [], train.build_agent
+    monkeypatch.setattr(train, "build_agent", lambda args, *rest: built.append(args.compile) or build_agent(args, *rest))
+    monkeypatch.setattr(fast, "compiler_trouble", lambda device: None)
+    args = parse(["--env", "cartpole-swingup", "--total-steps", "10100", "--learning-starts", "100", "--width-scale", "0.05",
+                  "--runs", str(tmp_path), "--resume", "--device", "cpu"])
+    folder = tmp_path / run_name(args)
+    for compiled in (True, False):
+        monkeypatch.setattr(train, "compiling_pays", lambda args: compiled)
+        train.build(args)[-2].close()
+        assert json.loads((folder / "config.json").read_text())["compiled"] is True
+    assert built == ["on", "on"]
+
+
+@pytest.mark.parametrize("algo", ["sac", "ddpg"])
+def test_targets_are_masked_anew_when_topology_changes_and_not_otherwise(algo):
+    agent, buffer = tiny_of(algo, interval=3, seed=2)
+    assert sorted(sparse.seed for sparse in agent.sparse.values()) == [2000, 2001]  # the same masks in every version
+    masked, apply_masks = [], agent.sparse["critic"].apply_masks
+    agent.sparse["critic"].apply_masks = lambda module: masked.append(agent.updates["critic"]) or apply_masks(module)
+    for _ in range(10):
+        agent.update(buffer)
+    assert masked == [3, 6, 9]
+
+
+@pytest.mark.parametrize("proven", [False, True])
+def test_auto_compiles_and_captures_on_cuda_once_that_is_proven(proven, monkeypatch):
+    monkeypatch.setattr(fast, "PROVEN_ON_CUDA", proven)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for flags, device, chosen, named in ((("auto", "auto"), cpu, [False, False], []), (("on", "off"), cuda, [True, False], []),
+                                         (("auto", "auto"), cuda, [proven, proven], [] if proven else ["--compile", "--cuda-graphs"]),
+                                         (("on", "auto"), cuda, [True, proven], [] if proven else ["--cuda-graphs"])):
+        *told, notes = fast.pick_speed(*flags, device)
+        assert told == chosen and len(notes) == bool(named) and all((flag in "".join(notes)) == (flag in named) for flag in ("--compile", "--cuda-graphs"))
+
+
+def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
+    agent, plain, buffer = tiny(MR_DEFAULT), tiny(MR_DEFAULT), filled()
+    fast.speed_up(agent, "bf16")
+    batch = buffer.sample(64)
+    zs = plain.encode(batch.obs[:, 0])
+    for name, arguments in (("encoder_loss", (batch, torch.ones(()))), ("critic_loss", (batch, zs)), ("actor_loss", (zs,))):
+        torch.manual_seed(0)
+        exact = getattr(plain, name)(*arguments)[0]
+        torch.manual_seed(0)
+        rounded = getattr(agent, name)(*arguments)[0]
+        assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)  # something was rounded ...
+        torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)  # ... and not too much
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert agent.critic(torch.randn(3, 16)).dtype == torch.float32
+    for _ in range(5):
+        agent.update(buffer)
+    for network, optimizer in zip(agent.networks.values(), agent.optimizers.values()):
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters())
+        assert all(v.dtype == torch.float32 for state in optimizer.state.values() for v in state.values())
+
+
+@pytest.mark.parametrize("algo", ["mrq", "sac"])
+def test_bfloat16_copies_follow_their_weights(algo):
+    (agent, buffer), other = tiny_of(algo), tiny_of(algo, seed=9)[0]
+    for one in (agent, other):
+        fast.speed_up(one, "bf16")
+    for _ in range(5):  # targets, a topology change
+        agent.update(buffer)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    checked = 0
+    for one in (agent, other):
+        for network in (*one.networks.values(), *one.targets.values()):
+            for layer in network.modules():
+                if isinstance(layer, nn.Linear) and layer not in one.heads():
+                    x = torch.randn(3, layer.in_features)
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        assert torch.equal(layer(x), F.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()))
+                    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))  # acting is not rounded
+                    checked += 1
+    assert checked > 20
+
+
+def test_gradients_of_a_weight_used_often_add_up_in_float32():
+    """300 equal parts: a bfloat16 sum stops growing at 256 times one of them."""
+    layer = nn.Linear(8, 8)
+    x, copies = torch.ones(2, 8, requires_grad=True), (layer.weight.bfloat16(), layer.bias.bfloat16())
+    sum(fast.BFloat16Linear.apply(x, layer.weight, layer.bias, *copies).float().sum() for _ in range(300)).backward()
+    assert (layer.weight.grad == 600).all() and (layer.bias.grad == 600).all()
+    torch.testing.assert_close(x.grad, 300 * copies[0].float().sum(0).expand(2, 8), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("algo", ["sac", "ddpg", "mrsac"])
+def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
+    (agent, one_buffer), (plain, other_buffer) = tiny_of(algo, seed=1), tiny_of(algo, seed=1)
+    fast.speed_up(agent, "bf16")
+    for one, buffer in ((agent, one_buffer), (plain, other_buffer)):
+        torch.manual_seed(0)
+        one.update(buffer)
+    for name in ("critic_loss", "actor_loss", "q"):
+        value, exact = agent.info[name], plain.info[name]
+        assert value.dtype == torch.float32 and (value != exact).any() and value.mean().item() == pytest.approx(exact.mean().item(), rel=0.1, abs=0.1)
+    x = torch.randn(3, agent.networks["actor"].output.in_features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert agent.critic(torch.randn(3, 4), torch.randn(3, 2)).dtype == torch.float32 if algo != "mrsac" else True
+        assert agent.actor.output(x).dtype == (torch.bfloat16 if algo == "ddpg" else torch.float32)
+        assert algo != "sac" or agent.actor.log_std(x).dtype == torch.float32
+    assert all(p.dtype == p.grad.dtype == torch.float32 for network in agent.networks.values() for p in network.parameters())
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_every_head_is_computed_in_float32(algo):
+    """Every Q, of targets too, and a Gaussian policy's mean and spread; MR.Q's and DDPG's action has no such head."""
+    agent, _ = tiny_of(algo)
+    fast.speed_up(agent, "bf16")
+    kinds = (agent.networks, agent.targets)
+    heads = [q.output for networks in kinds for q in networks["critic"].children()]
+    if algo in ("sac", "mrsac"):
+        heads += [getattr(networks["actor"], head) for networks in kinds if "actor" in networks for head in ("output", "log_std")]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(head(torch.randn(3, head.in_features)).dtype == torch.float32 for head in heads)
+
+
+def test_a_compiled_product_reads_nothing_beside_its_rows():
+    """Of a matrix that is part of a wider one, as the compiler lays them out; on AMX PyTorch's own product gives NaN here."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, 77).bfloat16(), torch.randn(48).bfloat16()
+    wide = torch.full((256, 115), float("nan"), dtype=torch.bfloat16)
+    x = wide[:, :77].copy_(torch.randn(256, 77))
+    exact = x.double() @ weight.double().t()
+    for given, b in ((x, bias), (x, None), (x.t().contiguous().t(), bias), (x.unflatten(0, (64, 4)), bias)):
+        out = torch.ops.module_specific.product(given, weight, b)
+        expected = exact + (0.0 if b is None else b.double())
+        assert out.dtype == torch.bfloat16 and out.shape == (*given.shape[:-1], 48)
+        torch.testing.assert_close(out.flatten(0, -2).double(), expected, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.slow
+def test_compiled_bfloat16_losses_take_that_product_and_equal_plain_ones(algo, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options=None: compile(
+        function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
+    (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
+    fast.speed_up(plain, "bf16")
+    fast.speed_up(compiled, "bf16", compile=True)
+    heads = []  # every call of a last layer, which stays in float32 and PyTorch's own
+    for layer in plain.heads():
+        layer.register_forward_hook(lambda *_: heads.append(1))
+    for step in range(3):  # the last one's calls are counted: tracing makes some of its own
+        calls = {}
+        heads.clear()
+        for agent, replay in ((plain, one), (compiled, other)):
+            torch.manual_seed(step)
+            with torch.profiler.profile() as profile:
+                agent.update(replay)
+            calls[agent] = {event.key: event.count for event in profile.key_averages()}
+    # All products of the compiled losses, forward and backward, but the heads': three a call at most. `encode` is not compiled.
+    count = lambda *names: sum(calls[compiled].get(name, 0) for name in names)
+    products = count("module_specific::product")
+    assert 0 <= count("aten::mm", "aten::addmm") - products - count("BFloat16Linear") <= 3 * len(heads) < products
+    assert "module_specific::product" not in calls[plain]
+    for name in plain.networks:  # rounding may choose another weight to grow: as a whole
+        for a, b in zip(plain.networks[name].parameters(), compiled.networks[name].parameters()):
+            assert (a - b).norm() <= 0.02 * b.norm() + 1e-3
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.slow
+def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
+    """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is
+    PyTorch's own affair and is left out."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options=None: compile(
+        function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
+    (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
+    monkeypatch.setattr(fast, "onednn_pays", fast.onednn_available)
+    monkeypatch.setattr(fast, "WIDE", 256)  # with oneDNN's products among what is compiled
+    fast.speed_up(compiled, "fp32", compile=True)
+    assert compiled.mask_and_clip == type(compiled).mask_and_clip.__get__(compiled)  # plain on a CPU ...
+    compiled.mask_and_clip = torch.compile(compiled.mask_and_clip, fullgraph=True, dynamic=False)  # ... not so on CUDA
+    buffers = [one, other]
+    for step in range(7):  # across bursts and topology updates
+        for agent, replay in zip((plain, compiled), buffers):
+            torch.manual_seed(step)
+            agent.update(replay)
+    for name in plain.networks:
+        for a, b in zip(plain.networks[name].parameters(), compiled.networks[name].parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(plain.sparse[name].masks[n], compiled.sparse[name].masks[n]) for n in plain.sparse[name].masks)

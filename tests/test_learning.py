@@ -1,0 +1,127 @@
+"""Tests of learning."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import replay
+from agents import AGENTS
+from mrq import MRQ
+from replay import ReplayBuffer
+from settings import MRQConfig, MR_MST, ModuleConfig
+
+
+class Corridor:
+    """A point on [-1, 1] that is pushed about, paid by how far right it stands, and that falls off at the right end."""
+
+    def reset(self, rng):
+        self.x, self.t = rng.uniform(-1, 0), 0
+        return self.observe()
+
+    def observe(self):
+        return np.array([self.x, math.sin(3 * self.x)], np.float32)
+
+    def step(self, action):
+        self.x, self.t = max(-1.0, self.x + 0.3 * float(action[0])), self.t + 1
+        fell = self.x > 1
+        return self.observe(), -5.0 if fell else self.x, fell, not fell and self.t == 20
+
+
+def train_on(env, agent, replay, rng):
+    """500 random steps, then 800 of learning."""
+    obs = env.reset(rng)
+    for step in range(1300):
+        agent.observe(obs)
+        action = rng.uniform(-1, 1, 1) if step < 500 else agent.act(obs, explore=True)
+        for _ in range(agent.updates_per_step if step >= 500 else 0):
+            agent.update(replay)
+        next_obs, reward, terminated, truncated = env.step(action)
+        replay.add(obs, action, reward, next_obs, terminated, truncated)
+        obs = env.reset(rng) if terminated or truncated else next_obs
+
+
+def play_corridor(env, agent, x, first_action=None):
+    """The rewards of an episode from x."""
+    env.x, env.t, rewards, done = x, 0, [], False
+    while not done:
+        action = agent.act(env.observe(), explore=False) if rewards or first_action is None else first_action
+        _, reward, terminated, truncated = env.step(action)
+        rewards.append(reward)
+        done = terminated or truncated
+    return rewards
+
+
+@pytest.mark.slow
+def test_all_five_losses_are_needed_and_learn():
+    """Learns a task where each loss has something of its own to show: what it predicts is held against the truth."""
+    torch.manual_seed(0)
+    rng = np.random.RandomState(0)
+    modules = {name: ModuleConfig(m.arch_type, m.regime, 1 / 8, 1, sparse_options={"update_interval": 100})
+               for name, m in MR_MST.items()}
+    config = MRQConfig(batch_size=64, target_update_freq=50, encoder_lr=1e-3, critic_lr=1e-3, actor_lr=1e-3, discount=0.9)
+    agent = MRQ(2, 1, modules, config, total_updates=800)
+    replay, env = ReplayBuffer(2, 1, 5000, agent.horizon), Corridor()
+    train_on(env, agent, replay, rng)
+    play_out = functools.partial(play_corridor, env, agent)
+    # Policy: from the left, go right and stop short of the edge. An agent that learns nothing gets -4 to -20.
+    returns = [sum(play_out(x)) for x in np.linspace(-1, 0, 5)]
+    assert np.mean(returns) > 1, f"actor: returns {returns}"
+
+    batch = replay.sample(512)
+    with torch.no_grad():
+        zs = agent.encoder.zs(batch.obs[:, 0])
+        zsa = agent.encoder(zs, batch.action[:, 0])
+        done, next_zs, logits = agent.encoder.predict(zsa)
+        q = agent.critic(zsa).mean(1)
+    # Terminal loss: told apart from the rest.
+    ended = batch.terminated[:, 0] > 0
+    assert done[ended].mean() > 0.3 and done[~ended].mean() < 0.15, f"terminal: {done[ended].mean()}, {done[~ended].mean()}"
+    # Dynamics loss: closer to the next z_s than the present z_s is, which is close already.
+    truth = agent.targets["encoder"].zs(batch.obs[:, 1])
+    error, still = ((a - truth)[~ended].square().mean() for a in (next_zs, zs))
+    assert error < 0.4 * still, f"dynamics: {error} against {still}"
+    # Reward loss: the expected bin is the reward.
+    expected = (logits.softmax(1) * agent.bins).sum(1)
+    assert (expected - batch.reward[:, 0]).abs().mean() < 0.8, "reward"
+    # Critic loss: Q is the discounted return of a real rollout, in units of r̄, where no time limit cuts it short.
+    predicted, real = [], []
+    for x in np.linspace(-0.9, 0.6, 12):
+        action = agent.act(np.array([x, math.sin(3 * x)], np.float32), explore=False)
+        rewards = play_out(x, action)
+        rewards += [rewards[-1]] * 40 if len(rewards) == 20 else []  # bootstrapped past the limit
+        real.append(sum(r * 0.9 ** k for k, r in enumerate(rewards)))
+        with torch.no_grad():
+            z = agent.encoder.zs(torch.tensor([[x, math.sin(3 * x)]]).float())
+            predicted.append((agent.critic(agent.encoder(z, torch.tensor(action)[None])).mean() * agent.reward_scale).item())
+    assert np.corrcoef(predicted, real)[0, 1] > 0.9, f"critic: {predicted} against {real}"
+    assert abs(np.mean(predicted) - np.mean(real)) < 4, f"critic: {np.mean(predicted)} against {np.mean(real)}"
+
+
+@pytest.mark.parametrize("algo", ["sac", "ddpg"])
+@pytest.mark.slow
+def test_simba_agents_learn_a_small_task(algo):
+    torch.manual_seed(0)
+    rng, agent_class = np.random.RandomState(0), AGENTS[algo]
+    modules = {name: dataclasses.replace(m, width_scale=1 / 8, sparse_options={"update_interval": 200})
+               for name, m in agent_class.Config.presets["mst"].items()}
+    agent = agent_class(2, 1, modules, agent_class.Config(batch_size=64, discount=0.9, actor_lr=1e-3, critic_lr=1e-3, target_rate=0.02),
+                        total_updates=1600)
+    replay, env = ReplayBuffer(2, 1, 5000, agent.horizon, agent.prioritized), Corridor()
+    train_on(env, agent, replay, rng)
+    play_out = functools.partial(play_corridor, env, agent)
+    returns = [sum(play_out(x)) for x in np.linspace(-1, 0, 5)]
+    assert np.mean(returns) > 1, f"actor: returns {returns}"  # an agent that learns nothing gets -4 to -20
+    predicted, real = [], []
+    for x in np.linspace(-0.9, 0.6, 12):
+        obs = np.array([x, math.sin(3 * x)], np.float32)
+        action = agent.act(obs, explore=False)
+        rewards = play_out(x, action)
+        rewards += [rewards[-1]] * 40 if len(rewards) == 20 else []  # bootstrapped past the limit
+        real.append(sum(r * 0.9 ** k for k, r in enumerate(rewards)))
+        with torch.no_grad():
+            predicted.append(agent.critic(agent.normalizer(torch.from_numpy(obs)), torch.from_numpy(action)).item())
+    assert np.corrcoef(predicted, real)[0, 1] > 0.9 and abs(np.mean(predicted) - np.mean(real)) < 4, f"critic: {predicted}, {real}"

@@ -1,0 +1,239 @@
+"""Tests of mrq."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import replay
+from agents import AGENTS
+from mrq import symexp, two_hot, two_hot_cross_entropy
+from replay import Batch, ReplayBuffer
+from settings import MR_DEFAULT, MR_MST, ModuleConfig
+from tests.helpers import dense_two_hot, filled, play, regimes_dense, tiny, tiny_of
+
+
+def double(agent):
+    """The same agent in float64, for finite differences, and moved away from its targets."""
+    for network in agent.networks.values():
+        for parameter in network.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    for network in (*agent.networks.values(), *agent.targets.values()):
+        network.double()
+    agent.bins, agent.reward_scale, agent.target_reward_scale = (
+        t.double() for t in (agent.bins, agent.reward_scale, agent.target_reward_scale))
+    return agent
+
+
+def batch_of(buffer, size=12):
+    """A float64 batch with terminations in it, actions within ±1."""
+    torch.manual_seed(5)
+    batch = buffer.sample(size)
+    assert 0 < batch.terminated.sum() and (batch.terminated.cumsum(1) > 0)[:, 0].any() and not batch.terminated.all()
+    return Batch(batch.index, batch.obs.double(), batch.action.double().clamp(-1, 1), batch.reward.double(),
+                 batch.terminated.double())
+
+
+def test_two_hot_against_a_spelt_out_row():
+    bins = symexp(torch.linspace(-10, 10, 65).double())
+    assert bins[-1].item() == pytest.approx(math.exp(10) - 1) and bins[32] == 0 and bins[0] == -bins[-1]
+    x = torch.cat([torch.randn(50).double() * 10, bins[[0, 5, 32, 64]], torch.tensor([1e6, -1e6, 0.0]).double()])
+    index, weight = two_hot(x, bins)
+    rows = torch.zeros(len(x), 65).double().scatter_(1, index, weight)
+    torch.testing.assert_close(rows, torch.stack([dense_two_hot(v, bins) for v in x]))
+    inside = x.abs() <= bins[-1]
+    torch.testing.assert_close((rows * bins).sum(1)[inside], x[inside])  # the mean of the two bins is x again
+    logits = torch.randn(len(x), 65).double()
+    torch.testing.assert_close(two_hot_cross_entropy(logits, x, bins), -(rows * logits.log_softmax(1)).sum(1))
+
+
+def test_encoder_loss_against_a_loop_over_samples():
+    agent, buffer = double(tiny()), filled()
+    batch = batch_of(buffer)
+    for seen in (0.0, 1.0):
+        expected = []
+        for i in range(len(batch.index)):
+            zs, total = agent.encoder.zs(batch.obs[i, 0]), 0.0
+            for k in range(5):
+                out = agent.encoder.model(agent.encoder.zsa_mlp(
+                    torch.cat([zs, F.elu(agent.encoder.za_linear(batch.action[i, k]))])))
+                done, zs, logits = out[0], out[1:17], out[17:]  # the raw linear prediction is fed back
+                target = agent.targets["encoder"].zs(batch.obs[i, k + 1])
+                total += 0.1 * -(dense_two_hot(batch.reward[i, k], agent.bins) * logits.log_softmax(0)).sum()
+                total += ((zs - target) ** 2).mean() + 0.1 * seen * (done - batch.terminated[i, k]) ** 2
+                if batch.terminated[i, k]:
+                    break  # nothing counts after a termination
+            expected.append(total)
+        losses, _ = agent.encoder_loss(batch, torch.tensor(seen))
+        torch.testing.assert_close(losses, torch.stack(expected))
+
+
+@pytest.mark.parametrize("algo, name", [("mrq", "encoder"), ("mrq", "critic"), ("mrq", "actor"), ("sac", "critic"), ("sac", "actor"),
+                                        ("ddpg", "actor"), ("mrsac", "actor")])
+def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatch):
+    """One loss that is NaN or infinite: that module's weights stay, the others go on, and who broke, and when, is known at the end."""
+    agent, buffer = tiny_of(algo, interval=100)
+    original, calls = getattr(agent, f"{name}_loss"), itertools.count(1)
+    bad = 6 if name == "encoder" else 3  # the encoder's sixth update belongs to the burst of step 4
+    wrong = math.inf if algo == "mrq" and name == "critic" else math.nan
+    monkeypatch.setattr(agent, f"{name}_loss", lambda *arguments: (
+        (lambda losses, *rest: (losses + (wrong if next(calls) == bad else 0.0), *rest))(*original(*arguments))))
+    weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n, network in agent.networks.items()}
+    for _ in itertools.takewhile(lambda _: agent.fault() is None, range(20)):
+        agent.update(buffer)
+    then = weights()
+    for _ in range(5):  # another burst among them
+        agent.update(buffer)
+    assert {n: torch.equal(w, then[n]) for n, w in weights().items()} == {n: n == name for n in then}
+    assert all(w.isfinite().all() for w in weights().values())
+    assert agent.fault() == (f"the {name}'s loss or gradient (its update {bad})", 4 if name == "encoder" else (bad - 1) // agent.updates_per_step)
+    assert [n for n, broken in agent.broken.items() if broken] == [name]
+    if algo in ("sac", "mrsac"):
+        assert agent.temperature.log.isfinite() and (agent.temperature.optimizer.state[agent.temperature.log]["step"] == 2) == (name == "actor")
+
+
+def test_no_nan_enters_the_priorities():
+    buffer = play(0, 400, 5, 300)[0]
+    index = buffer.priority.nonzero().flatten()[:3]
+    buffer.update_priority(index, torch.tensor([math.nan, math.inf, 32.0]))
+    assert buffer.priority[index].tolist() == pytest.approx([1, 1, 4]) and buffer.max_priority == 4
+
+
+def test_the_reward_scale_waits_for_a_reward():
+    agent, buffer = tiny(), ReplayBuffer(4, 2, 400, 5)
+    for step in range(60):
+        buffer.add(np.ones(4), np.zeros(2), 0.0, np.ones(4), False, False)
+    agent.refresh_targets(buffer)
+    assert agent.reward_scale == agent.target_reward_scale == 1
+    buffer.add(np.ones(4), np.zeros(2), -6.1, np.ones(4), False, False)
+    agent.refresh_targets(buffer)
+    assert agent.reward_scale.item() == pytest.approx(0.1) and agent.target_reward_scale == 1
+
+
+def test_the_done_loss_waits_for_a_termination():
+    agent, buffer = tiny(), ReplayBuffer(4, 2, 400, 5)
+    for _ in range(60):
+        buffer.add(np.ones(4), np.zeros(2), 1.0, np.ones(4), False, False)
+    agent.update(buffer)
+    done = agent.encoder.model.weight.grad  # its first row
+    assert not agent.info["terminal_loss"].any() and not done[0].any() and done[1:].any()
+    buffer.add(np.ones(4), np.zeros(2), 1.0, np.ones(4), True, False)
+    agent.update_encoder(buffer)
+    assert agent.info["terminal_loss"].any() and agent.encoder.model.weight.grad[0].any()
+
+
+def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
+    agent, buffer = tiny(modules=MR_DEFAULT), filled()
+    agent.refresh_targets(buffer)
+    agent.update(buffer)
+    before = {name: [p.clone() for p in network.parameters()] for name, network in agent.networks.items()}
+    for network in agent.networks.values():
+        network.zero_grad(set_to_none=True)
+    zs = agent.encode(torch.randn(16, 4))
+    with FlopCounterMode(display=False) as counter:
+        agent.update_actor(zs)
+    assert all(p.grad is None for name in ("encoder", "critic") for p in agent.networks[name].parameters())
+    for name in ("encoder", "critic"):
+        assert all(torch.equal(a, b) for a, b in zip(before[name], agent.networks[name].parameters()))
+    assert all(p.requires_grad for network in agent.networks.values() for p in network.parameters())
+    # Forward, one product a weight. Backward, one for what flows on and, for the actor's weights, one more.
+    products = lambda module: sum(2 * 16 * p.numel() for p in module.parameters() if p.ndim == 2)
+    way = products(agent.critic) + products(agent.encoder.zsa_mlp) + products(agent.encoder.za_linear)
+    first = 2 * 16 * agent.actor.mlp.projection.weight.numel()  # z_s needs no gradient
+    assert counter.get_total_flops() <= 2 * way + 3 * products(agent.actor) - first
+
+
+def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
+    agent, buffer = tiny(), filled()
+    drawn, gather = [], buffer.gather
+    buffer.gather = lambda index, horizon: drawn.append(index) or gather(index, horizon)
+    agent.refresh_targets(buffer)
+    burst = agent.burst.clone()
+    assert burst.shape == (4, 16) and len(burst.unique()) > 30 and (buffer.priority[burst] > 0).all()
+    agent.update_encoder(buffer)
+    other = tiny(seed=9)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))  # stopped after one update of four
+    torch.manual_seed(123)
+    for one in (agent, other):
+        for _ in range(3):
+            one.update_encoder(buffer)
+    assert torch.equal(torch.stack(drawn), torch.cat([burst, burst[1:]]))
+    assert all(torch.equal(a, b) for a, b in zip(agent.encoder.parameters(), other.encoder.parameters()))
+    agent.refresh_targets(buffer)
+    assert not torch.equal(agent.burst, burst) and agent.burst_position == 0
+
+
+@pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s")])
+def test_every_regime_on_every_module(regimes):
+    modules = {name: ModuleConfig(preset.arch_type, regime) for (name, preset), regime in zip(MR_MST.items(), regimes)}
+    agent, buffer = tiny(modules), filled()
+    for _ in range(40):
+        agent.update(buffer)
+    for name, regime in zip(agent.networks, regimes):
+        final = {"dense": 1.0, "s2d": 1.0}.get(regime, 0.4)
+        weights = [p for p in agent.networks[name].parameters() if p.ndim == 2]
+        size = sum(w.numel() for w in weights)
+        assert abs(agent.sparse[name].density() - final) * size <= 0.5 + 1e-6
+        for network in (agent.networks[name], ):
+            for weight, mask in agent.sparse[name].masks.items():
+                assert not dict(network.named_parameters())[weight][~mask].any()
+        agent.refresh_targets(buffer)  # a hard copy is as sparse
+        for weight, mask in agent.sparse[name].masks.items():
+            assert not dict(agent.targets[name].named_parameters())[weight][~mask].any()
+    assert all(value.isfinite().all() for value in agent.info.values())
+
+
+def test_acting():
+    agent = tiny()
+    obs = np.random.RandomState(0).randn(3, 4).astype(np.float32)
+    actions = agent.act(obs, explore=False)
+    with torch.no_grad():
+        expected = agent.actor(agent.encoder.zs(torch.from_numpy(obs)))[0].numpy()
+    np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(agent.act(obs[1], explore=False), expected[1], rtol=1e-4, atol=1e-5)
+    noisy = np.concatenate([agent.act(obs, explore=True) - expected for _ in range(700)])
+    inside = noisy[(np.abs(noisy + np.tile(expected, (700, 1))) < 0.999)]
+    assert np.abs(noisy + np.tile(expected, (700, 1))).max() <= 1 and 0.15 < inside.std() < 0.22
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
+    agent, buffer = tiny_of(algo)
+    for _ in range(5):
+        agent.update(buffer)
+    other = tiny_of(algo, seed=9)[0]
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    buffers = [buffer, copy.deepcopy(buffer)]
+    for one, replay in zip((agent, other), buffers):
+        torch.manual_seed(1)
+        for _ in range(6):
+            one.update(replay)
+    for kind in ("networks", "targets"):
+        for name, network in getattr(agent, kind).items():
+            for a, b in zip(network.parameters(), getattr(other, kind)[name].parameters()):
+                assert torch.equal(a, b)
+    assert {k: v.tolist() for k, v in agent.info.items()} == {k: v.tolist() for k, v in other.info.items()}
+    obs = np.ones(4, np.float32)
+    np.testing.assert_array_equal(agent.act(obs, explore=False), other.act(obs, explore=False))  # the normaliser too
+
+
+def test_another_agents_state_is_refused_before_anything_changes():
+    agent = tiny_of("sac", seed=2)[0]
+    weights = [p.clone() for p in agent.critic.parameters()]
+    dense = tiny_of("sac", regimes_dense("sac"))[0].state_dict()
+    second = copy.deepcopy(tiny_of("sac", seed=3)[0].state_dict())  # the first module's masks fit, but are not this agent's
+    second["sparse"]["actor"]["regime"] = "s2d"
+    for state, message in ((dense, "regime 'dense'"), (second, "regime 's2d'"), (tiny_of("mrsac")[0].state_dict(), "encoder, critic, actor, this agent has"),
+                           (tiny_of("ddpg")[0].state_dict(), "the saved optimizers are critic, actor, this agent has")):
+        with pytest.raises(ValueError, match=message):
+            agent.load_state_dict(state)
+        assert all(torch.equal(a, b) for a, b in zip(weights, agent.critic.parameters()))
+    other, buffer = tiny_of("sac", critic_lr=0.5)
+    other.update(buffer)
+    agent.load_state_dict(other.state_dict())
+    assert agent.optimizers["critic"].param_groups[0]["lr"] == 1e-4 and agent.optimizers["critic"].state  # moments, not settings

@@ -1,0 +1,191 @@
+"""Tests of networks."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from paper import figures
+
+import networks
+from sac import SAC
+from tests.helpers import HERE, count, layer_norm, naive_block_mlp, naive_simba
+
+
+@pytest.mark.parametrize("scale, encoder_humanoid, encoder_dog, head, critic, actor_humanoid, actor_dog", [
+    (1, 2.01, 2.09, 0.30, 2.626, 1.323, 1.332), (3, 36.71, 36.97, 2.46, 33.055, 16.56, 16.58),
+    (5, 154.27, 154.69, 6.73, 138.998, 69.55, 69.59)])
+def test_sizes_match_the_paper(scale, encoder_humanoid, encoder_dog, head, critic, actor_humanoid, actor_dog):
+    digits = lambda x: len(str(x).split(".")[1])
+    same = lambda module_count, expected: round(module_count / 1e6, digits(expected)) == expected
+    with torch.device("meta"):
+        for arch_type in networks.ARCH_CONFIGS:  # all six types have the same counts
+            for (obs, act), size, actor in (((67, 21), encoder_humanoid, actor_humanoid), ((223, 38), encoder_dog, actor_dog)):
+                encoder = networks.Encoder(obs, act, arch_type, scale)
+                assert same(count(encoder) - count(encoder.model), size) and same(count(encoder.model), head)
+                assert same(count(networks.Actor(1536, act, arch_type, scale)), actor)
+            assert same(count(networks.Critic(1536, arch_type, scale)), critic)
+
+
+def test_networks_without_further_words_are_the_papers_at_scale_1():
+    """Table 2's types 4, 4 and 3, one block of 512; a scale multiplies both."""
+    shapes = lambda network: {name: tuple(p.shape) for name, p in network.named_parameters()}
+    for network, arguments, arch_type in ((networks.Encoder, (5, 2), 4), (networks.Critic, (512,), 4), (networks.Actor, (512, 2), 3),
+                                          (networks.GaussianActor, (512, 2), 3)):
+        plain, said = network(*arguments), network(*arguments, arch_type=arch_type, width_scale=1, depth_scale=1, residual="pre")
+        assert shapes(plain) == shapes(said) and str(plain) == str(said)
+    assert shapes(networks.BlockMLP(3, 2, 8)) == shapes(networks.BlockMLP(3, 2, 8, True, "elu", 1))
+    assert networks.scaled_size(1) == (512, 1) and networks.scaled_size(3) == (1536, 3) and networks.scaled_size(3, 0.5, 2) == (256, 2)
+
+
+def test_the_whole_agent_at_scale_5_has_371_million_parameters():
+    with torch.device("meta"):
+        encoder = networks.Encoder(67, 21, 6, 5)
+        total = count(encoder) - count(encoder.model) + count(networks.Critic(2560, 6, 5)) + count(networks.Actor(2560, 21, 5, 5))
+        wide = networks.Critic(512, 6, 1, width_scale=2, depth_scale=3).q1
+        narrow = networks.Encoder(10, 2, 6, 5, width_scale=0.25, depth_scale=1)
+    assert round(total / 1e6, 1) == 370.7
+    assert wide.projection.out_features == 1024 and len(wide.blocks) == 3
+    assert narrow.zs_dim == 128 and narrow.za_linear.out_features == 64 and len(narrow.zsa_mlp.blocks) == 1
+
+
+def test_the_six_types_are_the_papers():
+    """Appendix C's table: what the other tests take from the code is pinned here, and in the README."""
+    relu, elu = {"activation": "relu"}, {"activation": "elu"}
+    plain, norm, both = ({"use_layer_norm": n, "use_residual": r} for n, r in ((False, False), (True, False), (True, True)))
+    assert networks.ARCH_CONFIGS == {1: relu | plain, 2: elu | plain, 3: relu | norm, 4: elu | norm, 5: relu | both, 6: elu | both}
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in (
+        line.split("|") for line in (HERE / "README.md").read_text().splitlines()) if len(cells) == 9}
+    for number, config in networks.ARCH_CONFIGS.items():
+        assert [rows[row][number - 1] for row in ("activation", "LayerNorm", "residual")] == [
+            {"relu": "ReLU", "elu": "ELU"}[config["activation"]], "yes" * config["use_layer_norm"], "yes" * config["use_residual"]]
+        said = figures.TYPE_LABELS[number]
+        assert (("LN" in said), ("residual" in said), "ELU" in said.replace("ReLU", "")) == (
+            config["use_layer_norm"], config["use_residual"], config["activation"] == "elu")
+
+
+@pytest.mark.parametrize("arch_type", networks.ARCH_CONFIGS)
+@pytest.mark.parametrize("residual", ["pre", "post"])
+def test_block_mlp_against_its_equations(arch_type, residual):
+    torch.manual_seed(arch_type)
+    config = networks.ARCH_CONFIGS[arch_type]
+    model = networks.BlockMLP(5, 3, 16, num_blocks=3, residual=residual, **config).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(7, 5).double()
+    torch.testing.assert_close(model(x), naive_block_mlp(model, x, config, residual))
+
+
+def test_modules_against_their_definitions():
+    torch.manual_seed(0)
+    for arch_type, config in networks.ARCH_CONFIGS.items():
+        encoder = networks.Encoder(5, 2, arch_type, width_scale=1 / 32, depth_scale=2)
+        act = getattr(F, config["activation"])
+        obs, action = torch.randn(9, 5), torch.rand(9, 2)
+        zs = naive_block_mlp(encoder.zs_mlp, obs, config, "pre")
+        zs = act(layer_norm(zs) if config["use_layer_norm"] else zs)  # no LayerNorm anywhere in types 1 and 2
+        torch.testing.assert_close(encoder.zs(obs), zs)
+        zsa = naive_block_mlp(encoder.zsa_mlp, torch.cat([zs, act(encoder.za_linear(action))], 1), config, "pre")
+        torch.testing.assert_close(encoder(zs, action), zsa)
+        done, next_zs, reward = encoder.predict(zsa)
+        torch.testing.assert_close(torch.cat([done, next_zs, reward], 1), encoder.model(zsa))
+        assert done.shape == (9, 1) and next_zs.shape == (9, 16) and reward.shape == (9, 65)
+        has_norm = any(isinstance(layer, nn.LayerNorm) for layer in encoder.modules())
+        assert has_norm == config["use_layer_norm"]
+    critic, actor = networks.Critic(16, 4, width_scale=1 / 32), networks.Actor(16, 3, 3, width_scale=1 / 32)
+    torch.testing.assert_close(critic(zsa), torch.cat([critic.q1(zsa), critic.q2(zsa)], 1))
+    assert not {id(p) for p in critic.q1.parameters()} & {id(p) for p in critic.q2.parameters()}
+    action, pre_activation = actor(zs)
+    torch.testing.assert_close(action, pre_activation.tanh())
+
+
+def test_initialisation_and_bad_arguments():
+    torch.manual_seed(0)
+    for module in (networks.Encoder(40, 30, 4), networks.Critic(512, 4), networks.Actor(512, 30), networks.GaussianActor(512, 30)):
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Linear):
+                bound = math.sqrt(2) * math.sqrt(6 / sum(layer.weight.shape))  # Xavier uniform with ReLU's gain
+                assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any(), name
+                assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    for bad in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale must be above 0"):
+            networks.Critic(8, 4, scale=bad)
+    with pytest.raises(ValueError, match="architecture type"):
+        networks.Actor(8, 2, 7)
+
+
+def test_simba_networks_against_their_definition_and_sizes():
+    torch.manual_seed(0)
+    critic = networks.SimbaCritic(5, 2, 8, num_blocks=3, num_qs=2)
+    for name, parameter in critic.named_parameters():
+        nn.init.normal_(parameter, std=1e-3 if "projection" in name else 0.5)  # so small that the epsilon tells
+    obs, action = torch.randn(7, 5), torch.randn(7, 2)
+    x = torch.cat([obs, action], 1)
+    torch.testing.assert_close(critic(obs, action), torch.cat([naive_simba(q, x, [])[1] for q in (critic.q1, critic.q2)], 1))
+    assert len(list(networks.SimbaCritic(5, 2, 8, 1).children())) == 1
+    actor = networks.SimbaGaussian(5, 2, 8, 1)  # mean first, then log-std, each with a head of its own
+    features, mean = naive_simba(actor, obs, [])
+    torch.testing.assert_close(actor(obs), torch.cat([mean, features @ actor.log_std.weight.T + actor.log_std.bias], 1))
+
+    def size(inputs, outputs, hidden, blocks):  # weights and biases, and two vectors a LayerNorm
+        block = 2 * hidden + hidden * 4 * hidden + 4 * hidden + 4 * hidden * hidden + hidden
+        return (inputs + 1) * hidden + blocks * block + 2 * hidden + (hidden + 1) * outputs
+
+    for width, depth, millions in ((1, 1, 4.39), (2, 1, 17.44), (1, 4, 17.40), (4, 3, 207.96)):  # humanoid-run, one Q
+        with torch.device("meta"):
+            modules = {name: dataclasses.replace(m, width_scale=width, depth_scale=depth) for name, m in SAC.Config.presets["default"].items()}
+            agent = SAC(67, 21, modules, device="meta")
+        counts = {name: count(network) for name, network in agent.networks.items()}  # log-std and mean: 21 outputs each
+        assert counts == {"critic": size(88, 1, 512 * width, 2 * depth), "actor": size(67, 42, 128 * width, depth)}
+        assert round(sum(counts.values()) / 1e6, 2) == millions
+
+
+def test_simba_initialisation():
+    torch.manual_seed(0)
+    q, actor = networks.SimbaCritic(40, 10, 64, 2).q1, networks.SimbaGaussian(50, 10, 64, 2)
+    for layer in (q.projection, actor.projection):
+        torch.testing.assert_close(layer.weight.T @ layer.weight, torch.eye(50), atol=1e-5, rtol=0)
+    assert q.output.weight.norm().item() == pytest.approx(1, abs=1e-5)  # orthogonal, gain 1
+    for layer in (actor.output, actor.log_std):
+        torch.testing.assert_close(layer.weight @ layer.weight.T, torch.eye(10), atol=1e-5, rtol=0)
+    for layer in (q.blocks[0].linear1, q.blocks[1].linear2):
+        std = math.sqrt(2 / layer.in_features)  # He; the cut is at two standard deviations of the normal before it
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
+        assert 0.99 * 2 < layer.weight.abs().max().item() / (std / 0.8796257) <= 2
+    assert not any(layer.bias.any() for module in (q, actor) for layer in module.modules() if isinstance(layer, nn.Linear))
+
+
+def test_the_normalizer_against_numpy():
+    rng = np.random.RandomState(0)
+    seen = (rng.randn(500, 3) * [1, 10, 0] + [5, -300, 2]).astype(np.float32)
+    normalizer = networks.RunningNormalizer(3)
+    for obs in seen:
+        normalizer.update(torch.from_numpy(obs))
+    # Mean 0 and variance 1 with the weight of 1e-4 observations, then the rest.
+    weights = np.concatenate([[1e-4], np.ones(500)])
+    values = np.concatenate([np.zeros((1, 3)), seen.astype(np.float64)])
+    mean = np.average(values, axis=0, weights=weights)
+    var = np.average((values - mean) ** 2, axis=0, weights=weights) + 1e-4 / weights.sum()  # the first one's own variance
+    np.testing.assert_allclose(normalizer.mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(normalizer.var, var, rtol=1e-9)
+    assert normalizer.count.item() == pytest.approx(500.0001, abs=1e-9)
+    normalized = normalizer(torch.from_numpy(seen))
+    np.testing.assert_allclose(normalized, (seen - mean) / np.sqrt(var + 1e-8), rtol=2e-4, atol=2e-4)
+    assert normalized.dtype == torch.float32 and normalized.shape == (500, 3) and normalizer(normalized[None]).shape == (1, 500, 3)
+
+
+def test_post_residuals_are_in_all_of_the_encoder():
+    for arch_type in (5, 6):
+        config, (obs, action) = networks.ARCH_CONFIGS[arch_type], (torch.randn(9, 5), torch.rand(9, 2))
+        encoder = networks.Encoder(5, 2, arch_type, width_scale=1 / 32, depth_scale=2, residual="post")
+        zs = encoder.zs(obs)
+        torch.testing.assert_close(zs, encoder.zs_activation(naive_block_mlp(encoder.zs_mlp, obs, config, "post")))
+        torch.testing.assert_close(encoder(zs, action), naive_block_mlp(encoder.zsa_mlp, torch.cat([zs, encoder.za(action)], 1), config, "post"))
+
+
+def test_scaled_sizes_are_rounded():
+    assert networks.scaled_size(1, 0.3, 1.6) == (154, 2) and networks.scaled_size(1, 0.3, 0.8, 128, 2) == (38, 2)
+    assert networks.scaled_size(0.0005) == (1, 1)

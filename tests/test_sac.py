@@ -1,0 +1,156 @@
+"""Tests of sac."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+import sparsity
+from agents import AGENTS
+from sac import reduce_q, tanh_gaussian
+from tests.helpers import regimes_dense, tiny_of
+
+
+def exact_log_prob(mean, raw, noise):
+    """log π by PyTorch's own change of variables, in float64."""
+    log_std = -10 + 6 * (1 + raw.tanh())
+    base = torch.distributions.Independent(torch.distributions.Normal(mean, log_std.exp()), 1)
+    squashed = torch.distributions.TransformedDistribution(base, torch.distributions.transforms.TanhTransform(cache_size=1))
+    x = mean + log_std.exp() * noise
+    action = squashed.transforms[0](x)  # the cache spares it the inverse
+    return action, squashed.log_prob(action)
+
+
+def test_log_probability_by_change_of_variables():
+    torch.manual_seed(0)
+    output = torch.cat([3 * torch.randn(200, 3), 2 * torch.randn(200, 3)], 1).double()
+    torch.manual_seed(1)
+    action, log_prob = tanh_gaussian(output)
+    torch.manual_seed(1)
+    expected_action, expected = exact_log_prob(*output.chunk(2, 1), torch.randn(200, 3, dtype=torch.float64))
+    torch.testing.assert_close(action, expected_action)
+    torch.testing.assert_close(log_prob, expected)
+
+
+def test_log_probability_is_the_slope_of_the_distribution_function():
+    """Numerically: P(action <= a) = Φ((atanh a - μ) / σ), and the density is its slope; all of them add up to 1."""
+    mean, raw = 0.4, -0.2
+    std = math.exp(-10 + 6 * (1 + math.tanh(raw)))
+    below = lambda a: 0.5 * (1 + math.erf((math.atanh(a) - mean) / (std * math.sqrt(2))))
+    torch.manual_seed(0)
+    output = torch.tensor([[mean, raw]]).double().expand(400, 2)
+    actions, log_prob = tanh_gaussian(output)
+    for a, density in zip(actions[:, 0].tolist(), log_prob.exp().tolist()):
+        assert (below(a + 1e-7) - below(a - 1e-7)) / 2e-7 == pytest.approx(density, rel=1e-5)
+    order = actions[:, 0].argsort()
+    assert torch.trapezoid(log_prob.exp()[order], actions[order, 0]).item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("mean", [0.0, 5.0, 9.5, 30.0, -30.0, 200.0])
+def test_log_probability_at_the_edges_of_the_squashing(mean):
+    """Where tanh rounds to ±1 in float32: against exact logarithms in float64."""
+    output = torch.tensor([[mean, 0.0]]).expand(50, 2).clone().requires_grad_()
+    torch.manual_seed(0)
+    action, log_prob = tanh_gaussian(output)
+    torch.manual_seed(0)
+    noise, std = torch.randn(50, 1).double()[:, 0], math.exp(-4)
+    x = mean + std * noise
+    log_slope = math.log(4) - 2 * x.abs() - 2 * torch.log1p(torch.exp(-2 * x.abs()))  # of 1 - tanh², by symmetry
+    expected = -0.5 * noise ** 2 + 4 - 0.5 * math.log(2 * math.pi) - log_slope
+    torch.testing.assert_close(log_prob.double(), expected, rtol=1e-5, atol=1e-4)
+    log_prob.sum().backward()
+    assert output.grad.isfinite().all() and (action.abs() <= 1).all()
+    assert output.grad[:, 0].sum().item() == pytest.approx((2 * torch.tanh(x)).sum().item(), rel=1e-3, abs=1e-2)
+
+
+def test_the_log_std_stays_between_its_bounds():
+    for raw, std in ((-50.0, math.exp(-10)), (50.0, math.exp(2)), (0.0, math.exp(-4))):
+        torch.manual_seed(0)
+        action, _ = tanh_gaussian(torch.tensor([[0.0, raw]]).double().expand(4000, 2))
+        assert action.clamp(-1 + 1e-15, 1 - 1e-15).atanh().std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_raw_observations_are_stored_and_normalised_when_drawn():
+    agent, buffer = tiny_of("sac")
+    seen = []
+    agent.critic_loss = lambda batch, original=agent.critic_loss: (seen.append(batch.obs), original(batch))[1]
+    torch.manual_seed(3)
+    raw = buffer.sample(16, 1).obs
+    torch.manual_seed(3)
+    agent.update(buffer)
+    torch.testing.assert_close(seen[0], (raw - agent.normalizer.mean.float()) / agent.normalizer.var.sqrt().float())
+    obs = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
+    expected = agent.actor.output(agent.actor.features(agent.normalizer(torch.from_numpy(obs)))).tanh()
+    np.testing.assert_allclose(agent.act(obs, explore=False), expected.detach(), rtol=1e-5)
+    before = agent.normalizer.mean.clone()
+    agent.act(obs, explore=False), agent.act(obs, explore=True)
+    assert torch.equal(before, agent.normalizer.mean)  # only `observe` teaches it
+    agent.observe(obs)
+    assert not torch.equal(before, agent.normalizer.mean)
+    for algo in AGENTS:
+        with pytest.raises(FloatingPointError, match="nan"):
+            tiny_of(algo)[0].observe(np.array([1.0, float("nan"), 0, 0], np.float32))
+
+
+@pytest.mark.slow
+def test_soft_targets_stay_sparse_through_thousands_of_updates():
+    for regime, updates in (("dst", 2500), ("d2s", 600), ("s2d", 600)):
+        agent, buffer = tiny_of("sac", regimes_dense("sac", regime, "sst"), interval=updates // 50, total_updates=updates)
+        masks, changed = agent.sparse["critic"].masks, 0
+        for step in range(1, updates + 1):
+            due = step % (updates // 50) == 0
+            before = {name: mask.clone() for name, mask in masks.items()} if due else masks
+            agent.update(buffer)
+            if due:  # at once, in the same update
+                changed += any(not torch.equal(before[name], mask) for name, mask in masks.items())
+                for network in (agent.critic, agent.targets["critic"]):
+                    weights = dict(network.named_parameters())
+                    assert not any(weights[name][~mask].any() for name, mask in masks.items())
+        assert changed > 20
+        weights = dict(agent.targets["critic"].named_parameters())
+        on = {name: weights[name][mask] for name, mask in masks.items()}
+        assert all(w.count_nonzero() > 0.8 * w.numel() for w in on.values())  # and what is active is alive
+
+
+@pytest.mark.parametrize("algo", ["sac", "ddpg", "mrsac"])
+@pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s"), ("dst", "sst", "s2d")])
+def test_every_regime_on_every_module_of_every_algorithm(algo, regimes):
+    regimes = regimes if algo == "mrsac" else regimes[1:]
+    agent, buffer = tiny_of(algo, regimes_dense(algo, *regimes))
+    sparsity = 0.6 if algo == "mrsac" else 0.8
+    for _ in range(40):
+        agent.update(buffer)
+    for name, regime in zip(agent.networks, regimes):
+        size = sum(w.numel() for w in agent.networks[name].parameters() if w.ndim >= 2)
+        kept = size if regime in ("dense", "s2d") else (1 - sparsity) * size
+        assert abs(agent.sparse[name].density() * size - kept) <= 0.5 + 1e-6
+        for weight, mask in agent.sparse[name].masks.items():
+            assert mask.sum() == agent.sparse[name].active[weight]
+            assert not dict(agent.networks[name].named_parameters())[weight][~mask].any()
+    assert all(value.isfinite().all() for value in agent.info.values())
+
+
+def test_exploration():
+    obs = np.random.RandomState(0).randn(3, 4).astype(np.float32)
+    agent = tiny_of("ddpg")[0]
+    best = agent.act(obs, explore=False)
+    noise = np.concatenate([agent.act(obs, explore=True) - best for _ in range(500)])[np.tile(np.abs(best) < 0.6, (500, 1))]
+    assert noise.std() == pytest.approx(0.1, rel=0.1) and abs(noise.mean()) < 0.02
+    for algo in ("sac", "mrsac"):
+        agent = tiny_of(algo)[0]
+        torch.manual_seed(1)
+        action = agent.act(obs, explore=True)
+        assert action.shape == (3, 2) and np.abs(action).max() <= 1 and not np.allclose(action, agent.act(obs, explore=True))
+        np.testing.assert_array_equal(agent.act(obs, explore=False), agent.act(obs, explore=False))
+        np.testing.assert_allclose(agent.act(obs[0], explore=False), agent.act(obs, explore=False)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_reductions_and_wrong_choices_are_told():
+    q = torch.tensor([[1.0, 3.0], [5.0, 2.0]])
+    assert reduce_q(q, "min").tolist() == [1, 2] and reduce_q(q, "mean").tolist() == [2, 3.5]
+    for algo, settings, message in (("sac", {"twin_critics": True, "target_q": "max"}, "choose min or mean"),
+                                    ("mrsac", {"target_policy": "both"}, "choose target or online")):
+        with pytest.raises(ValueError, match=message):
+            tiny_of(algo, **settings)

@@ -1,0 +1,1 @@
+"""For developers: benchmarks and mutation testing."""
