@@ -17,8 +17,8 @@ BYTES_A_WEIGHT = 16  # weight, gradient, two moments
 
 def build_agent(args, obs_dim, action_dim, device):
     """The agent of these settings (settings.Args) on this device; ValueError or MemoryError, in one line."""
-    precision = fast.pick_precision(args.precision, device)
-    compile, graphs, _ = fast.pick_speed(args.compile, args.cuda_graphs, device)
+    precision = fast.resolve_precision(args.precision, device)
+    compile, graphs, _ = fast.resolve_speed(args.compile, args.cuda_graphs, device)
     modules = module_configs(args)
     check_memory(modules, device)
     total_updates = (args.total_steps - args.learning_starts) * args.agent.updates_per_step

@@ -4,7 +4,7 @@ What it claims: one optimiser step of one module, in the order that sparse train
 state that holds all of the agent, as tensors and plain values.
 
 Paper: Section 4, "Module-Specific Training". The agents of mrq.py and sac.py stand on it; what they offer to the training
-loop is listed at `ModularAgent`.
+loop is listed at `BaseAgent`.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from sparsity import SparseTraining
 STATE = ("sparse", "networks", "targets", "optimizers")  # what an agent has by module name, and saves
 
 
-class ModularAgent:
+class BaseAgent:
     """What every agent here is made of, and the doors it has.
 
-    Of the class: `Config` (its settings, in settings.py) and `prioritized`. Of the agent: `act`, `observe`, `update`,
-    `updates_per_step`, `probe`, `probe_losses`, `state_dict`, `load_state_dict`, and, by module name, `networks`,
+    Of the class: `Config` (its settings, in settings.py) and `prioritized`. Of the agent: `act`, `update_obs_stats`, `update`,
+    `updates_per_step`, `compute_features`, `per_sample_losses`, `state_dict`, `load_state_dict`, and, by module name, `networks`,
     `targets`, `optimizers`, `sparse` and `updates`; `info` holds what the last updates saw, on the device: their means are
     what is logged.
     """
 
-    losses = ()  # methods that return (one value a sample, ...): they may be compiled, and run in the chosen precision
-    passes = ()  # further methods that run in the chosen precision
-    captures = {}  # method that may be captured as a CUDA graph -> modules that one call of it updates
+    compiled_methods = ()  # methods that return (one value a sample, ...): they may be compiled, and run in the chosen precision
+    autocast_methods = ()  # further methods that run in the chosen precision
+    graph_methods = {}  # method that may be captured as a CUDA graph -> modules that one call of it updates
 
     def __init__(self, networks, modules, learning_rates, weight_decay, targets, total_updates, device, seed):
         """networks, modules (ModuleConfig), learning_rates: by module name; targets: names of modules with a target copy."""
@@ -47,9 +47,9 @@ class ModularAgent:
         self.targets = {name: copy.deepcopy(networks[name]).requires_grad_(False) for name in targets}  # as sparse
         self.updates = {name: 0 for name in networks}  # of each module
         # 1.0 from the first loss or gradient on that is not finite: a device scalar, for nobody to wait for.
-        self.broken = {name: torch.zeros((), device=self.device) for name in networks}
+        self.nonfinite = {name: torch.zeros((), device=self.device) for name in networks}
         for name, optimizer in self.optimizers.items():
-            optimizer.found_inf = self.broken[name]
+            optimizer.found_inf = self.nonfinite[name]
         self.info = {}
 
     @property
@@ -57,7 +57,7 @@ class ModularAgent:
         """Calls of `update` that an agent step has."""
         return self.config.updates_per_step
 
-    def observe(self, obs):
+    def update_obs_stats(self, obs):
         """Told of every observation of training, once. FloatingPointError for one that is not finite."""
         if not np.isfinite(obs).all():
             raise FloatingPointError(f"the observation holds {np.asarray(obs)[~np.isfinite(obs)][0]}: nothing can be "
@@ -72,10 +72,10 @@ class ModularAgent:
         self.sparse[name].update_topology(self.updates[name])  # ranks growth by this loss's dense gradient
         norm = self.mask_and_clip(name, clip)
         # Once a loss or gradient is not finite, this module takes no step any more (topology may still move, until the run
-        # asks for `fault`): AdamW's fused kernel reads the latch on the device. x - x is 0 where x is finite, else NaN,
+        # asks for `nonfinite_report`): AdamW's fused kernel reads the latch on the device. x - x is 0 where x is finite, else NaN,
         # which counts as true.
         x = loss.detach() + norm
-        self.broken[name].logical_or_(x - x)
+        self.nonfinite[name].logical_or_(x - x)
         optimizer.step()
         self.info[f"{name}_grad_norm"] = norm
 
@@ -88,10 +88,10 @@ class ModularAgent:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         return norm
 
-    def fault(self):
+    def nonfinite_report(self):
         """(what broke first, its learning step), or None if all is well. Reads from the device: ask when logging or saving."""
         found = []
-        for name, broken in self.broken.items():
+        for name, broken in self.nonfinite.items():
             if broken.item():
                 state = next(iter(self.optimizers[name].state.values()), {})
                 update = int(state.get("step", 0)) + 1  # the optimiser counts the steps that it took
@@ -105,7 +105,7 @@ class ModularAgent:
         """The agent step, counted from the first that learns, in which a module makes this update of its own."""
         return (update - 1) // self.updates_per_step
 
-    def heads(self):
+    def float32_layers(self):
         """Last layers whose output stays in float32, whatever the precision: a Q of 100 in bfloat16 is known to ±0.25."""
         critics = (self.networks["critic"], self.targets["critic"])
         return [q.output for critic in critics for q in critic.children()]

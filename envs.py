@@ -7,14 +7,14 @@ and an exact way back to any moment of an episode.
 Paper: Section 3 (Setup); MR.Q's protocol of 500 agent steps, 1,000 frames, an episode. This file needs dm_control and
 numpy; copy it into your project.
 
-    from envs import Env, LockstepEvaluation
+    from envs import Env, Evaluator
 
     env = Env("cartpole-swingup", seed=0)
     obs, done = env.reset(), False
     while not done:
         obs, reward, terminated, truncated = env.step(env.random_action())
         done = terminated or truncated
-    evaluate = LockstepEvaluation("cartpole-swingup", episodes=2)
+    evaluate = Evaluator("cartpole-swingup", episodes=2)
     print(evaluate(lambda obs: -obs[:, :1].clip(-1, 1), step=0))          # (2,) returns
 """
 
@@ -165,7 +165,7 @@ def episode_seed(seed, step, episode):
     return int(np.random.SeedSequence([seed, step, episode]).generate_state(1)[0])
 
 
-class LockstepEvaluation:
+class Evaluator:
     """Plays whole episodes side by side: one call of the policy a step, for all of them.
 
     episode e of the evaluation at agent step t is seeded by (seed, t, e) and by nothing else. Observations of episodes
@@ -179,7 +179,7 @@ class LockstepEvaluation:
             workers = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 4
         self.seed, self.episodes = seed, episodes
         parts = np.array_split(np.arange(episodes), min(max(workers, 1), episodes))
-        make = _RemoteGroup if workers else _Group
+        make = _WorkerEnvs if workers else _LocalEnvs
         self.groups = [(part, make(name, len(part), seed, action_repeat)) for part in parts]
 
     def __call__(self, act, step):
@@ -201,7 +201,7 @@ class LockstepEvaluation:
         return tuple(np.concatenate(columns) for columns in zip(*(group.receive() for _, group in self.groups)))
 
 
-class _Group:
+class _LocalEnvs:
     """Some of the evaluation's episodes. `send` asks for a method's result, `receive` waits for it."""
 
     def __init__(self, name, count, seed, action_repeat):
@@ -227,7 +227,7 @@ class _Group:
         return self.obs.copy(), rewards, self.running.copy()
 
 
-class _RemoteGroup:
+class _WorkerEnvs:
     """The same, in a process of its own."""
 
     def __init__(self, *arguments):
@@ -259,7 +259,7 @@ class _RemoteGroup:
 
 def _serve(pipe, arguments):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: it is the run's to answer
-    group = _Group(*arguments)
+    group = _LocalEnvs(*arguments)
     while True:
         try:
             method, argument = pipe.recv()

@@ -18,7 +18,7 @@ import torch
 from runtime import fast
 from agents import build_agent
 from runtime.checkpoint import Checkpoints, read
-from envs import Env, LockstepEvaluation, episode_seed
+from envs import Env, Evaluator, episode_seed
 from settings import from_config
 
 
@@ -27,7 +27,7 @@ def main(args):
     imageio = import_imageio() if args.video else None
     run_args, state = load(args.checkpoint)
     run_args = dataclasses.replace(run_args, device=args.device, compile="off", cuda_graphs="off")
-    device = fast.pick_device(args.device)
+    device = fast.resolve_device(args.device)
     torch.set_num_threads(args.threads or fast.usable_cores())
     env = Env(run_args.env, run_args.seed)
     if args.video:
@@ -39,7 +39,7 @@ def main(args):
         return agent.act(obs, explore=False)
 
     # The number by which the run's own evaluation at this step was seeded.
-    returns = LockstepEvaluation(run_args.env, args.eval_episodes, run_args.seed, workers=args.eval_workers)(act, state["step"])
+    returns = Evaluator(run_args.env, args.eval_episodes, run_args.seed, workers=args.eval_workers)(act, state["step"])
     print(f"{args.checkpoint}, step {state['step']:,}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} "
           f"episodes: {', '.join(f'{value:.1f}' for value in returns)}")
     if args.video:

@@ -15,13 +15,13 @@ Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it by `p
 import torch
 import torch.nn.functional as F
 
-from base import ModularAgent, frozen
+from base import BaseAgent, frozen
 from networks import Actor, Critic, Encoder
-from replay import multi_step_return, still_running, to_device
+from replay import multi_step_return, alive_discount, to_device
 from settings import MR_DEFAULT, MRQConfig
 
 
-class MRQ(ModularAgent):
+class MRQ(BaseAgent):
     """The agent. modules: a ModuleConfig for "encoder", "critic" and "actor".
 
     total_updates: T of the sparsity schedules. Each module gets as many updates as the agent takes learning steps.
@@ -29,9 +29,9 @@ class MRQ(ModularAgent):
 
     Config = MRQConfig
     prioritized = True
-    losses, passes = ("encoder_loss", "critic_loss", "actor_loss"), ("encode",)
-    captures = {"update_encoder": ["encoder"], "update_critic_and_actor": ["critic", "actor"]}
-    between_updates = staticmethod(lambda doing: None)  # called in a burst: a safe point, where the training loop may stop
+    compiled_methods, autocast_methods = ("encoder_loss", "critic_loss", "actor_loss"), ("encode",)
+    graph_methods = {"update_encoder": ["encoder"], "update_critic_and_actor": ["critic", "actor"]}
+    on_encoder_update = staticmethod(lambda doing: None)  # called in a burst: a safe point, where the training loop may stop
 
     def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=490_000, device="cpu", seed=0):
         modules = modules or MR_DEFAULT
@@ -48,8 +48,8 @@ class MRQ(ModularAgent):
         self.reward_scale = torch.ones((), device=self.device)  # r̄
         self.target_reward_scale = torch.ones((), device=self.device)  # r̄', the scale before
         # Which subtrajectories a burst draws, and how far it has come: decided at its start, when priorities stand still.
-        self.burst = torch.zeros(config.target_update_freq, config.batch_size, dtype=torch.long, device=self.device)
-        self.burst_position = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.encoder_indices = torch.zeros(config.target_update_freq, config.batch_size, dtype=torch.long, device=self.device)
+        self.encoder_position = torch.zeros(1, dtype=torch.long, device=self.device)
         self.bins = symexp(torch.linspace(-config.reward_range, config.reward_range, config.reward_bins,
                                           device=self.device))
 
@@ -80,7 +80,7 @@ class MRQ(ModularAgent):
             while self.updates["encoder"] < self.updates["critic"] + self.config.target_update_freq:
                 self.update_encoder(replay)
                 done = self.updates["encoder"] - self.updates["critic"]
-                self.between_updates(f"encoder update {done} of {self.config.target_update_freq}")
+                self.on_encoder_update(f"encoder update {done} of {self.config.target_update_freq}")
         self.update_critic_and_actor(replay)
 
     @torch.no_grad()
@@ -95,12 +95,12 @@ class MRQ(ModularAgent):
         scale = replay.mean_absolute_reward()
         self.reward_scale.copy_(torch.where(scale > 0, scale, 1.0))
         self.info["reward_scale"] = self.reward_scale
-        self.burst.copy_(replay.draw(*self.burst.shape))
-        self.burst_position.zero_()
+        self.encoder_indices.copy_(replay.draw(*self.encoder_indices.shape))
+        self.encoder_position.zero_()
 
     def update_encoder(self, replay):
-        index = self.burst.index_select(0, self.burst_position).squeeze(0)  # (batch,)
-        self.burst_position.add_(1).remainder_(len(self.burst))
+        index = self.encoder_indices.index_select(0, self.encoder_position).squeeze(0)  # (batch,)
+        self.encoder_position.add_(1).remainder_(len(self.encoder_indices))
         batch = replay.gather(index, self.config.encoder_horizon)
         losses, info = self.encoder_loss(batch, replay.termination_seen)
         self._step("encoder", losses.mean())
@@ -147,7 +147,7 @@ class MRQ(ModularAgent):
             target_zs = self.targets["encoder"].zs(next_obs).unflatten(0, (len(batch.obs), -1))  # (batch, H, zs)
         zs = self.encoder.zs(batch.obs[:, 0])  # (batch, zs)
         done, zs, reward_logits = self.encoder.unroll(zs, action)  # Eq. (7): (batch, H, ·) each
-        alive = still_running(terminated)[:, :-1]  # (batch, H) 0 after a termination; the terminating step itself counts
+        alive = alive_discount(terminated)[:, :-1]  # (batch, H) 0 after a termination; the terminating step itself counts
         reward_loss = (alive * two_hot_cross_entropy(reward_logits, reward, self.bins)).sum(1)  # Eqs. (8), (9)
         dynamics_loss = (alive * F.mse_loss(zs, target_zs, reduction="none").mean(-1)).sum(1)  # Eqs. (8), (10)
         terminal_loss = (alive * F.mse_loss(done.squeeze(-1), terminated, reduction="none")).sum(1)  # Eqs. (8), (10)
@@ -199,7 +199,7 @@ class MRQ(ModularAgent):
     # ---- looking inside, saving ----
 
     @torch.no_grad()
-    def probe(self, batch):
+    def compute_features(self, batch):
         """One pass of each module over the batch. Returns the features SRank is read from: module -> name -> (batch, ·).
 
         Whoever wants the hidden activations hooks `networks` while this runs.
@@ -209,7 +209,7 @@ class MRQ(ModularAgent):
         critic = {name: q.features(zsa) for name, q in self.critic.named_children()}
         return {"encoder": {"zsa": zsa}, "critic": critic, "actor": {"pi": self.actor.features(zs)}}
 
-    def probe_losses(self, batch, replay):
+    def per_sample_losses(self, batch, replay):
         """Each module's own loss, one value a sample, with its graph: module -> (batch,).
 
         By the plain methods of the class: what trains may be compiled, for another batch size and without this graph.
@@ -221,7 +221,7 @@ class MRQ(ModularAgent):
 
     def tensors(self):
         return {"reward_scale": self.reward_scale, "target_reward_scale": self.target_reward_scale,
-                "burst": self.burst, "burst_position": self.burst_position}
+                "encoder_indices": self.encoder_indices, "encoder_position": self.encoder_position}
 
 
 def symexp(x):

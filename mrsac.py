@@ -26,7 +26,7 @@ class MRSAC(MRQ):
         super().__init__(obs_dim, action_dim, *arguments, **options)
         self.temperature = Temperature(self.config, action_dim, self.device)
         self.optimizers["temperature"] = self.temperature.optimizer
-        self.temperature.optimizer.found_inf = self.broken["actor"]  # whose entropy it follows
+        self.temperature.optimizer.found_inf = self.nonfinite["actor"]  # whose entropy it follows
 
     def make_actor(self, zs_dim, action_dim, size):
         return GaussianActor(zs_dim, action_dim, **size)
@@ -56,8 +56,8 @@ class MRSAC(MRQ):
         self.temperature.update(self.info["entropy"])
         self.info["temperature"] = self.temperature.value()
 
-    def heads(self):
-        return super().heads() + [head for actor in (self.actor, self.targets["actor"]) for head in (actor.output, actor.log_std)]
+    def float32_layers(self):
+        return super().float32_layers() + [head for actor in (self.actor, self.targets["actor"]) for head in (actor.output, actor.log_std)]
 
     def tensors(self):
         return super().tensors() | {"log_temperature": self.temperature.log}

@@ -72,7 +72,7 @@ class ReplayBuffer:
         self.position = 0  # rows taken so far, over all rounds of the ring: the current observation's, counted from the start
         self.episode_length = 0  # transitions of the current episode so far
         # Which rows may be drawn, once more on the host, so that `sample` can tell an empty buffer without asking.
-        self._offered, self.sampleable = bytearray(capacity), 0
+        self._valid_cpu, self.num_valid = bytearray(capacity), 0
 
     @property
     def row(self):
@@ -93,8 +93,8 @@ class ReplayBuffer:
         """Stores one transition. obs must be the next_obs of the call before, unless that one ended an episode."""
         row, following = self.row, (self.row + 1) % self.capacity
         if self.episode_length == 0:
-            self._withdraw(row)
-        self._withdraw(following)
+            self._invalidate(row)
+        self._invalidate(following)
         # Both rows in one copy that nobody waits for: `tensor[row] = number` makes the host wait for a GPU each time.
         pair = np.zeros((2, self.rows.shape[1]), np.float32)
         pair[0] = np.concatenate([np.ravel(obs), np.ravel(action), [reward, terminated, True]])
@@ -109,26 +109,26 @@ class ReplayBuffer:
         self.episode_length += 1
 
         if self.episode_length >= self.horizon:  # the subtrajectory that ends with this transition is complete
-            self._make_sampleable((row - self.horizon + 1) % self.capacity)
+            self._make_valid((row - self.horizon + 1) % self.capacity)
         if terminated:
             # Later starts run past the end, but the loss masks what follows a termination: they may be drawn as well.
             self.termination_seen.fill_(1.0)
             for back in range(min(self.episode_length, self.horizon - 1)):
-                self._make_sampleable((row - back) % self.capacity)
+                self._make_valid((row - back) % self.capacity)
         if terminated or truncated:
             # After a time limit those starts stay out: their subtrajectory would need steps that were never taken.
             self.position += 1
             self.episode_length = 0
 
-    def _withdraw(self, row):
+    def _invalidate(self, row):
         """No subtrajectory starts here any more."""
         self.priority[row].zero_()
-        self.sampleable -= self._offered[row]
-        self._offered[row] = 0
+        self.num_valid -= self._valid_cpu[row]
+        self._valid_cpu[row] = 0
 
-    def _make_sampleable(self, row):
-        self.sampleable += 1 - self._offered[row]
-        self._offered[row] = 1
+    def _make_valid(self, row):
+        self.num_valid += 1 - self._valid_cpu[row]
+        self._valid_cpu[row] = 1
         if self.prioritized:
             self.priority[row].copy_(self.max_priority)
         else:
@@ -142,7 +142,7 @@ class ReplayBuffer:
 
     def draw(self, *shape):
         """First rows of subtrajectories, of this shape: (batch,), or (batches, batch) while no priority changes."""
-        if not self.sampleable:
+        if not self.num_valid:
             raise ValueError(f"nothing to draw yet: the buffer holds no {self.horizon} transitions in a row")
         if len(shape) > 1:  # one running sum over the whole buffer, for all of them
             return _draw_from(self.priority, *shape)
@@ -200,7 +200,7 @@ class ReplayBuffer:
         for name in ("priority", "max_priority", "termination_seen"):
             getattr(self, name).copy_(state[name])
         offered = self.priority[:self.capacity] > 0
-        self._offered, self.sampleable = bytearray(offered.cpu().numpy()), int(offered.sum())
+        self._valid_cpu, self.num_valid = bytearray(offered.cpu().numpy()), int(offered.sum())
 
 
 def to_device(values, device):
@@ -215,11 +215,11 @@ def multi_step_return(reward, terminated, discount):
 
     reward, terminated: (batch, H). Returns (batch, 1) twice: the return, and γ^H where no step terminated, else 0.
     """
-    weight = still_running(terminated, discount)
+    weight = alive_discount(terminated, discount)
     return (reward * weight[:, :-1]).sum(1, keepdim=True), weight[:, -1:]
 
 
-def still_running(terminated, discount=1.0):
+def alive_discount(terminated, discount=1.0):
     """γ^k where no step before the k-th terminated, else 0, for k = 0 ... H: (batch, H) -> (batch, H + 1)"""
     return F.pad(torch.rsub(terminated, discount, alpha=discount), (1, 0), value=1.0).cumprod(1)  # rsub: γ - γ·terminated
 

@@ -8,7 +8,7 @@ The settings are in settings.py. Run it by `python train.py --algo sac`; or, as 
 
     agent = SAC(obs_dim=24, action_dim=6, modules=SIMBA_MST, total_updates=990_000)
     replay = ReplayBuffer(24, 6, horizon=agent.horizon, prioritized=agent.prioritized)
-    agent.observe(obs)                          # every observation of training, for the normaliser
+    agent.update_obs_stats(obs)                          # every observation of training, for the normaliser
     action = agent.act(obs, explore=True)       # numpy in, numpy out
     agent.update(replay)                        # one update; an agent step has agent.updates_per_step of them
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from base import ModularAgent, frozen
+from base import BaseAgent, frozen
 from networks import SIMBA_SIZES, RunningNormalizer, SimbaCritic, SimbaGaussian, SimbaMLP, scaled_size
 from replay import to_device
 from settings import SIMBA, DDPGConfig, SACConfig
@@ -75,7 +75,7 @@ class Temperature:
 
 # ---- SAC and DDPG ----
 
-class SimbaAgent(ModularAgent):
+class SimbaAgent(BaseAgent):
     """What SAC and DDPG share: everything but the policy and what entropy is worth, which they give by `Config`,
     `make_actor`, `policy` and `best_action`.
 
@@ -84,8 +84,8 @@ class SimbaAgent(ModularAgent):
     """
 
     prioritized = False
-    losses = ("critic_loss", "actor_loss")
-    captures = {"update": ["critic", "actor"]}
+    compiled_methods = ("critic_loss", "actor_loss")
+    graph_methods = {"update": ["critic", "actor"]}
 
     def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=990_000, device="cpu", seed=0):
         modules = modules or SIMBA
@@ -103,9 +103,9 @@ class SimbaAgent(ModularAgent):
 
     # ---- acting ----
 
-    def observe(self, obs):
+    def update_obs_stats(self, obs):
         """Once an agent step, random ones included."""
-        super().observe(obs)
+        super().update_obs_stats(obs)
         self.normalizer.update(to_device(obs, self.device))
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ class SimbaAgent(ModularAgent):
         self.update_temperature(actor_info)
 
         losses, critic_info = self.critic_loss(batch)
-        changes = self.sparse["critic"].due(self.updates["critic"] + 1)
+        changes = self.sparse["critic"].is_update_step(self.updates["critic"] + 1)
         self._step("critic", losses.mean())
         self.update_target(changes)
         self.info.update(actor_info | critic_info)
@@ -173,14 +173,14 @@ class SimbaAgent(ModularAgent):
     # ---- looking inside ----
 
     @torch.no_grad()
-    def probe(self, batch):
+    def compute_features(self, batch):
         """One pass of each module over the batch. Returns what SRank is read from: module -> name -> (batch, ·)."""
         obs = self.normalizer(batch.obs[:, 0])
         x = torch.cat([obs, batch.action[:, 0]], -1)
         return {"critic": {name: q.features(x) for name, q in self.critic.named_children()},
                 "actor": {"pi": self.actor.features(obs)}}
 
-    def probe_losses(self, batch, replay):
+    def per_sample_losses(self, batch, replay):
         """Each module's own loss, one value a sample, with its graph: module -> (batch,). By the plain methods."""
         batch, plain = batch._replace(obs=self.normalizer(batch.obs)), type(self)
         return {"critic": plain.critic_loss(self, batch)[0], "actor": plain.actor_loss(self, batch.obs[:, 0])[0]}
@@ -199,7 +199,7 @@ class SAC(SimbaAgent):
         super().__init__(obs_dim, action_dim, *arguments, **options)
         self.temperature = Temperature(self.config, action_dim, self.device)
         self.optimizers["temperature"] = self.temperature.optimizer
-        self.temperature.optimizer.found_inf = self.broken["actor"]  # whose entropy it follows
+        self.temperature.optimizer.found_inf = self.nonfinite["actor"]  # whose entropy it follows
 
     def policy(self, obs):
         """A random action, α·log π of it, and what to log."""
@@ -213,8 +213,8 @@ class SAC(SimbaAgent):
         self.temperature.update(info["entropy"])
         info["temperature"] = self.temperature.value()
 
-    def heads(self):
-        return super().heads() + [self.actor.output, self.actor.log_std]  # in bfloat16 it would move in steps
+    def float32_layers(self):
+        return super().float32_layers() + [self.actor.output, self.actor.log_std]  # in bfloat16 it would move in steps
 
     def tensors(self):
         return super().tensors() | {"log_temperature": self.temperature.log}

@@ -53,7 +53,7 @@ class ModuleConfig:
         return {"arch_type": self.arch_type, "width_scale": self.width_scale, "depth_scale": self.depth_scale,
                 "residual": self.residual}
 
-    def effective(self):
+    def canonical(self):
         """The same module without the settings that its type and regime do not read."""
         return dataclasses.replace(
             self, sparsity=0.0 if self.regime == "dense" else self.sparsity,
@@ -287,13 +287,13 @@ def own_settings(args, name):
 
 def run_name(args, telling=None):
     """The task, the algorithm if it is not MR.Q, and the settings that make this run another than the default one.
-    telling: `telling_flags(args)`, where that is known already: it is the same for all tasks and seeds.
+    telling: `nondefault_flags(args)`, where that is known already: it is the same for all tasks and seeds.
 
     A setting that changes nothing (a default restated, `--sparsity` where every module is dense) is left out, one after
     the other, so that what remains still says all; two different runs never share a name.
     """
     algo = [] if args.algo == "mrq" else [args.algo]
-    said = [flag[2:] if value is True else f"{flag[2:]}={short(value)}" for flag, value in telling or telling_flags(args)]
+    said = [flag[2:] if value is True else f"{flag[2:]}={format_value(value)}" for flag, value in telling or nondefault_flags(args)]
     name = "__".join([args.env, *algo, *said, f"seed={args.seed}"])
     if len(name.encode()) > LONGEST_NAME:  # too many for a folder's name: what does not fit goes into a checksum
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
@@ -302,31 +302,31 @@ def run_name(args, telling=None):
     return name
 
 
-def short(value):
+def format_value(value):
     """5.0 -> "5", 0.0001 -> "0.0001"; never so short that two numbers look alike."""
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
-def telling_flags(args):
+def nondefault_flags(args):
     """The fewest (flag, value) that describe this run, in the order of the fields; seed, task and folder are not among
     them."""
-    least, usual, wanted = copy.deepcopy(args), defaults(args.algo), effective(args)
+    least, usual, wanted = copy.deepcopy(args), defaults(args.algo), canonical(args)
     for group, name in flag_names(args):
         value, default = get_setting(least, group, name), get_setting(usual, group, name)
         if value != default:
             set_setting(least, group, name, default)
-            if effective(least) != wanted:
+            if canonical(least) != wanted:
                 set_setting(least, group, name, value)
     return [("--" + name.replace("_", "-"), get_setting(least, group, name)) for group, name in flag_names(args)
             if get_setting(least, group, name) != get_setting(usual, group, name)]
 
 
-def effective(args):
+def canonical(args):
     """What the run does, as plain data: equal for two command lines that mean the same."""
     rest = {name: get_setting(args, group, name) for group, name in flag_names(args) if group in (None, "agent")}
     for said_by_modules in ("mst", "scale", "width_scale", "depth_scale", "residual"):
         del rest[said_by_modules]
-    return rest, {name: module.effective() for name, module in module_configs(args).items()}
+    return rest, {name: module.canonical() for name, module in module_configs(args).items()}
 
 
 def flag_names(args):
@@ -359,10 +359,10 @@ def from_config(config):
     return args
 
 
-def differences(before, now):
+def diff_settings(before, now):
     """What makes these settings two different runs, in a line: "--critic-lr 0.0003, not 0.001". Empty if nothing does; a
     flag may well differ that changes no result."""
-    if (before.env, before.seed, effective(before)) == (now.env, now.seed, effective(now)):
+    if (before.env, before.seed, canonical(before)) == (now.env, now.seed, canonical(now)):
         return ""
     names = [(None, "env"), (None, "seed"), *flag_names(before)]
     if before.algo != now.algo:  # the others' flags are not the same ones
@@ -450,10 +450,10 @@ def _check_modules(args):
                                  "add --twin-critics")
 
 
-def notes(args):
+def unused_flag_notes(args):
     """What the user should be told in a line: flags that a grid over regimes rightly passes and that change nothing in
     this cell of it."""
-    telling, usual, modules = dict(telling_flags(args)), defaults(args.algo), module_configs(args)
+    telling, usual, modules = dict(nondefault_flags(args)), defaults(args.algo), module_configs(args)
     idle = []
     for group, name in flag_names(args):
         flag, value = "--" + name.replace("_", "-"), get_setting(args, group, name)

@@ -277,7 +277,7 @@ class SparseTraining:
             mask = _largest(_uniform(weights[name].shape, generator), count)  # exact counts, never Bernoulli draws
             self.masks[name], self.active[name] = mask.to(weights[name].device), count
         for name, weight in self._weights():
-            self._clear(weight, self.masks[name])
+            self._reset_pruned(weight, self.masks[name])
 
     # ---- each training step, after loss.backward() ----
 
@@ -289,7 +289,7 @@ class SparseTraining:
         delayed or bursting module does not). Call it right after `backward`: growth is ranked by the dense gradients
         then in `.grad`, so those must come from the module's own loss and from nothing else.
         """
-        if not self.due(step):
+        if not self.is_update_step(step):
             self.last_step = max(step, self.last_step)
             return False
         # The sparsity wanted now, with ER solved anew for it.  Eq. (2)
@@ -308,13 +308,13 @@ class SparseTraining:
                                       self._generator(step, number, weight.device))
             # Algorithm 1, line 12. A weight that was dropped and came back at once is in both masks: it keeps its
             # value and its moments. All others start anew.
-            self._clear(weight, mask & new_mask)
+            self._reset_pruned(weight, mask & new_mask)
             mask.copy_(new_mask)  # in place: whoever holds the mask (a captured graph, say) sees the new one
             self.active[name] = counts[name]
         self.last_step, self.sparsity = step, sparsity
         return True
 
-    def due(self, step):
+    def is_update_step(self, step):
         """Whether `update_topology(step)` would change anything."""
         boundary = step // self.update_interval > self.last_step // self.update_interval
         # The schedule's end is itself an update, or D2S would stop a little short of its sparsity.
@@ -368,7 +368,7 @@ class SparseTraining:
             self.active[name] = int(mask.sum())
         self.last_step, self.sparsity, self.seed = state["last_step"], state["sparsity"], state["seed"]
         for name, weight in self._weights():
-            self._clear(weight, self.masks[name])
+            self._reset_pruned(weight, self.masks[name])
 
     def check_state_dict(self, state):
         """ValueError for what `load_state_dict` would not take."""
@@ -394,7 +394,7 @@ class SparseTraining:
                 self.masks[name] = mask.to(weight.device)
             yield name, weight
 
-    def _clear(self, weight, stays):
+    def _reset_pruned(self, weight, stays):
         """Where not `stays`: the weight becomes 0, and its optimiser state that of a new weight."""
         _zero_pruned(weight, stays)
         group = next((group for group in self.optimizer.param_groups if any(weight is p for p in group["params"])), {})

@@ -20,7 +20,7 @@ import signal
 import sys
 
 
-def stopped_early(number, _):
+def exit_early(number, _):
     os.write(2, b"\ntrain.py: stopped before training began\n")
     os._exit(1 if number == signal.SIGINT else 75)  # 75: started again with --resume, it goes on
 
@@ -28,7 +28,7 @@ def stopped_early(number, _):
 if __name__ == "__main__":  # a signal while PyTorch imports, or the run is built: nothing is there to save
     for early in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])):
         if signal.getsignal(early) != signal.SIG_IGN:  # nohup, or a shell's background job, has its way
-            signal.signal(early, stopped_early)
+            signal.signal(early, exit_early)
     # A thread that waits for another one spins. Without end, as is usual, an agent step takes 15 to 70 times as long while
     # a neighbour has one of two cores; this long, 3 to 6 times, and alone as long as ever. PyTorch reads it when imported.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -50,19 +50,19 @@ import metrics
 import evaluate as watch
 from agents import build_agent, compiling_pays
 from runtime.checkpoint import Checkpoints
-from envs import Env, LockstepEvaluation
+from envs import Env, Evaluator
 from replay import Batch, ReplayBuffer
-from runtime.log import Busy, Finished, RunLog, circumstances
-from settings import check, differences, from_config, module_configs, notes, parse, run_name
+from runtime.log import RunLocked, RunFinished, RunLog, provenance
+from settings import check, diff_settings, from_config, module_configs, unused_flag_notes, parse, run_name
 from runtime.resume import SavedRun, Stopped, StopSignals
 
-# What a run may raise: `one_line` tells it.
-REFUSED = (ValueError, MemoryError, OSError, ImportError, RuntimeError, FloatingPointError)
+# What a run may raise: `error_message` tells it.
+USER_ERRORS = (ValueError, MemoryError, OSError, ImportError, RuntimeError, FloatingPointError)
 METRIC_BATCH = 2048  # samples that SRank and the dormant ratio are read from
 INTERFERENCE_SAMPLES = 32  # per-sample gradients that are compared
 
 
-class Unbroken:
+class SafeStream:
     """A stream whose reader may leave (`| head -1`) or whose disk may be full: what is written then goes nowhere."""
 
     def __init__(self, stream):
@@ -104,14 +104,14 @@ def describe(agent, modules, args, device, folder):
 
 def measure(agent, replay, wanted=True):
     """The plasticity metrics of every module, as columns. NaN where there is nothing to measure yet, or it is not wanted."""
-    ready = wanted and replay.sampleable > 0  # else: two zeros for a batch, to know the columns
+    ready = wanted and replay.num_valid > 0  # else: two zeros for a batch, to know the columns
     index = torch.zeros(2, dtype=torch.long, device=replay.device)
     batch = replay.sample(METRIC_BATCH) if ready else replay.gather(index)
     with contextlib.ExitStack() as stack:
         activations = {name: stack.enter_context(metrics.record_activations(network))
                        for name, network in agent.networks.items()}
-        features = agent.probe(batch)
-    losses = agent.probe_losses(Batch(*(part[:INTERFERENCE_SAMPLES] for part in batch)), replay)
+        features = agent.compute_features(batch)
+    losses = agent.per_sample_losses(Batch(*(part[:INTERFERENCE_SAMPLES] for part in batch)), replay)
     row = {}
     for name, network in agent.networks.items():
         columns = metrics.module_metrics(network, features[name], activations[name], losses[name],
@@ -127,7 +127,7 @@ def build(args):
     check(args)
     folder = os.path.join(args.runs, args.name or run_name(args))
     begun = check_same_run(args, folder)
-    device = fast.pick_device(args.device)
+    device = fast.resolve_device(args.device)
     torch.set_num_threads(args.threads or fast.usable_cores())
     modules = module_configs(args)
     torch.manual_seed(args.seed)
@@ -136,13 +136,13 @@ def build(args):
     agent = build_agent(dataclasses.replace(args, compile="on" if compiled else "off"), env.obs_dim, env.action_dim, device)
     rows = min(args.buffer_size, 2 * args.total_steps + 2 * agent.horizon + 2)  # no more than the run can fill
     replay = ReplayBuffer(env.obs_dim, env.action_dim, rows, agent.horizon, agent.prioritized, device=device)
-    evaluation = LockstepEvaluation(args.env, args.eval_episodes, args.seed, workers=args.eval_workers)
-    config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | circumstances()
+    evaluation = Evaluator(args.env, args.eval_episodes, args.seed, workers=args.eval_workers)
+    config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | provenance()
     config |= {"device_used": str(device), "threads_used": torch.get_num_threads(), "compiled": compiled,
                "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
     log = RunLog(folder, config, args.tensorboard, args.wandb_project, args.resume)
     saved = SavedRun(Checkpoints(folder), args, device, agent, replay, env, log)
-    print("\n".join([describe(agent, modules, args, device, folder), describe_saving(saved), *notes(args), *speed_notes]),
+    print("\n".join([describe(agent, modules, args, device, folder), describe_saving(saved), *unused_flag_notes(args), *speed_notes]),
           flush=True)
     return device, env, agent, replay, evaluation, log, saved
 
@@ -152,8 +152,8 @@ def pick_compile(args, device, begun):
     until it ends: compiled and plain losses differ in the last digits. ValueError if "on" cannot be."""
     # Without that entry: of an older version, whose "auto" was off.
     pays = begun.get("compiled", begun.get("compile") == "on") if begun else compiling_pays(args)
-    compiled, _, told = fast.pick_speed(args.compile, args.cuda_graphs, device, pays)
-    trouble = fast.compiler_trouble(device) if compiled else None
+    compiled, _, told = fast.resolve_speed(args.compile, args.cuda_graphs, device, pays)
+    trouble = fast.compile_error(device) if compiled else None
     if trouble and args.compile == "on":
         raise ValueError(trouble)
     if compiled:
@@ -163,7 +163,7 @@ def pick_compile(args, device, begun):
 
 
 def check_same_run(args, folder):
-    """The config of the run that --resume finds, or None. Finished, or ValueError in one line, if that has ended, or is
+    """The config of the run that --resume finds, or None. RunFinished, or ValueError in one line, if that has ended, or is
     another one."""
     path = os.path.join(folder, "config.json")
     if args.resume and os.path.exists(path):
@@ -173,10 +173,10 @@ def check_same_run(args, folder):
             before = from_config(config)
         except ValueError as error:
             raise ValueError(f"--resume: {path} cannot be read: {str(error).splitlines()[0]}") from None
-        if differing := differences(before, args):
+        if differing := diff_settings(before, args):
             raise ValueError(f"--resume: {folder} was begun with {differing}: choose another --name, or the same flags")
         if os.path.exists(os.path.join(folder, "final.pt")):
-            raise Finished(folder)
+            raise RunFinished(folder)
         return config
 
 
@@ -222,7 +222,7 @@ def train(args, device, env, agent, replay, evaluation, log, saved):
     if obs is None:
         obs = env.reset()
     run, stop, bar, told = saved.progress, StopSignals(), Bar(args, agent, saved.progress.step), set()
-    agent.between_updates = lambda doing: (stop.check(), bar.show(run.step, doing))
+    agent.on_encoder_update = lambda doing: (stop.check(), bar.show(run.step, doing))
 
     def evaluate(step):
         def act(obs):
@@ -254,7 +254,7 @@ def train(args, device, env, agent, replay, evaluation, log, saved):
                   | {"steps_per_second": speed, "seconds": now})
         saved.check_health()
 
-    def tell_failures():
+    def report_io_errors():
         """A full disk stops nothing; each trouble is told once."""
         for failure in {saved.checkpoints.failure, log.failure} - told - {None}:
             told.add(failure)
@@ -269,7 +269,7 @@ def train(args, device, env, agent, replay, evaluation, log, saved):
                 evaluate(step)
             if step == args.learning_starts:
                 run.logged_step, run.logged_seconds = step, saved.seconds()
-            agent.observe(obs)
+            agent.update_obs_stats(obs)
             run.action = agent.act(obs, explore=True) if learning else env.random_action()
             if not np.isfinite(run.action).all():  # the last update broke the actor: seen without asking the device
                 if step != run.logged_step:
@@ -289,7 +289,7 @@ def train(args, device, env, agent, replay, evaluation, log, saved):
         bar.show(step + 1, "learning" if learning else "random steps")
         if learning and ((step + 1) % args.log_every == 0 or step + 1 == args.total_steps):
             write_training(step + 1)
-        tell_failures()
+        report_io_errors()
     run.step = args.total_steps
     evaluate(run.step)
     bar.close()
@@ -309,13 +309,13 @@ def main():
             train(args, *parts, log, saved)
         except Stopped as stopped:  # a run that broke since its last row is not saved, and says so below
             sys.exit(save_and_stop(saved, stopped))
-    except Finished as folder:
+    except RunFinished as folder:
         return print(f"finished already: {folder}")
-    except Busy as error:
+    except RunLocked as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(76)
-    except REFUSED as error:
-        told = one_line(error)
+    except USER_ERRORS as error:
+        told = error_message(error)
         sys.exit(f"\ntrain.py: {told}; the last checkpoint is {saved.checkpoints.last()}" if log else f"train.py: {told}")
     print(f"done: {os.path.join(log.folder, 'eval.csv')}")
 
@@ -332,7 +332,7 @@ def save_and_stop(saved, stopped):
     return 1 if failure else 75
 
 
-def one_line(error):
+def error_message(error):
     """What to tell of it; what is no fault of the user's is raised again, with its traceback."""
     memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the CPU's is a plain one
     if isinstance(error, RuntimeError) and not memory:
@@ -342,5 +342,5 @@ def one_line(error):
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
     main()

@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass
 
 from paper.estimate import millions, sizes, step_ms
-from settings import check, defaults, flag_names, parse, run_name, set_setting, telling_flags
+from settings import check, defaults, flag_names, parse, run_name, set_setting, nondefault_flags
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
 TYPES = (1, 2, 3, 4, 5, 6)
@@ -313,7 +313,7 @@ def runs(figure, tasks=None, seeds=None, more=()):
     for cell in figure.cells:
         args = to_args(cell.flags, tasks[0], 0, more)
         check(args)
-        telling = telling_flags(args)
+        telling = nondefault_flags(args)
         for task, seed in itertools.product(tasks, seeds):
             args = dataclasses.replace(args, env=task, seed=seed)
             yield Run(cell, task, seed, args, run_name(args, telling), arguments(args, telling))
@@ -322,7 +322,7 @@ def runs(figure, tasks=None, seeds=None, more=()):
 def arguments(args, telling=None):
     """The shortest command line of a run."""
     said = []
-    for flag, value in telling or telling_flags(args):
+    for flag, value in telling or nondefault_flags(args):
         said += [flag] if value is True else [flag, repr(value).removesuffix(".0").strip("'")]
     return [*(["--algo", args.algo] if args.algo != "mrq" else []), "--env", args.env, *said, "--seed", str(args.seed)]
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import norm, t
 
-from settings import differences, from_config
+from settings import diff_settings, from_config
 
 RESAMPLES = 5000
 
@@ -208,7 +208,7 @@ def plainly(error):
 def difference(config, args):
     """What a run's config.json says otherwise than these settings, in a line; empty if nothing."""
     try:
-        said = differences(from_config(config), args)
+        said = diff_settings(from_config(config), args)
     except ValueError as error:
         return f"config.json: {error}"
     return said and f"config.json says {said}"

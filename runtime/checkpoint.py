@@ -37,7 +37,7 @@ import torch
 FORMAT = 1  # of the files: one of another number is refused
 
 
-class Damaged(ValueError):
+class CorruptCheckpoint(ValueError):
     """A file that is not what was written, or was written by another version."""
 
 
@@ -63,22 +63,22 @@ def write(path, content):
 
 
 def read(path):
-    """(content, SHA-256 of it). Damaged, in one line, for anything but a whole file of this format."""
+    """(content, SHA-256 of it). CorruptCheckpoint, in one line, for anything but a whole file of this format."""
     with open(path, "rb") as file:
         try:
             whole = torch.load(file, map_location="cpu", weights_only=True)  # tensors and plain values; runs no code
         except Exception as error:  # zip, pickle and PyTorch each have errors of their own for a broken file
-            raise Damaged(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from None
+            raise CorruptCheckpoint(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from None
     if not isinstance(whole, dict) or not whole.keys() >= {"format", "sha256", "content"}:
-        raise Damaged(f"{path} is no checkpoint of this code")
+        raise CorruptCheckpoint(f"{path} is no checkpoint of this code")
     if not isinstance(whole["format"], int) or whole["format"] != FORMAT:
-        raise Damaged(f"{path} is a checkpoint of format {whole['format']!r}, and this code reads format {FORMAT}")
+        raise CorruptCheckpoint(f"{path} is a checkpoint of format {whole['format']!r}, and this code reads format {FORMAT}")
     try:
         check = digest(whole["content"])
     except Exception:  # a type that is never written, or a tensor that is no plain one
         check = None
     if check is None or not isinstance(whole["sha256"], str) or check != whole["sha256"]:
-        raise Damaged(f"{path} is damaged: its content is not what was written")
+        raise CorruptCheckpoint(f"{path} is damaged: its content is not what was written")
     return whole["content"], check
 
 
@@ -108,7 +108,7 @@ def digest(content):
     return sha.hexdigest()
 
 
-def on_host(content):
+def copy_to_cpu(content):
     """A copy of the content in host memory, which training may go on without. From CUDA through pinned memory, waiting
     once for all of it."""
     devices = set()
@@ -162,7 +162,7 @@ class Checkpoints:
         """rows: name -> tensor of the rows first, first + 1, ...; may overlap what was saved before, and replaces it.
         oldest: rows before this one are needed no longer. wait: return only when all is on the disk."""
         self.wait()
-        content = on_host({"state": state, "rows": rows or {}})
+        content = copy_to_cpu({"state": state, "rows": rows or {}})
         self._thread = threading.Thread(target=self._write, args=(step, content["state"], first, content["rows"], oldest))
         self._thread.start()
         if wait:
@@ -191,7 +191,7 @@ class Checkpoints:
         self.step, self.next_row, self.parts, self.older, self.failure = step, end, parts, needed, None
 
     def load(self):
-        """The state of the newest checkpoint that reads whole, or None if there is no file at all. Damaged, naming the
+        """The state of the newest checkpoint that reads whole, or None if there is no file at all. CorruptCheckpoint, naming the
         newest, if there are files and none reads whole. `skipped` then says what was wrong with newer ones."""
         self.skipped = []
         for name in sorted(_ours(self.folder, "checkpoint-", ".pt"), reverse=True):
@@ -200,13 +200,13 @@ class Checkpoints:
                 for part in content["parts"]:
                     self._read_part(part)  # all of it is read before any of it is used
             except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-                self.skipped.append(str(error) if isinstance(error, (Damaged, OSError)) else f"{name} is no checkpoint of a run")
+                self.skipped.append(str(error) if isinstance(error, (CorruptCheckpoint, OSError)) else f"{name} is no checkpoint of a run")
                 continue
             self.step, self.next_row, self.parts = content["step"], content["next_row"], content["parts"]
             self.older = [name, *(part[0] for part in self.parts)]
             return content["state"]
         if self.skipped:
-            raise Damaged(f"{self.skipped[0]}; no other checkpoint of this run is left whole")
+            raise CorruptCheckpoint(f"{self.skipped[0]}; no other checkpoint of this run is left whole")
         return None
 
     def rows(self):
@@ -218,7 +218,7 @@ class Checkpoints:
         name, first, _, expected = part
         content, check = read(os.path.join(self.folder, name))
         if check != expected:
-            raise Damaged(f"{os.path.join(self.folder, name)} belongs to another checkpoint")
+            raise CorruptCheckpoint(f"{os.path.join(self.folder, name)} belongs to another checkpoint")
         return content["rows"]
 
     def last(self):
@@ -229,7 +229,7 @@ class Checkpoints:
     def finish(self, state):
         """The run is done: `final.pt`, and when that is on the disk no other file is needed. OSError if it cannot be."""
         self.wait()
-        write(os.path.join(self.folder, "final.pt"), on_host(state))
+        write(os.path.join(self.folder, "final.pt"), copy_to_cpu(state))
         self._remove_all_but(set())
 
     def _remove_all_but(self, needed):

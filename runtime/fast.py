@@ -25,12 +25,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-WIDE = 2 ** 14  # weights from which a layer gains from oneDNN: measured, 128 x 128 at batch 256
-PROVEN_ON_CUDA = False  # whether `pytest test_all.py -k cuda` has passed on a GPU: then "auto" compiles and captures there
+ONEDNN_MIN_WEIGHTS = 2 ** 14  # weights from which a layer gains from oneDNN: measured, 128 x 128 at batch 256
+CUDA_TESTED = False  # whether `pytest test_all.py -k cuda` has passed on a GPU: then "auto" compiles and captures there
 WARM_UP = 3  # eager calls before a capture: allocators and autotuners settle; they are real updates, none is undone
 
 
-def pick_device(name):
+def resolve_device(name):
     """The device of this name; "auto" is CUDA where there is any. ValueError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,7 +46,7 @@ def pick_device(name):
     return device
 
 
-def pick_precision(name, device):
+def resolve_precision(name, device):
     """"auto" is tf32 on CUDA and fp32 elsewhere. ValueError for what the device does not have."""
     if name == "auto":
         return "tf32" if device.type == "cuda" else "fp32"
@@ -57,15 +57,15 @@ def pick_precision(name, device):
     return name
 
 
-def pick_speed(compile, graphs, device, pays=False):
+def resolve_speed(compile, graphs, device, pays=False):
     """(whether to compile, whether to capture, lines that the user should be told) of "auto", "on" or "off" each.
     pays: whether "auto" compiles on a CPU. ValueError for what cannot be here."""
     if graphs == "on" and device.type != "cuda":
         raise ValueError(f"--cuda-graphs needs a CUDA device, and this run is on {device}")
-    auto = (PROVEN_ON_CUDA, PROVEN_ON_CUDA) if device.type == "cuda" else (pays, False)
+    auto = (CUDA_TESTED, CUDA_TESTED) if device.type == "cuda" else (pays, False)
     chosen = [default if flag == "auto" else flag == "on" for flag, default in zip((compile, graphs), auto)]
     unproven = [name for name, flag in (("--compile", compile), ("--cuda-graphs", graphs))
-                if flag == "auto" and device.type == "cuda" and not PROVEN_ON_CUDA]
+                if flag == "auto" and device.type == "cuda" and not CUDA_TESTED]
     notes = [f"  note: {' and '.join(unproven)} stay off until `pytest test_all.py -k cuda` has shown on a GPU that they change "
              "nothing; ask for them by `on`"] if unproven else []
     return *chosen, notes
@@ -79,10 +79,10 @@ def set_precision(precision):
 def speed_up(agent, precision="fp32", compile=False):
     """Sets the precision of the agent's losses, and compiles them, and on CUDA the masking of gradients, in place."""
     set_precision(precision)
-    if precision == "fp32" and agent.device.type == "cpu" and onednn_pays():
+    if precision == "fp32" and agent.device.type == "cpu" and use_onednn():
         for network in (*agent.networks.values(), *agent.targets.values()):
             for layer in network.modules():
-                if isinstance(layer, nn.Linear) and layer.weight.numel() >= WIDE:
+                if isinstance(layer, nn.Linear) and layer.weight.numel() >= ONEDNN_MIN_WEIGHTS:
                     layer.forward = functools.partial(linear, layer)
     if compile:
         # One code object is compiled anew for every agent and module of the process; the default of 8 stops bench.py.
@@ -91,11 +91,11 @@ def speed_up(agent, precision="fp32", compile=False):
             agent.mask_and_clip = torch.compile(agent.mask_and_clip, fullgraph=True, dynamic=False)
     if precision == "bf16":
         keep_copies(agent)
-        for layer in agent.heads():
+        for layer in agent.float32_layers():
             _keep_float32(layer, agent.device.type)
-    for name in (*agent.losses, *agent.passes):
+    for name in (*agent.compiled_methods, *agent.autocast_methods):
         function = getattr(agent, name)
-        if compile and name in agent.losses:
+        if compile and name in agent.compiled_methods:
             # One graph a loss: a break would bring back what compiling is for. Shapes never change. fallback_random:
             # random numbers come from PyTorch's own generator, so that a seed means what it means without.
             function = torch.compile(function, fullgraph=True, dynamic=False, options={"fallback_random": True})
@@ -111,7 +111,7 @@ def onednn_available():
 
 
 @functools.cache
-def onednn_pays():
+def use_onednn():
     """Whether oneDNN's float32 products are the faster ones: on AMD's processors with AVX-512, by twice; without it they cost
     0 to 6 % of an update, on Intel's 8 %. A rule, not a measurement: a run that is continued must take the same path again."""
     try:
@@ -181,9 +181,9 @@ class OneDNNLinear(torch.autograd.Function):
 def keep_copies(agent):
     """bfloat16 copies of the weights to multiply by, renewed whenever the weights change and not at each use: after an
     optimiser's step, after targets move (MR.Q's: once in 250 updates), after loading. In place: a graph reads them, too."""
-    renew_target = {name: _give_copies(target, agent.heads()) for name, target in agent.targets.items()}
+    renew_target = {name: _give_copies(target, agent.float32_layers()) for name, target in agent.targets.items()}
     for name, network in agent.networks.items():
-        agent.optimizers[name].register_step_post_hook(_give_copies(network, agent.heads()))
+        agent.optimizers[name].register_step_post_hook(_give_copies(network, agent.float32_layers()))
     for mover in ("refresh_targets", "update_target"):
         if hasattr(agent, mover):
             setattr(agent, mover, _followed_by(getattr(agent, mover), list(renew_target.values())))
@@ -256,7 +256,7 @@ def _keep_float32(layer, device_type):
 
 def captured(agent):
     """The agent's `update`, with what the agent names in `captures` captured as CUDA graphs."""
-    for name, modules in agent.captures.items():
+    for name, modules in agent.graph_methods.items():
         setattr(agent, name, CapturedUpdate(agent, getattr(agent, name), modules))
     return agent.update
 
@@ -280,7 +280,7 @@ class CapturedUpdate:
         if self.calls <= WARM_UP:
             self.warm_up(replay)
             return
-        if any(agent.sparse[name].due(agent.updates[name] + 1) for name in self.modules):
+        if any(agent.sparse[name].is_update_step(agent.updates[name] + 1) for name in self.modules):
             self.function(replay)
             if self.replay_graph is not None:
                 for name in self.modules:  # the graph has gradients of its own
@@ -339,7 +339,7 @@ def usable_cores():
         return cores
 
 
-def compiler_trouble(device):
+def compile_error(device):
     """One line that says why torch.compile does not work here, or None: found before a run is begun, not at its first update."""
     try:
         torch.compile(lambda x: x.sin() + 1.0)(torch.ones(8, device=device))

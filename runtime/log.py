@@ -32,18 +32,18 @@ except ImportError:  # Windows: there, nothing keeps two processes from one fold
 TABLES = ("eval", "train")
 
 
-class Busy(Exception):
+class RunLocked(Exception):
     """Another process is writing this run."""
 
 
-class Finished(Exception):
+class RunFinished(Exception):
     """The run has ended, and there is nothing to continue."""
 
 
 class RunLog:
     """Makes the folder (FileExistsError, in one line, if it is there already) and writes into it.
 
-    resume: take the folder as it is, if it is there; Finished if its run has ended. Busy if another process holds it.
+    resume: take the folder as it is, if it is there; RunFinished if its run has ended. RunLocked if another process holds it.
     Every row of a table must have the columns of its first row. tensorboard: write event files into the folder as well.
     wandb_project: also send rows to Weights & Biases under that project. Both are imported only then.
     `failure` is one line while the disk does not take the rows, which are kept and written with the next ones; else None.
@@ -61,7 +61,7 @@ class RunLog:
                                   "another --name, or move it away") from None
         self._lock = lock(os.path.join(folder, "lock"))
         if os.path.exists(os.path.join(folder, "final.pt")):  # asked again now that nobody else can be writing it
-            raise Finished(folder)
+            raise RunFinished(folder)
         if not os.path.exists(os.path.join(folder, "config.json")):
             with open(os.path.join(folder, "config.json.part"), "w") as file:
                 json.dump(config, file, indent=2)
@@ -172,19 +172,19 @@ def _line(values):
 
 
 def lock(path):
-    """An open file that no other process can lock before this one closes it or ends; Busy if one holds it."""
+    """An open file that no other process can lock before this one closes it or ends; RunLocked if one holds it."""
     file = open(path, "w")
     if fcntl:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy(f"{os.path.dirname(path)} is being trained by another process") from None
+            raise RunLocked(f"{os.path.dirname(path)} is being trained by another process") from None
         except OSError as error:  # some cluster file systems have no locks
             print(f"note: {path} cannot be locked ({error.strerror}): see to it yourself that no two processes train one run")
     return file
 
 
-def circumstances():
+def provenance():
     """What a run's config.json needs beside the flags to repeat it: command line, commit, versions, processor."""
     here = os.path.dirname(os.path.abspath(__file__))
     return {"command": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "commit": _commit(here),

@@ -21,7 +21,7 @@ import time
 import numpy as np
 import torch
 
-from settings import differences, from_config
+from settings import diff_settings, from_config
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGUSR1: what SLURM is usually asked to warn by
 
@@ -102,7 +102,7 @@ class SavedRun:
 
     def check_health(self):
         """FloatingPointError if a loss or gradient was not finite. Waits for the device."""
-        if fault := self.agent.fault():
+        if fault := self.agent.nonfinite_report():
             raise FloatingPointError(f"{fault[0]} was not finite at agent step {self.args.learning_starts + fault[1]:,}; "
                                      f"stopped. All rows up to here are in {self.log.folder}")
 
@@ -128,7 +128,7 @@ class SavedRun:
             return None
         where = f"the checkpoint of step {self.checkpoints.step:,} in {self.checkpoints.folder}"
         try:
-            if differing := differences(from_config(state["config"]), self.args):
+            if differing := diff_settings(from_config(state["config"]), self.args):
                 raise ValueError(f"it is of another run: {differing}")
             self.agent.load_state_dict(state["agent"])
             self.agent.info = {name: value.to(self.device) for name, value in state["info"].items()}

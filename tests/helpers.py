@@ -23,11 +23,9 @@ from runtime import checkpoint
 from runtime.log import RunLog
 from runtime.resume import SavedRun
 
-import networks
-import replay
 import sparsity
 import train
-from envs import Env, LockstepEvaluation
+from envs import Env, Evaluator
 from agents import AGENTS
 from mrq import MRQ
 from replay import ReplayBuffer
@@ -161,7 +159,7 @@ def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=
                   device="cpu" if device == "meta" else device)[0]
     if device != "meta":
         for obs in buffer.obs[:50].cpu().numpy():
-            agent.observe(2 * obs + 1)  # a normaliser that does something
+            agent.update_obs_stats(2 * obs + 1)  # a normaliser that does something
     return agent, buffer
 
 
@@ -254,7 +252,7 @@ class RecordedRun:
         return self.observation(), 10.0 ** self.length, ended == "terminated", ended == "truncated"
 
     # the agent
-    def observe(self, obs):
+    def update_obs_stats(self, obs):
         self.note("observe", obs[0])
 
     def act(self, obs, explore):
@@ -267,7 +265,7 @@ class RecordedRun:
         self.note("update")
         self.info = {"loss": torch.tensor(float(len(self.events)))}
 
-    def fault(self):
+    def nonfinite_report(self):
         return None
 
     # checkpoints, replay, evaluation and log
@@ -294,7 +292,7 @@ class RecordedRun:
         self.note("write", table)
         self.rows.append((table, row))
 
-    between_updates = lambda self, doing: None
+    on_encoder_update = lambda self, doing: None
 
 
 def recorded_run(monkeypatch, run, **settings):
@@ -317,7 +315,7 @@ def flags_to_args(*flags):
 
 
 # Where a process is killed: at an entry of one of these, or a moment later.
-MOMENTS = {"a save": (checkpoint, "write"), "an evaluation": (LockstepEvaluation, "__call__"), "a step": (Env, "step"),
+MOMENTS = {"a save": (checkpoint, "write"), "an evaluation": (Evaluator, "__call__"), "a step": (Env, "step"),
            "an encoder burst": (MRQ, "update_encoder"), "a topology update": (sparsity, "_drop_and_grow"),
            "a log row": (RunLog, "write"), "the way back": (ReplayBuffer, "load_rows")}
 

@@ -6,13 +6,12 @@ import sys
 
 import pytest
 import torch
-from hypothesis import settings
 from torch.utils.flop_counter import FlopCounterMode
 from tools import bench
 from runtime import fast
 
 from envs import Env
-from tests.helpers import table, tiny_of
+from tests.helpers import tiny_of
 
 
 @pytest.mark.parametrize("algo", ["mrq", "ddpg"])
@@ -135,7 +134,7 @@ def test_a_clock_on_cuda_waits_for_the_device_before_and_after(monkeypatch):
 def test_a_floor_is_measured_with_the_product_that_an_agent_takes(precision, pays, taken, monkeypatch):
     used = set()
     monkeypatch.setattr(torch, "mm", lambda a, b: used.add("mm")), monkeypatch.setattr(fast, "product", lambda a, b: used.add("onednn"))
-    monkeypatch.setattr(fast, "onednn_pays", lambda: pays)
+    monkeypatch.setattr(fast, "use_onednn", lambda: pays)
     bench.rates(torch.device("cpu"), precision)
     assert used == {taken}
 

@@ -12,8 +12,7 @@ import torch
 from runtime import checkpoint
 
 from replay import ReplayBuffer
-from settings import check
-from tests.helpers import count, damaged
+from tests.helpers import damaged
 
 
 def some_state():
@@ -35,16 +34,16 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_nothing_in_it_runs(coun
         try:
             # What is accepted is what was written: a byte of zip's padding may be anything.
             assert checkpoint.read(str(path))[1] == check
-        except checkpoint.Damaged as error:
+        except checkpoint.CorruptCheckpoint as error:
             refused += 1
             assert "\n" not in str(error) and str(path) in str(error)
     assert refused > 0.8 * count and os.listdir(tmp_path) == ["a.pt"]  # no code has run, nothing was written
     path.write_bytes(whole.replace(b"format", b"farmat"))
-    with pytest.raises(checkpoint.Damaged, match="no checkpoint"):
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="no checkpoint"):
         checkpoint.read(str(path))
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
     path.write_bytes(whole)
-    with pytest.raises(checkpoint.Damaged, match="format 1, and this code reads format 2"):
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="format 1, and this code reads format 2"):
         checkpoint.read(str(path))
     with pytest.raises(TypeError, match="not a Generator"):
         checkpoint.digest({"a": torch.Generator()})
@@ -56,7 +55,7 @@ def fill(buffer, count, rng):
         start = rng.normal(size=2) if buffer.episode_length == 0 else fill.last
         fill.last = rng.normal(size=2)
         buffer.add(start, rng.normal(size=1), rng.normal(), fill.last, end < 0.05, 0.05 < end < 0.1)
-        if buffer.sampleable and rng.random() < 0.2:
+        if buffer.num_valid and rng.random() < 0.2:
             batch = buffer.sample(4)
             buffer.update_priority(batch.index, torch.as_tensor(rng.normal(size=4) * 9, dtype=torch.float32))
 
@@ -78,7 +77,7 @@ def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
         other.load_state_dict(state["replay"])
         for name in ("rows", "priority", "max_priority", "termination_seen"):
             assert torch.equal(getattr(buffer, name), getattr(other, name)), (step, name)
-        for name in ("row", "episode_length", "sampleable", "_offered"):
+        for name in ("row", "episode_length", "num_valid", "_valid_cpu"):
             assert getattr(buffer, name) == getattr(other, name), (step, name)
         assert found.step == step
     names = os.listdir(tmp_path)
@@ -144,7 +143,7 @@ def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path, monkeypatch):
     assert load(newest.parent) == old and found.load() and "is damaged" in found.skipped[0]
     for path in newest.parent.glob("rows-*"):
         path.unlink()
-    with pytest.raises(checkpoint.Damaged, match="no other checkpoint of this run is left whole"):
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="no other checkpoint of this run is left whole"):
         found.load()
 
 

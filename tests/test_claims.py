@@ -15,7 +15,7 @@ from paper import claims
 from paper import figures
 
 from settings import parse, run_name
-from tests.helpers import HERE, run_main, simba, table
+from tests.helpers import HERE, run_main
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 import envs
 import train
-from envs import Env, LockstepEvaluation, task_names
+from envs import Env, Evaluator, task_names
 from tests.helpers import SHORT
 
 
@@ -91,7 +91,6 @@ def test_a_broken_dm_control_is_told_in_a_line(monkeypatch):
 
 @pytest.mark.slow
 def test_discrete_actions_and_broken_observations_are_refused(monkeypatch, tmp_path):
-    from dm_control import suite
     from dm_control.rl import control
     from dm_env import specs
     monkeypatch.setattr(control.Environment, "action_spec", lambda self: specs.DiscreteArray(3))
@@ -130,12 +129,12 @@ def test_an_env_returns_exactly_to_a_saved_moment(name):
 @pytest.mark.slow
 def test_evaluation_episodes_depend_on_their_seed_alone():
     act = lambda obs: np.sin(7 * obs[:, :1])
-    five, two = LockstepEvaluation("cartpole-swingup", 5, seed=3), LockstepEvaluation("cartpole-swingup", 2, seed=3)
+    five, two = Evaluator("cartpole-swingup", 5, seed=3), Evaluator("cartpole-swingup", 2, seed=3)
     returns = five(act, step=10)
     np.testing.assert_array_equal(five(act, step=10), returns)  # whatever was played before
     np.testing.assert_array_equal(two(act, step=10), returns[:2])
-    np.testing.assert_array_equal(LockstepEvaluation("cartpole-swingup", 5, seed=3, workers=2)(act, step=10), returns)
-    assert np.array_equal(*(LockstepEvaluation("cartpole-swingup", 2, **own)(act, step=10) for own in ({}, {"seed": 0, "workers": 0})))
+    np.testing.assert_array_equal(Evaluator("cartpole-swingup", 5, seed=3, workers=2)(act, step=10), returns)
+    assert np.array_equal(*(Evaluator("cartpole-swingup", 2, **own)(act, step=10) for own in ({}, {"seed": 0, "workers": 0})))
     assert len(set(returns)) == 5 and not np.array_equal(five(act, step=20), returns)
     env, total, done = Env("cartpole-swingup"), 0.0, False
     obs = env.reset(int(np.random.SeedSequence([3, 10, 4]).generate_state(1)[0]))
@@ -164,7 +163,7 @@ class ScriptedEnv:
 
 def test_episodes_of_an_evaluation_end_each_at_its_own_time(monkeypatch):
     monkeypatch.setattr(envs, "Env", ScriptedEnv)
-    evaluation, seen = LockstepEvaluation("task", 4, seed=2, action_repeat=3), []
+    evaluation, seen = Evaluator("task", 4, seed=2, action_repeat=3), []
 
     def act(obs):
         seen.append(obs.copy())
@@ -194,7 +193,7 @@ def test_lqr_takes_unit_actions_and_random_actions_are_uniform():
 
 @pytest.mark.slow
 def test_a_worker_that_dies_is_told_in_one_line():
-    evaluation = LockstepEvaluation("cartpole-swingup", 2, workers=1)
+    evaluation = Evaluator("cartpole-swingup", 2, workers=1)
 
     def act(obs):
         evaluation.groups[0][1]._process.kill()
@@ -205,13 +204,13 @@ def test_a_worker_that_dies_is_told_in_one_line():
 
 @pytest.mark.slow
 def test_a_worker_for_every_four_cores(monkeypatch):
-    monkeypatch.setattr(envs, "_RemoteGroup", envs._Group)
+    monkeypatch.setattr(envs, "_WorkerEnvs", envs._LocalEnvs)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    assert [len(part) for part, _ in LockstepEvaluation("cartpole-swingup", 4, workers=None).groups] == [2, 1, 1]
+    assert [len(part) for part, _ in Evaluator("cartpole-swingup", 4, workers=None).groups] == [2, 1, 1]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(2)))
-    assert len(LockstepEvaluation("cartpole-swingup", 4, workers=None).groups) == 1
+    assert len(Evaluator("cartpole-swingup", 4, workers=None).groups) == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))  # and none without an episode
-    assert [len(part) for part, _ in LockstepEvaluation("cartpole-swingup", 4, workers=None).groups] == [1, 1, 1, 1]
+    assert [len(part) for part, _ in Evaluator("cartpole-swingup", 4, workers=None).groups] == [1, 1, 1, 1]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
     train.main()
     assert f"step 130: return {float(table(run, 'eval.csv')[-1]['return']):.1f}" in capsys.readouterr().out
     asked = []
-    monkeypatch.setattr(watch, "LockstepEvaluation", lambda *of, **named: asked.append((of, named)) or (lambda act, step: np.zeros(1)))
+    monkeypatch.setattr(watch, "Evaluator", lambda *of, **named: asked.append((of, named)) or (lambda act, step: np.zeros(1)))
     monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--eval-workers", "3"])
     train.main()
     assert asked == [(("cartpole-swingup", 1, 0), {"workers": 3})]
@@ -63,7 +63,7 @@ def test_a_run_is_evaluated_on_its_own_seeds_and_as_far_as_it_came(tmp_path, mon
     for name in ("import_imageio", "check_drawing", "build_agent", "restore"):
         monkeypatch.setattr(watch, name, lambda *of: None)
     monkeypatch.setattr(watch, "Env", lambda *of: told.append(of) or types.SimpleNamespace(obs_dim=5, action_dim=1))
-    monkeypatch.setattr(watch, "LockstepEvaluation", lambda *of, **named: told.append(of) or (lambda act, step: np.array([step])))
+    monkeypatch.setattr(watch, "Evaluator", lambda *of, **named: told.append(of) or (lambda act, step: np.array([step])))
     monkeypatch.setattr(watch, "film", lambda imageio, env, act, seed, path: told.append(seed) or 1.0)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     watch.main(flags_to_args("--eval-only", "--checkpoint", str(tmp_path), "--eval-episodes", "2", "--device", "cpu", "--video", "a.mp4"))

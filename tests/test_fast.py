@@ -4,7 +4,6 @@ import copy
 import io
 import json
 import re
-import types
 import warnings
 
 import numpy as np
@@ -12,17 +11,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 from runtime import fast
 
-import networks
-import replay
 import train
-from agents import AGENTS, build_agent
+from agents import AGENTS
 from replay import ReplayBuffer
-from settings import MR_DEFAULT, notes, parse, run_name
-from tests.helpers import count, filled, regimes_dense, tiny, tiny_of
+from settings import MR_DEFAULT, parse, run_name
+from tests.helpers import filled, regimes_dense, tiny, tiny_of
 
 
 class NoSynchronisation(TorchDispatchMode):
@@ -69,13 +65,13 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
     # Tensors on "meta" have no values at all: whoever asks for one, or mixes in a tensor of the host, fails.
     agent, _ = tiny_of(algo, modules, device="meta")
     buffer = ReplayBuffer(4, 2, 40, agent.horizon, agent.prioritized, device="meta")
-    buffer.sampleable = 1
+    buffer.num_valid = 1
     for optimizer in agent.optimizers.values():  # the fused kernel has no meta form; it was under watch above
         monkeypatch.setattr(optimizer, "step", lambda: None)
     with NoSynchronisation():  # the whole loop; the ring closes in it, and episodes end in both ways
         for step in range(60):
             with NoNumbers():
-                agent.observe(np.ones(4, np.float32))
+                agent.update_obs_stats(np.ones(4, np.float32))
             with pytest.raises(AssertionError, match="_to_copy synchronises"):  # the action: all that is ever read
                 agent.act(np.ones(4, np.float32), explore=True)
             if step < 9:
@@ -146,7 +142,7 @@ def test_recorded_updates_equal_plain_ones(algo):
             agent.info = info
         return replay_graph
 
-    for name, modules in agent.captures.items():
+    for name, modules in agent.graph_methods.items():
         setattr(agent, name, fast.CapturedUpdate(agent, getattr(agent, name), modules, record))
     for step in range(20):
         for one, replay in zip((plain, agent), buffers):
@@ -155,7 +151,7 @@ def test_recorded_updates_equal_plain_ones(algo):
         assert plain.updates == agent.updates
         assert {n: s.last_step for n, s in plain.sparse.items()} == {n: s.last_step for n, s in agent.sparse.items()}
         assert {k: v.tolist() for k, v in plain.info.items()} == {k: v.tolist() for k, v in agent.info.items()}
-    assert len(recordings) == len(agent.captures)  # once each: topology changes did not record anew
+    assert len(recordings) == len(agent.graph_methods)  # once each: topology changes did not record anew
     for kind in ("networks", "targets"):
         for name, network in getattr(plain, kind).items():
             assert all(torch.equal(a, b) for a, b in zip(network.parameters(), getattr(agent, kind)[name].parameters()))
@@ -163,7 +159,7 @@ def test_recorded_updates_equal_plain_ones(algo):
     assert all(sparse.last_step > 3 * 3 for sparse in plain.sparse.values())  # several of them were topology updates
 
 
-# On a GPU: `pytest test_all.py -k cuda`, some minutes. Whoever sees them pass may set fast.PROVEN_ON_CUDA.
+# On a GPU: `pytest test_all.py -k cuda`, some minutes. Whoever sees them pass may set fast.CUDA_TESTED.
 GPU = "cuda"
 
 
@@ -207,7 +203,7 @@ def test_cuda_captured_updates_equal_eager_ones(algo, precision, compile):
             torch.manual_seed(number)
             for _ in range(50):
                 agent.update(buffer)
-        assert eager.updates == graphed.updates and eager.fault() is None is graphed.fault()
+        assert eager.updates == graphed.updates and eager.nonfinite_report() is None is graphed.nonfinite_report()
         way = distance(before, weights_of(eager))
         assert 0 < way and distance(weights_of(eager), weights_of(graphed)) <= (0.3 if compile else 1e-3) * way
         with torch.no_grad():
@@ -231,7 +227,7 @@ def test_cuda_loop_waits_for_nothing_but_the_action(algo):
                 action = agent.act(obs, explore=True)
             assert sum("synchronizing" in str(wait.message) for wait in waits) == 1
             torch.cuda.set_sync_debug_mode("error")
-            agent.observe(obs)
+            agent.update_obs_stats(obs)
             agent.update(buffer)
             buffer.add(obs, action, 0.5, obs, step % 50 == 19, step % 50 == 49)
         with pytest.raises(RuntimeError, match="synchronizing"):
@@ -262,7 +258,7 @@ def test_cuda_resume_and_evaluation_between_replays_change_nothing(algo):
             torch.manual_seed(step)
             agent.update(buffer)
         watched.act(np.ones((10, 4), np.float32), explore=False)
-        watched.probe(other.gather(torch.arange(8, device=GPU)))
+        watched.compute_features(other.gather(torch.arange(8, device=GPU)))
     assert distance(weights_of(plain), weights_of(watched)) == 0
     resumed, third = on_gpu(algo, captured=False)[0], copy.deepcopy(one)
     resumed.load_state_dict(copy.deepcopy(plain.state_dict()))
@@ -303,7 +299,7 @@ def test_onednn_pays_on_amds_processors_with_avx512_alone(monkeypatch):
         monkeypatch.setattr(fast, "open", lambda path: io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n"), raising=False)
         for capability in ("AVX512", "AVX2", "DEFAULT"):
             monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-            said[vendor, capability] = fast.onednn_pays.__wrapped__()
+            said[vendor, capability] = fast.use_onednn.__wrapped__()
     assert [which for which, pays in said.items() if pays] == [("AuthenticAMD", "AVX512")]
 
 
@@ -311,14 +307,14 @@ def test_onednn_pays_on_amds_processors_with_avx512_alone(monkeypatch):
 @pytest.mark.parametrize("algo", ["mrq", "sac"])
 def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
     calls, product = [], fast.product
-    monkeypatch.setattr(fast, "onednn_pays", lambda: True)  # whatever the processor
+    monkeypatch.setattr(fast, "use_onednn", lambda: True)  # whatever the processor
     monkeypatch.setattr(fast, "product", lambda x, weight, bias=None: (calls.append(weight.shape), product(x, weight, bias))[1])
-    monkeypatch.setattr(fast, "WIDE", 256)
+    monkeypatch.setattr(fast, "ONEDNN_MIN_WEIGHTS", 256)
     (plain, buffer), (agent, other) = tiny_of(algo), tiny_of(algo)
     layers = [layer for network in (*agent.networks.values(), *agent.targets.values()) for layer in network.modules() if isinstance(layer, nn.Linear)]
-    assert any(layer.weight.numel() == fast.WIDE for layer in layers)
+    assert any(layer.weight.numel() == fast.ONEDNN_MIN_WEIGHTS for layer in layers)
     fast.speed_up(agent, "fp32")
-    assert all(("forward" in vars(layer)) == (layer.weight.numel() >= fast.WIDE) for layer in layers)
+    assert all(("forward" in vars(layer)) == (layer.weight.numel() >= fast.ONEDNN_MIN_WEIGHTS) for layer in layers)
     for one, replay in ((plain, buffer), (agent, other)):
         torch.manual_seed(1)
         for _ in range(4):
@@ -328,7 +324,7 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
         torch.testing.assert_close(list(network.parameters()), list(agent.networks[name].parameters()), rtol=1e-3, atol=1e-5)
     calls.clear()
     for precision, available in (("bf16", True), ("fp32", False)):
-        monkeypatch.setattr(fast, "onednn_pays", lambda: available)
+        monkeypatch.setattr(fast, "use_onednn", lambda: available)
         agent, buffer = tiny_of(algo)
         fast.speed_up(agent, precision)
         agent.update(buffer)
@@ -338,17 +334,17 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
 def test_devices_and_precisions_by_name(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert fast.pick_device("auto") == fast.pick_device("cpu") == cpu
-    assert [fast.pick_precision("auto", device) for device in (cpu, cuda)] == ["fp32", "tf32"]
-    assert [fast.pick_precision(name, cuda) for name in fast.PRECISIONS] == ["fp32", "tf32", "bf16"]
+    assert fast.resolve_device("auto") == fast.resolve_device("cpu") == cpu
+    assert [fast.resolve_precision("auto", device) for device in (cpu, cuda)] == ["fp32", "tf32"]
+    assert [fast.resolve_precision(name, cuda) for name in fast.PRECISIONS] == ["fp32", "tf32", "bf16"]
     with pytest.raises(ValueError, match="unknown precision"):
-        fast.pick_precision("fp16", cuda)
+        fast.resolve_precision("fp16", cuda)
     chosen = []
     for name, answer in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", chosen.append)):
         monkeypatch.setattr(torch.cuda, name, answer)
-    assert fast.pick_device("auto") == torch.device("cuda") and fast.pick_device("cuda:1") == cuda and chosen == [cuda]
+    assert fast.resolve_device("auto") == torch.device("cuda") and fast.resolve_device("cuda:1") == cuda and chosen == [cuda]
     with pytest.raises(ValueError, match="this machine has 2 CUDA devices"):
-        fast.pick_device("cuda:2")
+        fast.resolve_device("cuda:2")
     for precision, setting in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
         fast.set_precision(precision)
         assert torch.get_float32_matmul_precision() == setting
@@ -357,15 +353,15 @@ def test_devices_and_precisions_by_name(monkeypatch):
 def test_the_compiler_is_tried_on_the_device_itself(monkeypatch):
     tried = []
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: tried.append((x.device.type, function(x))))
-    assert fast.compiler_trouble(torch.device("meta")) is None and [device for device, _ in tried] == ["meta"]
+    assert fast.compile_error(torch.device("meta")) is None and [device for device, _ in tried] == ["meta"]
     monkeypatch.setattr(torch, "compile", lambda function: 1 / 0)
     for device, needed in (("cpu", r"C\+\+ compiler .* ZeroDivisionError"), ("cuda", "Triton")):
-        assert re.search(needed, fast.compiler_trouble(torch.device(device)))
+        assert re.search(needed, fast.compile_error(torch.device(device)))
 
 
 def test_auto_compiles_long_runs_on_the_cpu_where_that_pays_and_works(monkeypatch):
     cpu, trouble = torch.device("cpu"), [None]
-    monkeypatch.setattr(fast, "compiler_trouble", lambda device: trouble[0])
+    monkeypatch.setattr(fast, "compile_error", lambda device: trouble[0])
     chosen = lambda *flags, begun=None: train.pick_compile(parse([*flags]), cpu, begun)
     long, short = ("--total-steps", "11000", "--learning-starts", "1000"), ("--total-steps", "10999", "--learning-starts", "1000")
     for algo, pays in (("mrq", True), ("mrsac", True), ("sac", False), ("ddpg", False)):
@@ -388,7 +384,7 @@ def test_a_run_is_compiled_as_auto_says_and_goes_on_so(tmp_path, monkeypatch):
     """From the flag to the agent, the config and the run that is continued."""
     built, build_agent = [], train.build_agent
     monkeypatch.setattr(train, "build_agent", lambda args, *rest: built.append(args.compile) or build_agent(args, *rest))
-    monkeypatch.setattr(fast, "compiler_trouble", lambda device: None)
+    monkeypatch.setattr(fast, "compile_error", lambda device: None)
     args = parse(["--env", "cartpole-swingup", "--total-steps", "10100", "--learning-starts", "100", "--width-scale", "0.05",
                   "--runs", str(tmp_path), "--resume", "--device", "cpu"])
     folder = tmp_path / run_name(args)
@@ -412,12 +408,12 @@ def test_targets_are_masked_anew_when_topology_changes_and_not_otherwise(algo):
 
 @pytest.mark.parametrize("proven", [False, True])
 def test_auto_compiles_and_captures_on_cuda_once_that_is_proven(proven, monkeypatch):
-    monkeypatch.setattr(fast, "PROVEN_ON_CUDA", proven)
+    monkeypatch.setattr(fast, "CUDA_TESTED", proven)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for flags, device, chosen, named in ((("auto", "auto"), cpu, [False, False], []), (("on", "off"), cuda, [True, False], []),
                                          (("auto", "auto"), cuda, [proven, proven], [] if proven else ["--compile", "--cuda-graphs"]),
                                          (("on", "auto"), cuda, [True, proven], [] if proven else ["--cuda-graphs"])):
-        *told, notes = fast.pick_speed(*flags, device)
+        *told, notes = fast.resolve_speed(*flags, device)
         assert told == chosen and len(notes) == bool(named) and all((flag in "".join(notes)) == (flag in named) for flag in ("--compile", "--cuda-graphs"))
 
 
@@ -454,7 +450,7 @@ def test_bfloat16_copies_follow_their_weights(algo):
     for one in (agent, other):
         for network in (*one.networks.values(), *one.targets.values()):
             for layer in network.modules():
-                if isinstance(layer, nn.Linear) and layer not in one.heads():
+                if isinstance(layer, nn.Linear) and layer not in one.float32_layers():
                     x = torch.randn(3, layer.in_features)
                     with torch.autocast("cpu", dtype=torch.bfloat16):
                         assert torch.equal(layer(x), F.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()))
@@ -527,7 +523,7 @@ def test_compiled_bfloat16_losses_take_that_product_and_equal_plain_ones(algo, m
     fast.speed_up(plain, "bf16")
     fast.speed_up(compiled, "bf16", compile=True)
     heads = []  # every call of a last layer, which stays in float32 and PyTorch's own
-    for layer in plain.heads():
+    for layer in plain.float32_layers():
         layer.register_forward_hook(lambda *_: heads.append(1))
     for step in range(3):  # the last one's calls are counted: tracing makes some of its own
         calls = {}
@@ -556,8 +552,8 @@ def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options=None: compile(
         function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
     (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
-    monkeypatch.setattr(fast, "onednn_pays", fast.onednn_available)
-    monkeypatch.setattr(fast, "WIDE", 256)  # with oneDNN's products among what is compiled
+    monkeypatch.setattr(fast, "use_onednn", fast.onednn_available)
+    monkeypatch.setattr(fast, "ONEDNN_MIN_WEIGHTS", 256)  # with oneDNN's products among what is compiled
     fast.speed_up(compiled, "fp32", compile=True)
     assert compiled.mask_and_clip == type(compiled).mask_and_clip.__get__(compiled)  # plain on a CPU ...
     compiled.mask_and_clip = torch.compile(compiled.mask_and_clip, fullgraph=True, dynamic=False)  # ... not so on CUDA

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import replay
 from agents import AGENTS
 from mrq import MRQ
 from replay import ReplayBuffer
@@ -20,22 +19,22 @@ class Corridor:
 
     def reset(self, rng):
         self.x, self.t = rng.uniform(-1, 0), 0
-        return self.observe()
+        return self.update_obs_stats()
 
-    def observe(self):
+    def update_obs_stats(self):
         return np.array([self.x, math.sin(3 * self.x)], np.float32)
 
     def step(self, action):
         self.x, self.t = max(-1.0, self.x + 0.3 * float(action[0])), self.t + 1
         fell = self.x > 1
-        return self.observe(), -5.0 if fell else self.x, fell, not fell and self.t == 20
+        return self.update_obs_stats(), -5.0 if fell else self.x, fell, not fell and self.t == 20
 
 
 def train_on(env, agent, replay, rng):
     """500 random steps, then 800 of learning."""
     obs = env.reset(rng)
     for step in range(1300):
-        agent.observe(obs)
+        agent.update_obs_stats(obs)
         action = rng.uniform(-1, 1, 1) if step < 500 else agent.act(obs, explore=True)
         for _ in range(agent.updates_per_step if step >= 500 else 0):
             agent.update(replay)
@@ -48,7 +47,7 @@ def play_corridor(env, agent, x, first_action=None):
     """The rewards of an episode from x."""
     env.x, env.t, rewards, done = x, 0, [], False
     while not done:
-        action = agent.act(env.observe(), explore=False) if rewards or first_action is None else first_action
+        action = agent.act(env.update_obs_stats(), explore=False) if rewards or first_action is None else first_action
         _, reward, terminated, truncated = env.step(action)
         rewards.append(reward)
         done = terminated or truncated

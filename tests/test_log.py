@@ -12,7 +12,7 @@ import types
 
 import pytest
 from runtime import log as runlog
-from runtime.log import Busy, Finished, RunLog
+from runtime.log import RunLocked, RunFinished, RunLog
 
 import train
 from settings import parse, run_name
@@ -58,13 +58,13 @@ def test_a_full_disk_is_told_once(monkeypatch, capsys):
 
 def test_two_processes_never_train_one_run(tmp_path):
     log = RunLog(str(tmp_path / "run"), {})
-    with pytest.raises(Busy, match="another process"):
+    with pytest.raises(RunLocked, match="another process"):
         RunLog(str(tmp_path / "run"), {}, resume=True)
     with pytest.raises(FileExistsError, match="continue it by --resume"):
         RunLog(str(tmp_path / "run"), {})
     log._lock.close()
     (tmp_path / "run" / "final.pt").touch()
-    with pytest.raises(Finished):
+    with pytest.raises(RunFinished):
         RunLog(str(tmp_path / "run"), {}, resume=True)
 
 
@@ -152,13 +152,13 @@ def test_a_run_of_another_process_is_left_alone_with_a_status_of_its_own(tmp_pat
 
 def test_a_run_notes_its_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["some/where/train.py", "--mst", "--seed", "3"])
-    assert runlog.circumstances()["command"] == ["train.py", "--mst", "--seed", "3"]
+    assert runlog.provenance()["command"] == ["train.py", "--mst", "--seed", "3"]
 
 
 def test_the_commit_that_a_run_notes_is_that_of_the_code(tmp_path, monkeypatch):
     head = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     monkeypatch.chdir(tmp_path)
-    assert (runlog.circumstances()["commit"] or "").removesuffix("+changes") == head
+    assert (runlog.provenance()["commit"] or "").removesuffix("+changes") == head
 
 
 def test_a_row_goes_by_its_columns_names(tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import metrics
 import networks
-from tests.helpers import mlp, tiny
+from tests.helpers import mlp
 
 
 def test_srank_against_published_values_and_a_naive_form():

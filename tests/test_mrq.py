@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import replay
 from agents import AGENTS
 from mrq import symexp, two_hot, two_hot_cross_entropy
 from replay import Batch, ReplayBuffer
@@ -84,15 +83,15 @@ def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatc
     monkeypatch.setattr(agent, f"{name}_loss", lambda *arguments: (
         (lambda losses, *rest: (losses + (wrong if next(calls) == bad else 0.0), *rest))(*original(*arguments))))
     weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n, network in agent.networks.items()}
-    for _ in itertools.takewhile(lambda _: agent.fault() is None, range(20)):
+    for _ in itertools.takewhile(lambda _: agent.nonfinite_report() is None, range(20)):
         agent.update(buffer)
     then = weights()
     for _ in range(5):  # another burst among them
         agent.update(buffer)
     assert {n: torch.equal(w, then[n]) for n, w in weights().items()} == {n: n == name for n in then}
     assert all(w.isfinite().all() for w in weights().values())
-    assert agent.fault() == (f"the {name}'s loss or gradient (its update {bad})", 4 if name == "encoder" else (bad - 1) // agent.updates_per_step)
-    assert [n for n, broken in agent.broken.items() if broken] == [name]
+    assert agent.nonfinite_report() == (f"the {name}'s loss or gradient (its update {bad})", 4 if name == "encoder" else (bad - 1) // agent.updates_per_step)
+    assert [n for n, broken in agent.nonfinite.items() if broken] == [name]
     if algo in ("sac", "mrsac"):
         assert agent.temperature.log.isfinite() and (agent.temperature.optimizer.state[agent.temperature.log]["step"] == 2) == (name == "actor")
 
@@ -153,7 +152,7 @@ def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
     drawn, gather = [], buffer.gather
     buffer.gather = lambda index, horizon: drawn.append(index) or gather(index, horizon)
     agent.refresh_targets(buffer)
-    burst = agent.burst.clone()
+    burst = agent.encoder_indices.clone()
     assert burst.shape == (4, 16) and len(burst.unique()) > 30 and (buffer.priority[burst] > 0).all()
     agent.update_encoder(buffer)
     other = tiny(seed=9)
@@ -165,7 +164,7 @@ def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
     assert torch.equal(torch.stack(drawn), torch.cat([burst, burst[1:]]))
     assert all(torch.equal(a, b) for a, b in zip(agent.encoder.parameters(), other.encoder.parameters()))
     agent.refresh_targets(buffer)
-    assert not torch.equal(agent.burst, burst) and agent.burst_position == 0
+    assert not torch.equal(agent.encoder_indices, burst) and agent.encoder_position == 0
 
 
 @pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s")])

@@ -83,7 +83,7 @@ def test_a_draw_of_zero_or_one_never_takes_a_row_without_priority(monkeypatch):
 def test_float32_sums_would_distort_a_million_priorities(monkeypatch):
     buffer = ReplayBuffer(1, 1, 2**20, horizon=1)
     buffer.priority.fill_(1.0)
-    buffer.priority[0], buffer.sampleable = 2.0**36, 1  # a float32 sum that begins so cannot see the million ones after it
+    buffer.priority[0], buffer.num_valid = 2.0**36, 1  # a float32 sum that begins so cannot see the million ones after it
     for row in (1, 5000, 700_000, 2**20 - 1):
         share = (2.0**36 + row - 0.5) / (2.0**36 + 2**20 - 1)  # the draw that falls on this row's block
         monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.full(tuple(shape), share, **kw))

@@ -105,7 +105,7 @@ def test_what_is_said_to_be_saved():
     row still needed; and how far the logs, the clock and the episode are."""
     buffer, told = play(0, 60, 3, 90)[0], []
     log = types.SimpleNamespace(positions=lambda step=None: {"step": step}, folder="here")
-    agent = types.SimpleNamespace(state_dict=dict, info={}, fault=lambda: None)
+    agent = types.SimpleNamespace(state_dict=dict, info={}, nonfinite_report=lambda: None)
     checkpoints = types.SimpleNamespace(next_row=80, step=None, save=lambda *of, **named: told.append((of, named)))
     saved = SavedRun(checkpoints, flags_to_args(), torch.device("cpu"), agent, buffer, types.SimpleNamespace(state=dict), log)
     progress = saved.progress
@@ -129,7 +129,7 @@ def test_which_signals_stop_a_run(monkeypatch):
 
 
 def test_a_broken_run_is_not_saved():
-    agent, told = types.SimpleNamespace(fault=lambda: ("the critic's loss", 3)), []
+    agent, told = types.SimpleNamespace(nonfinite_report=lambda: ("the critic's loss", 3)), []
     checkpoints = types.SimpleNamespace(next_row=0, step=None, save=lambda *of: told.append(of))
     log = types.SimpleNamespace(folder="here", positions=lambda step: {})
     agent.state_dict, agent.info = dict, {}

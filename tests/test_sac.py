@@ -5,9 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 
-import sparsity
 from agents import AGENTS
 from sac import reduce_q, tanh_gaussian
 from tests.helpers import regimes_dense, tiny_of
@@ -86,12 +84,12 @@ def test_raw_observations_are_stored_and_normalised_when_drawn():
     np.testing.assert_allclose(agent.act(obs, explore=False), expected.detach(), rtol=1e-5)
     before = agent.normalizer.mean.clone()
     agent.act(obs, explore=False), agent.act(obs, explore=True)
-    assert torch.equal(before, agent.normalizer.mean)  # only `observe` teaches it
-    agent.observe(obs)
+    assert torch.equal(before, agent.normalizer.mean)  # only `update_obs_stats` teaches it
+    agent.update_obs_stats(obs)
     assert not torch.equal(before, agent.normalizer.mean)
     for algo in AGENTS:
         with pytest.raises(FloatingPointError, match="nan"):
-            tiny_of(algo)[0].observe(np.array([1.0, float("nan"), 0, 0], np.float32))
+            tiny_of(algo)[0].update_obs_stats(np.array([1.0, float("nan"), 0, 0], np.float32))
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ import torch
 
 import networks
 from agents import AGENTS, build_agent
-from settings import ModuleConfig, check, defaults, differences, flag_names, module_configs, run_name
+from settings import ModuleConfig, check, defaults, diff_settings, flag_names, module_configs, run_name
 from sparsity import SparseTraining
-from tests.helpers import flags_to_args, play, table
+from tests.helpers import flags_to_args, play
 
 
 READ_ELSEWHERE = {"eval_every", "eval_episodes", "metrics_every", "log_every", "buffer_size"}  # by the loop and what is built around it
@@ -59,7 +59,7 @@ def what_it_does(agent):
     buffer = play(0, 400, agent.horizon, 120, obs_dim=4, action_dim=2, prioritized=agent.prioritized)[0]
     obs = np.random.RandomState(0).randn(5, 4).astype(np.float32)
     for row in obs:
-        agent.observe(row)
+        agent.update_obs_stats(row)
     torch.manual_seed(0)
     actions = [agent.act(obs, explore=explore).tolist() for explore in (True, False)]
     agent.update(buffer)
@@ -162,7 +162,7 @@ def test_what_is_not_in_the_name_is_a_matter_of_the_machine_alone():
                "resume", "save_every", "eval_only", "checkpoint", "video"}
     for spec in dataclasses.fields(args):
         assert dataclasses.is_dataclass(getattr(args, spec.name)) or (spec.name in own) != (spec.name in outside), spec.name
-    assert differences(flags_to_args(), flags_to_args("--metrics-every", "2")) == "--metrics-every 1, not 2"
+    assert diff_settings(flags_to_args(), flags_to_args("--metrics-every", "2")) == "--metrics-every 1, not 2"
 
 
 def test_numbers_that_differ_in_the_ninth_digit_have_two_names():
@@ -171,7 +171,7 @@ def test_numbers_that_differ_in_the_ninth_digit_have_two_names():
 
 def test_the_residual_is_read_where_a_type_has_one():
     for number, config in networks.ARCH_CONFIGS.items():
-        assert (ModuleConfig(number, residual="post").effective().residual == "post") == config["use_residual"]
+        assert (ModuleConfig(number, residual="post").canonical().residual == "post") == config["use_residual"]
         flags = flags_to_args("--actor-type", str(number), "--residual", "post")
         if config["use_residual"]:
             check(flags)

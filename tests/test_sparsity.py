@@ -4,7 +4,6 @@ import copy
 import itertools
 import math
 import re
-import types
 
 import numpy as np
 import pytest
@@ -15,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sparsity
 from sparsity import REGIMES, SparseTraining, _zero_pruned, drop_fraction, layer_densities, scheduled_sparsity, update_mask
-from tests.helpers import backward, count, damaged, mlp, naive_counts, naive_update_mask, property_test
+from tests.helpers import backward, count, mlp, naive_counts, naive_update_mask, property_test
 
 
 @pytest.mark.parametrize("shapes, sparsity, pruned", [  # computed by running RLx2's published ER code

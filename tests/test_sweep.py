@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
 
 from tests.helpers import HERE
 

@@ -19,19 +19,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import settings
 from runtime import resume as survive
 from runtime.resume import SavedRun
 
 import agents
-import replay
 import train
-from envs import Env, LockstepEvaluation
+from envs import Env, Evaluator
 from agents import AGENTS, build_agent
-from settings import CONFIGS, DDPGConfig, MRQConfig, MR_DEFAULT, MR_MST, ModuleConfig, NOT_IN_NAME, SACConfig, check, defaults, differences, flag_names, from_config, module_configs, notes, parse, run_name
+from settings import CONFIGS, DDPGConfig, MRQConfig, MR_DEFAULT, MR_MST, ModuleConfig, NOT_IN_NAME, SACConfig, check, defaults, diff_settings, flag_names, from_config, module_configs, unused_flag_notes, parse, run_name
 from sparsity import REGIMES, SparseTraining
 from tests.helpers import (HERE, RecordedRun, SHORT, backward, count, flags_to_args, recorded_run, regimes_dense, table,
-                           timeless, tiny, tiny_of)
+                           tiny, tiny_of)
 
 
 @pytest.mark.slow
@@ -252,7 +250,7 @@ def test_the_order_of_events_in_a_run(monkeypatch, capsys):
 
 def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
     run = RecordedRun()
-    run.fault = lambda: ("the actor's loss", 1) if run.time > 8 else None
+    run.nonfinite_report = lambda: ("the actor's loss", 1) if run.time > 8 else None
     with pytest.raises(FloatingPointError, match="the actor's loss was not finite at agent step 5; stopped.*here"):
         recorded_run(monkeypatch, run)
     assert [row["agent_step"] for table, row in run.rows if table == "train"] == [6, 9][:1 + (run.rows[-1][1]["agent_step"] == 9)]
@@ -266,7 +264,7 @@ def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
 
 
 def test_a_signal_to_a_broken_run_is_answered_in_a_line(monkeypatch):
-    agent, log = types.SimpleNamespace(fault=lambda: ("the critic's loss", 3)), types.SimpleNamespace(folder="here")
+    agent, log = types.SimpleNamespace(nonfinite_report=lambda: ("the critic's loss", 3)), types.SimpleNamespace(folder="here")
     saved = SavedRun(types.SimpleNamespace(last=lambda: "none"), flags_to_args(), torch.device("cpu"), agent, None, None, log)
 
     def stopped(*_):
@@ -287,7 +285,7 @@ def test_what_a_run_is_built_from(tmp_path):
     same = Env("cartpole-swingup", seed=7)
     assert np.array_equal(env.random_action(), same.random_action()) and np.array_equal(env.reset(), same.reset())
     hold = lambda obs: np.sin(7 * obs[:, :1])
-    np.testing.assert_array_equal(evaluation(hold, 20), LockstepEvaluation("cartpole-swingup", 3, seed=7)(hold, 20))
+    np.testing.assert_array_equal(evaluation(hold, 20), Evaluator("cartpole-swingup", 3, seed=7)(hold, 20))
     assert (replay.capacity, replay.horizon, replay.prioritized, replay.obs.shape[1], replay.action.shape[1]) == (272, 5, True, 5, 1)
     torch.manual_seed(7)
     alike = build_agent(flags_to_args("--mst", *SHORT, "--seed", "7"), 5, 1, device)
@@ -303,7 +301,7 @@ def test_what_a_run_is_built_from(tmp_path):
 @pytest.mark.slow
 def test_workers_and_threads_reach_what_uses_them(tmp_path, monkeypatch):
     asked, threads = [], []
-    monkeypatch.setattr(train, "LockstepEvaluation", lambda *of, **named: asked.append((of, named)))
+    monkeypatch.setattr(train, "Evaluator", lambda *of, **named: asked.append((of, named)))
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     train.build(flags_to_args("--mst", *SHORT, "--runs", str(tmp_path), "--eval-workers", "3", "--threads", "5", "--seed", "4"))
     assert asked == [(("cartpole-swingup", 2, 4), {"workers": 3})] and threads == [5]
@@ -384,7 +382,7 @@ def test_any_flags_are_accepted_or_refused_in_a_line(count, tmp_path, monkeypatc
             name = run_name(args)
             assert len(name.encode()) <= 200 and "/" not in name and "\0" not in name, line
             again = from_config(json.loads(json.dumps(dataclasses.asdict(args))))  # as config.json keeps it
-            assert again == args and differences(again, args) == "", line
+            assert again == args and diff_settings(again, args) == "", line
         assert "Traceback" not in capsys.readouterr().err, line
     assert min(outcomes.values()) >= count / 100 and not os.listdir(tmp_path), outcomes
 
@@ -474,7 +472,7 @@ def test_the_name_grows_by_what_is_needed_and_no_more():
 
 @pytest.mark.slow
 def test_flags_that_change_nothing_are_told():
-    told = lambda *flags: " ".join(notes(flags_to_args(*flags)))
+    told = lambda *flags: " ".join(unused_flag_notes(flags_to_args(*flags)))
     assert told() == told("--mst", "--sparsity", "0.8") == told("--encoder-type", "4") == ""
     assert "--sparsity, --growth changes nothing" in told("--sparsity", "0.9", "--growth", "random")
     assert "--critic-sparsity changes nothing" in told("--critic-sparsity", "0.9")
@@ -628,5 +626,5 @@ def test_of_two_faults_the_first_is_told():
     for broken in ("critic", "actor"):  # the critic from its fourth update on, the actor from its seventh
         for _ in range(3):
             agent.update(buffer)
-        agent.broken[broken].fill_(1.0)
-    assert agent.fault() == ("the critic's loss or gradient (its update 4)", 3)
+        agent.nonfinite[broken].fill_(1.0)
+    assert agent.nonfinite_report() == ("the critic's loss or gradient (its update 4)", 3)

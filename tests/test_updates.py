@@ -9,15 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import settings
 
 import networks
-import sparsity
 import train
 from agents import AGENTS
-from mrq import two_hot
 from replay import Batch
-from tests.helpers import (count, dense_two_hot, layer_norm, naive_activation, naive_block_mlp, naive_counts, naive_simba,
+from tests.helpers import (dense_two_hot, layer_norm, naive_activation, naive_block_mlp, naive_counts, naive_simba,
                            naive_update_mask, play, tiny_of)
 
 
@@ -271,7 +268,7 @@ def unequal_agent(algo, regimes, **settings):
             parameter.data += 0.2 * torch.randn_like(parameter) * (parameter != 0 if parameter.ndim > 1 else 1)
     buffer, episodes = play(3, 400, agent.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.prioritized)
     for obs in buffer.obs[:50].numpy():
-        agent.observe(2 * obs + 1)
+        agent.update_obs_stats(2 * obs + 1)
     return agent, modules, buffer, episodes
 
 
@@ -434,11 +431,11 @@ def test_what_a_captured_graph_reads_changes_in_place(algo):
 
     before = {path: (tensor, tensor.data_ptr(), tensor.detach().clone()) for path, tensor in (*tensors(agent, "agent"), *tensors(buffer, "buffer"))}
     watched = " ".join(before)
-    assert all(name in watched for name in ("max_priority", "termination_seen", "broken", "masks", "exp_avg", "projection.weight"))
+    assert all(name in watched for name in ("max_priority", "termination_seen", "nonfinite", "masks", "exp_avg", "projection.weight"))
     assert ("reward_scale" in watched and "target_reward_scale" in watched) == ("encoder" in agent.networks)
     reward = 5.0
     for step in range(12):  # bursts, topology changes and new targets among them
-        agent.observe(np.full(4, step, np.float32))
+        agent.update_obs_stats(np.full(4, step, np.float32))
         buffer.add(np.ones(4), np.ones(2), reward, np.ones(4), step == 5, step == 11)
         agent.update(buffer)
     after = dict([*tensors(agent, "agent"), *tensors(buffer, "buffer")])

@@ -36,7 +36,7 @@ from envs import Env
 from base import frozen
 from mrq import MRQ
 from replay import ReplayBuffer
-from train import REFUSED, one_line
+from train import USER_ERRORS, error_message
 
 PHASES = ("refresh", "sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act",
           "observe", "add")
@@ -101,7 +101,7 @@ def check_variant(variant, device):
                          "+compile, +graphs, each once")
     on = ["on" if option in options else "off" for option in ("compile", "graphs")]
     precision_of(variant, device)  # refuses what this device does not have, as does the next line
-    fast.pick_speed(*on, device)
+    fast.resolve_speed(*on, device)
 
 
 def variant_agent(variant, scale, env, device, args):
@@ -115,7 +115,7 @@ def variant_agent(variant, scale, env, device, args):
 
 
 def precision_of(variant, device):
-    return fast.pick_precision(next((part for part in variant.split("+") if part in fast.PRECISIONS), "auto"), device)
+    return fast.resolve_precision(next((part for part in variant.split("+") if part in fast.PRECISIONS), "auto"), device)
 
 
 def release_memory():
@@ -127,7 +127,7 @@ def filled_replay(env, agent, steps=2000):
     replay = ReplayBuffer(env.obs_dim, env.action_dim, 1_000_000, agent.horizon, agent.prioritized, device=agent.device)
     obs = env.reset()
     for _ in range(steps):
-        agent.observe(obs)
+        agent.update_obs_stats(obs)
         action = env.random_action()
         next_obs, reward, terminated, truncated = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated, truncated)
@@ -212,7 +212,7 @@ def phases(agent, replay, env):
         refresh = {}
     return refresh | {name: (function, updates) for name, function in (own | {"masks": masks}).items()} | {
         "topology": (topology, updates / agent.sparse["critic"].update_interval), "environment": (environment, 1),
-        "act": (lambda: agent.act(obs, explore=True), 1), "observe": (lambda: agent.observe(obs), 1),
+        "act": (lambda: agent.act(obs, explore=True), 1), "observe": (lambda: agent.update_obs_stats(obs), 1),
         "add": (lambda: replay.add(obs, action, 0.0, obs, False, False), 1)}
 
 
@@ -235,7 +235,7 @@ def rates(device, precision):
     x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     source = torch.randn((2 ** 28 if device.type == "cuda" else 2 ** 25), device=device)
     target, time_of = torch.empty_like(source), Clock(device)
-    multiply = fast.product if precision == "fp32" and device.type == "cpu" and fast.onednn_pays() else torch.mm
+    multiply = fast.product if precision == "fp32" and device.type == "cpu" and fast.use_onednn() else torch.mm
     product = min(time_of(lambda: multiply(x, x)) for _ in range(6))
     copy = min(time_of(lambda: target.copy_(source)) for _ in range(6))
     return 2 * n ** 3 / product * 1e3, 2 * source.numel() * 4 / copy * 1e3
@@ -251,7 +251,7 @@ def bench_scale(scale, args, device):
             agent = plain_agent(kind, scale, env, device, args)
             replay = filled_replay(env, agent, steps=20)
             with FlopCounterMode(display=False) as counter:
-                for update in agent.captures:
+                for update in agent.graph_methods:
                     getattr(agent, update)(replay)
             flops[kind] = counter.get_total_flops() * agent.updates_per_step
             del agent, replay
@@ -264,7 +264,7 @@ def bench_scale(scale, args, device):
         if isinstance(agent, MRQ):
             agent.refresh_targets(replay)
         for _ in range(fast.WARM_UP + 1):
-            for update in agent.captures:
+            for update in agent.graph_methods:
                 getattr(agent, update)(replay)
         peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else float("nan")
         cases[variant] = agent, replay, phases(agent, replay, env), precision_of(variant, device), peak
@@ -272,7 +272,7 @@ def bench_scale(scale, args, device):
     for _ in range(args.steps):
         for variant, (agent, replay, parts, precision, _) in cases.items():
             fast.set_precision(precision)  # one setting for the whole process: each variant's turn has its own
-            for update in agent.captures:
+            for update in agent.graph_methods:
                 times[variant].setdefault(update, []).append(time_of(lambda: getattr(agent, update)(replay)))
             for name, (function, _) in parts.items():
                 times[variant].setdefault(name, []).append(time_of(function))
@@ -283,7 +283,7 @@ def bench_scale(scale, args, device):
         flop_rate, byte_rate = rates(device, precision)
         count = flops[variant.split("+")[0]]
         row = {"algo": args.algo, "env": args.env, "scale": scale, "variant": variant, "weights": weights,
-               "update": sum(medians[update] for update in agent.captures) * agent.updates_per_step}
+               "update": sum(medians[update] for update in agent.graph_methods) * agent.updates_per_step}
         row |= {name: medians[name] * parts[name][1] if name in parts else "" for name in PHASES}
         row["update"] += row["refresh"] or 0.0
         optimiser_bytes = weights * BYTES_A_WEIGHT * agent.updates_per_step
@@ -321,7 +321,7 @@ def show_sizes(rows):
 
 def check(args):
     """The device. Whatever is wrong with the flags is told here, before anything is timed."""
-    device = fast.pick_device(args.device)
+    device = fast.resolve_device(args.device)
     if args.steps < 1 or not args.scales or not args.variants:
         raise ValueError("--steps must be at least 1, and --scales and --variants must name at least one each")
     for flag, values in (("--scales", args.scales), ("--variants", args.variants)):
@@ -364,8 +364,8 @@ def main():
     args = tyro.cli(Args, description=__doc__)
     try:
         run(args, check(args))
-    except REFUSED as error:
-        sys.exit(f"bench.py: {one_line(error)}")
+    except USER_ERRORS as error:
+        sys.exit(f"bench.py: {error_message(error)}")
 
 
 if __name__ == "__main__":
