@@ -1,32 +1,66 @@
-"""The algorithms by name, and an agent as a run's settings describe it, made as fast as they ask for.
+"""The algorithms by name; an agent built from a run's settings; and how large its networks are.
 
-    agent = build_agent(parse(["--algo", "sac", "--mst"]), obs_dim=24, action_dim=6, device=torch.device("cpu"))
+    args = parse(["--algo", "sac", "--mst"])                                   # settings.parse
+    agent = build_agent(args, obs_dim=24, action_dim=6, device=torch.device("cpu"))
+    count_parameters(args, obs_dim=24, action_dim=6)                           # {"critic": ..., "actor": ...}
 """
 
-from runtime import fast
+import torch
+
+from base import ModuleConfig
 from mrq import MRQ
 from mrsac import MRSAC
-from networks import SIMBA_SIZES, scaled_size
 from replay import free_memory
+from runtime import fast
 from sac import DDPG, SAC
-from settings import module_configs
 
 AGENTS = {"mrq": MRQ, "sac": SAC, "ddpg": DDPG, "mrsac": MRSAC}
-BYTES_A_WEIGHT = 16  # weight, gradient, two moments
+BYTES_PER_WEIGHT = 16  # weight, gradient, two moments
 
 
-def build_agent(args, obs_dim, action_dim, device):
-    """The agent of these settings (settings.Args) on this device; ValueError or MemoryError, in one line."""
+def module_configs(args):
+    """ModuleConfig by module name: the preset, then the flags of all modules, then the module's own flags."""
+    options = {"distribution": args.sparse.distribution, "grow": args.sparse.grow,
+               "update_interval": args.sparse.update_interval, "drop_fraction_start": args.sparse.drop_fraction_start,
+               "drop_fraction_end": args.sparse.drop_fraction_end, "schedule_start": args.sparse.schedule_start,
+               "schedule_end": args.sparse.schedule_end, "schedule_power": args.sparse.schedule_power}
+    modules = {}
+    for name, preset in args.agent.presets["mst" if args.mst else "default"].items():
+        own = own_settings(args, name)
+        scale = _first(own["scale"], args.scale)
+        modules[name] = ModuleConfig(
+            arch_type=_first(own["type"], preset.arch_type), regime=_first(own["regime"], preset.regime),
+            width_scale=_first(args.width_scale, scale), depth_scale=_first(args.depth_scale, scale),
+            sparsity=_first(own["sparsity"], args.sparse.sparsity), residual=args.residual, sparse_options=options)
+    return modules
+
+
+def own_settings(args, name):
+    """The flags of one module: type, regime, scale, sparsity -> value, None where the flag was not given."""
+    return {part: getattr(getattr(args, name), f"{name}_{part}") for part in ("type", "regime", "scale", "sparsity")}
+
+
+def total_updates(args):
+    """T of the sparsity schedules: how many updates each module gets in the whole run."""
+    return (args.total_steps - args.learning_starts) * args.agent.updates_per_step
+
+
+def build_agent(args, obs_dim, action_dim, device, buffer_size=None):
+    """The agent of these settings (settings.Args) on this device. ValueError or MemoryError, in one line."""
     precision = fast.resolve_precision(args.precision, device)
     compile, graphs, _ = fast.resolve_speed(args.compile, args.cuda_graphs, device)
-    modules = module_configs(args)
-    check_memory(modules, device)
-    total_updates = (args.total_steps - args.learning_starts) * args.agent.updates_per_step
-    agent = AGENTS[args.algo](obs_dim, action_dim, modules, args.agent, total_updates, device, args.seed)
+    check_memory(args, obs_dim, action_dim, device)
+    agent = AGENTS[args.algo](obs_dim, action_dim, module_configs(args), args.agent, total_updates(args), device, args.seed,
+                              buffer_size=replay_rows(args) if buffer_size is None else buffer_size)
     fast.speed_up(agent, precision, compile)
     if graphs:
         fast.captured(agent)
     return agent
+
+
+def replay_rows(args):
+    """Rows of the replay buffer: --buffer-size, or as many as the run can fill if those are fewer."""
+    return min(args.buffer_size, 2 * args.total_steps + 2 * args.agent.horizon + 2)
 
 
 def compiling_pays(args):
@@ -35,17 +69,36 @@ def compiling_pays(args):
     return args.algo in ("mrq", "mrsac") and args.total_steps - args.learning_starts >= 10_000
 
 
-def check_memory(modules, device):
-    """MemoryError, before anything is allocated, if the hidden layers alone would not fit: a scale of 3000 takes hours to
-    fail otherwise, or the machine with it."""
-    weights = 0
-    for name, config in modules.items():
-        if config.arch_type == "simba":
-            hidden, blocks = scaled_size(1, config.width_scale, config.depth_scale, *SIMBA_SIZES[name])
-            weights += blocks * 8 * hidden ** 2
-        else:
-            hidden, blocks = scaled_size(1, config.width_scale, config.depth_scale)
-            weights += (1 if name == "actor" else 2) * blocks * 2 * hidden ** 2  # encoder and critic are two MLPs
-    if weights * BYTES_A_WEIGHT > free_memory(device):
-        raise MemoryError(f"networks of {weights / 1e9:.3g} billion weights take {weights * BYTES_A_WEIGHT / 1e9:.3g} GB to "
-                          f"train, but {device} has {free_memory(device) / 1e9:.3g} GB: choose a smaller --scale")
+# ---- sizes ----
+
+def build_on_meta(args, obs_dim, action_dim):
+    """The dense networks by module name, without any memory for their weights."""
+    agent = object.__new__(AGENTS[args.algo])  # `make_networks` needs only the settings
+    agent.config = args.agent
+    with torch.device("meta"):
+        return agent.make_networks(obs_dim, action_dim, module_configs(args))
+
+
+def count(network):
+    """(parameters, those of the linear head of MR.Q's encoder among them): the paper's encoder sizes exclude the head."""
+    head = getattr(network, "model", None)
+    return tuple(sum(p.numel() for p in module.parameters()) if module else 0 for module in (network, head))
+
+
+def count_parameters(args, obs_dim, action_dim):
+    """Trainable parameters of each module, dense, without targets and without the encoder's head."""
+    counts = {name: count(network) for name, network in build_on_meta(args, obs_dim, action_dim).items()}
+    return {name: whole - head for name, (whole, head) in counts.items()}
+
+
+def check_memory(args, obs_dim, action_dim, device):
+    """MemoryError before anything is allocated: a huge --scale would otherwise swap for hours before it fails."""
+    weights = sum(count(network)[0] for network in build_on_meta(args, obs_dim, action_dim).values())
+    needed, free = weights * BYTES_PER_WEIGHT, free_memory(device)
+    if needed > free:
+        raise MemoryError(f"networks of {weights / 1e9:.3g} billion weights need {needed / 1e9:.3g} GB to train, but {device} "
+                          f"has {free / 1e9:.3g} GB: choose a smaller --scale")
+
+
+def _first(*values):
+    return next(value for value in values if value is not None)

@@ -1,86 +1,169 @@
-"""Module-specific training: an agent of several networks, each with a size, an optimiser and a regime of its own.
+"""What all agents share: each module with its own size, optimizer and regime, and one optimizer step of one module.
 
-What it claims: one optimiser step of one module, in the order that sparse training needs, whatever the algorithm; and a
-state that holds all of the agent, as tensors and plain values.
+Guarantees: the order that sparse training needs (backward, topology, masking, clipping, optimizer step), whatever the
+algorithm; a state of tensors and plain values that restores the agent exactly; and no read from the device during an update.
 
-Paper: Section 4, "Module-Specific Training". The agents of mrq.py and sac.py stand on it; what they offer to the training
-loop is listed at `BaseAgent`.
+Paper: Section 4, "Module-Specific Training". The methods that the training loop calls are listed at `BaseAgent`.
+
+CUDA graphs. `runtime/fast.py` can record an update once and replay it, which saves the cost of launching a thousand small
+operations. A recorded update sees new values only in tensors that stay where they are. So the agents keep changing numbers
+(reward scales, priorities, the `nonfinite` flags) in tensors, change weights, masks and moments in place, and never read a
+value back inside an update. Comments that begin with "CUDA graph:" mark the lines that are written for this.
 """
 
 import contextlib
 import copy
+import dataclasses
+from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 import torch
 
+from networks import ARCH_CONFIGS
+from replay import ReplayBuffer
 from sparsity import SparseTraining
 
-STATE = ("sparse", "networks", "targets", "optimizers")  # what an agent has by module name, and saves
+STATE = ("sparse", "networks", "targets", "optimizers")  # parts of an agent's state that are kept by module name
+SPARSE_OPTIONS = {  # what a regime reads besides its sparsity; other options have no effect there
+    "dense": (),
+    "sst": ("distribution",),
+    "dst": ("distribution", "grow", "update_interval", "drop_fraction_start", "drop_fraction_end")}
+SPARSE_OPTIONS["s2d"] = SPARSE_OPTIONS["d2s"] = (*SPARSE_OPTIONS["dst"], "schedule_start", "schedule_end", "schedule_power")
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """How one module is built and trained. The agent's other settings do not depend on it."""
+    arch_type: int | str = 4  # 1 to 6, networks.ARCH_CONFIGS; "simba" for SAC and DDPG, "stream" for Stream AC
+    regime: str = "dense"  # sparsity.REGIMES
+    width_scale: float = 1.0  # multiplies the hidden width
+    depth_scale: float = 1.0  # multiplies the number of blocks
+    sparsity: float = 0.6  # Section 3, Setup
+    residual: str = "pre"  # Eq. (5); "post" is Eq. (6)
+    sparse_options: dict = field(default_factory=dict)  # further arguments of SparseTraining
+
+    def size(self):
+        """The arguments that MR.Q's classes in networks.py share."""
+        return {"arch_type": self.arch_type, "width_scale": self.width_scale, "depth_scale": self.depth_scale,
+                "residual": self.residual}
+
+    def has_residual(self):
+        return ARCH_CONFIGS.get(self.arch_type, {}).get("use_residual", False)
+
+    def canonical(self):
+        """The same module without the settings that its type and regime ignore."""
+        return dataclasses.replace(
+            self, sparsity=0.0 if self.regime == "dense" else self.sparsity,
+            residual=self.residual if self.has_residual() else "pre",
+            sparse_options={name: self.sparse_options[name] for name in SPARSE_OPTIONS[self.regime]
+                            if name in self.sparse_options})
+
+
+class Choices:
+    """Base of the agents' settings: refuses a value that is not one of a field's choices."""
+
+    def __post_init__(self):
+        for spec in dataclasses.fields(self):
+            choices, value = get_args(spec.type), getattr(self, spec.name)
+            if choices and value not in choices:
+                raise ValueError(f"{spec.name} is {value!r}: choose {' or '.join(choices)}")
 
 
 class BaseAgent:
-    """What every agent here is made of, and the doors it has.
+    """Networks, optimizers, masks, targets and experience, by module name, and the methods that the training loop calls.
 
-    Of the class: `Config` (its settings, in settings.py) and `prioritized`. Of the agent: `act`, `update_obs_stats`, `update`,
-    `updates_per_step`, `compute_features`, `per_sample_losses`, `state_dict`, `load_state_dict`, and, by module name, `networks`,
-    `targets`, `optimizers`, `sparse` and `updates`; `info` holds what the last updates saw, on the device: their means are
-    what is logged.
+    A subclass has `Config` (its settings, with `presets`, `learning_starts`, `horizon` and `prioritized`), `make_networks`,
+    `act`, `update`, `compute_features` and `per_sample_losses`. The loop calls `add` once per agent step and `update`
+    `updates_per_step` times once learning has started. `info` holds what the last updates computed, on the device; the log
+    writes means.
+
+    To train a network of your own, override `make_encoder`, `make_critic` or `make_actor`: they take the sizes and a
+    ModuleConfig, and return a module with the methods of the class in networks.py that they replace.
     """
 
-    compiled_methods = ()  # methods that return (one value a sample, ...): they may be compiled, and run in the chosen precision
+    compiled_methods = ()  # methods that return (one value per sample, ...): may be compiled; run in the chosen precision
     autocast_methods = ()  # further methods that run in the chosen precision
     graph_methods = {}  # method that may be captured as a CUDA graph -> modules that one call of it updates
+    target_modules = ()  # modules that have a target copy
 
-    def __init__(self, networks, modules, learning_rates, weight_decay, targets, total_updates, device, seed):
-        """networks, modules (ModuleConfig), learning_rates: by module name; targets: names of modules with a target copy."""
-        self.networks, self.device = networks, torch.device(device)
+    def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=490_000, device="cpu", seed=0,
+                 buffer_size=1_000_000):
+        """modules: ModuleConfig by module name. total_updates: T of the sparsity schedules. buffer_size: replay rows."""
+        self.config = config = config or self.Config()
+        modules = modules or config.presets["default"]
+        self.device, self.action_dim = torch.device(device), action_dim
+        self.networks = self.make_networks(obs_dim, action_dim, modules)
+        for name, network in self.networks.items():
+            setattr(self, name, network.to(self.device))
         self.optimizers, self.sparse = {}, {}
-        for number, (name, network) in enumerate(networks.items()):
-            network.to(self.device)
-            # fused: one pass over the weights, and no host synchronisation
-            self.optimizers[name] = torch.optim.AdamW(network.parameters(), lr=learning_rates[name],
-                                                      weight_decay=weight_decay, fused=True)
-            config = modules[name]
-            self.sparse[name] = SparseTraining(network, self.optimizers[name], config.regime, config.sparsity,
+        for number, (name, network) in enumerate(self.networks.items()):
+            self.optimizers[name] = self.make_optimizer(name, network)
+            module = modules[name]
+            self.sparse[name] = SparseTraining(network, self.optimizers[name], module.regime, module.sparsity,
                                                total_steps=total_updates, seed=1000 * seed + number,
-                                               **config.sparse_options)
-        self.targets = {name: copy.deepcopy(networks[name]).requires_grad_(False) for name in targets}  # as sparse
-        self.updates = {name: 0 for name in networks}  # of each module
-        # 1.0 from the first loss or gradient on that is not finite: a device scalar, for nobody to wait for.
-        self.nonfinite = {name: torch.zeros((), device=self.device) for name in networks}
-        for name, optimizer in self.optimizers.items():
-            optimizer.found_inf = self.nonfinite[name]
+                                               **module.sparse_options)
+        # Copied after masking, so that targets start as sparse as their networks.
+        self.targets = {name: copy.deepcopy(self.networks[name]).requires_grad_(False) for name in self.target_modules}
+        self.updates = {name: 0 for name in self.networks}  # optimizer steps of each module
+        # CUDA graph: 1.0 from the first loss or gradient that is not finite. Kept on the device to avoid a sync.
+        self.nonfinite = {name: torch.zeros((), device=self.device) for name in self.networks}
+        for name in self.networks:
+            self.optimizers[name].found_inf = self.nonfinite[name]
         self.info = {}
+        self.replay = ReplayBuffer(obs_dim, action_dim, buffer_size, config.horizon, config.prioritized, device=self.device)
+
+    def make_optimizer(self, name, network):
+        """AdamW with the module's own learning rate. fused: one pass over the weights and no sync with the host."""
+        return torch.optim.AdamW(network.parameters(), lr=getattr(self.config, f"{name}_lr"),
+                                 weight_decay=self.config.weight_decay, fused=True)
 
     @property
     def updates_per_step(self):
-        """Calls of `update` that an agent step has."""
+        """Calls of `update` per agent step."""
         return self.config.updates_per_step
 
+    @property
+    def num_updates(self):
+        """Calls of `update` that are complete."""
+        return min(self.updates.values())
+
+    # ---- experience ----
+
     def update_obs_stats(self, obs):
-        """Told of every observation of training, once. FloatingPointError for one that is not finite."""
+        """Takes each observation of training once. FloatingPointError if it is not finite."""
         if not np.isfinite(obs).all():
-            raise FloatingPointError(f"the observation holds {np.asarray(obs)[~np.isfinite(obs)][0]}: nothing can be "
-                                     "learnt from it")
+            raise FloatingPointError(f"the observation contains {np.asarray(obs)[~np.isfinite(obs)][0]}")
+
+    def add(self, obs, action, reward, next_obs, terminated, truncated):
+        """Stores one transition. obs must be the last call's next_obs, unless that call ended an episode."""
+        self.replay.add(obs, action, reward, next_obs, terminated, truncated)
+
+    def metric_batch(self, size):
+        """(a batch for the metrics, True), or (a blank batch of two samples, False) while nothing can be drawn."""
+        if self.replay.num_valid:
+            return self.replay.sample(size), True
+        return self.replay.gather(torch.zeros(2, dtype=torch.long, device=self.device)), False
+
+    # ---- learning ----
 
     def _step(self, name, loss, clip=None):
-        """One optimiser step of one module, in the order that sparse training needs."""
+        """One optimizer step of one module, in the order that sparse training needs."""
         optimizer = self.optimizers[name]
         self.updates[name] += 1
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.sparse[name].update_topology(self.updates[name])  # ranks growth by this loss's dense gradient
         norm = self.mask_and_clip(name, clip)
-        # Once a loss or gradient is not finite, this module takes no step any more (topology may still move, until the run
-        # asks for `nonfinite_report`): AdamW's fused kernel reads the latch on the device. x - x is 0 where x is finite, else NaN,
-        # which counts as true.
+        # CUDA graph: a module whose loss or gradient is not finite stops updating, without asking the device: AdamW's fused
+        # kernel skips its step while `nonfinite` is true. x - x is 0 if x is finite, else NaN, which counts as true.
         x = loss.detach() + norm
         self.nonfinite[name].logical_or_(x - x)
         optimizer.step()
-        self.info[f"{name}_grad_norm"] = norm
+        self.info[f"{name}/grad_norm"] = norm
 
     def mask_and_clip(self, name, clip):
-        """Masks the gradients, then clips them: what is pruned does not count. Returns their norm before clipping."""
+        """Masks the gradients, then clips them, so that pruned weights do not count. Returns their norm before clipping."""
         self.sparse[name].mask_gradients()
         parameters = [parameter for parameter in self.networks[name].parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
@@ -89,12 +172,12 @@ class BaseAgent:
         return norm
 
     def nonfinite_report(self):
-        """(what broke first, its learning step), or None if all is well. Reads from the device: ask when logging or saving."""
+        """(what became NaN or infinite first, its learning step), or None. Syncs with the device: call it when logging."""
         found = []
-        for name, broken in self.nonfinite.items():
-            if broken.item():
+        for name, nonfinite in self.nonfinite.items():
+            if nonfinite.item():
                 state = next(iter(self.optimizers[name].state.values()), {})
-                update = int(state.get("step", 0)) + 1  # the optimiser counts the steps that it took
+                update = int(state.get("step", 0)) + 1  # the optimizer counts only the steps that it took
                 found.append((self.learning_step(name, update), f"the {name}'s loss or gradient (its update {update:,})"))
         if not found:
             return None
@@ -102,22 +185,23 @@ class BaseAgent:
         return " and ".join(text for step, text in found if step == first), first
 
     def learning_step(self, name, update):
-        """The agent step, counted from the first that learns, in which a module makes this update of its own."""
+        """The agent step, counted from the first that learns, in which a module makes its update of this number."""
         return (update - 1) // self.updates_per_step
 
+    # ---- precision, metrics, state ----
+
     def float32_layers(self):
-        """Last layers whose output stays in float32, whatever the precision: a Q of 100 in bfloat16 is known to ±0.25."""
-        critics = (self.networks["critic"], self.targets["critic"])
-        return [q.output for critic in critics for q in critic.children()]
+        """Last layers whose output stays in float32 at any precision: a Q of 100 in bfloat16 has an error of ±0.25."""
+        return [q.output for critic in (self.critic, self.targets["critic"]) for q in critic.children()]
 
     def tensors(self):
-        """What else belongs to the agent's state: name -> tensor, restored in place."""
+        """Further state: name -> tensor, restored in place."""
         return {}
 
     def state_dict(self):
-        """Tensors and plain values, nothing else. The replay buffer and PyTorch's random generators are not part of it.
+        """Tensors and plain values. The replay buffer and PyTorch's random generators are not included.
 
-        As with any module's, weights and moments are the live ones: save or copy them before training goes on.
+        As in any module's state_dict, weights and moments are the live ones: save or copy them before training continues.
         """
         parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()} for kind in STATE}
         return parts | {"updates": dict(self.updates),
@@ -125,15 +209,15 @@ class BaseAgent:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Takes back what `state_dict` gave; ValueError, before any weight changes, for another agent's or regime's.
+        """Restores what `state_dict` returned. Learning rates and other optimizer settings stay this agent's own.
 
-        Learning rates and the like stay this agent's own.
+        ValueError, before any weight changes, for the state of another agent or regime.
         """
         for kind in STATE:
             if state[kind].keys() != getattr(self, kind).keys():
                 raise ValueError(f"the saved {kind} are {', '.join(state[kind])}, this agent has "
                                  f"{', '.join(getattr(self, kind))}")
-        for name, sparse in self.sparse.items():  # the masks refuse what does not fit: all are asked first
+        for name, sparse in self.sparse.items():  # all masks are checked before anything changes
             sparse.check_state_dict(state["sparse"][name])
         for kind in ("sparse", "networks", "targets"):
             for name, part in getattr(self, kind).items():
@@ -144,13 +228,22 @@ class BaseAgent:
             for group, options in zip(optimizer.param_groups, own):
                 group.update(options)
         self.updates = dict(state["updates"])
-        for name, tensor in self.tensors().items():
-            tensor.copy_(state["tensors"][name])
+        load_tensors(self, state["tensors"])
+
+
+OLD_TENSORS = {"encoder_indices": "burst", "encoder_position": "burst_position"}  # names in states of earlier versions
+
+
+@torch.no_grad()
+def load_tensors(agent, saved):
+    """Restores `agent.tensors()` in place."""
+    for name, tensor in agent.tensors().items():
+        tensor.copy_(saved[name] if name in saved else saved[OLD_TENSORS[name]])
 
 
 @contextlib.contextmanager
 def frozen(*modules):
-    """What is computed within asks no gradient of these modules' weights, and so spends nothing on them."""
+    """Within the block, losses compute no gradient for these modules' weights."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -1,54 +1,113 @@
-"""Evaluates what a run has learnt, and films it: `python train.py --eval-only --checkpoint RUN --video out.mp4`.
+"""Evaluates, measures and films a trained run.
 
-What it claims: with as many episodes as the run's own evaluations had, a finished run's returns are those of the last row of
-its eval.csv. A run that has not ended is evaluated as its newest checkpoint has it.
+    python evaluate.py runs/NAME                                   # 10 fresh episodes
+    python evaluate.py runs/NAME --episodes 50 --seed 5            # other episodes
+    python evaluate.py runs/NAME --video out.mp4                   # also film the first of them
 
-Episodes, processes and the device are the command line's; everything else is the run's own. Frames are drawn by MuJoCo
-through OpenGL: of a screen, of a GPU or Mesa (MUJOCO_GL=egl), or of libOSMesa (MUJOCO_GL=osmesa).
+Guarantees: the same seed gives the same episodes; the default seed gives episodes that training never used; with the run's own
+seed and as many episodes as its evaluations had, a finished run's returns are those of the last row of its eval.csv. The
+filmed episode is the first of those listed. A run that has not finished is evaluated from its newest checkpoint.
+
+The training loop uses `evaluate` and `measure` of this file. MuJoCo draws with OpenGL: on a display, a GPU or Mesa
+(MUJOCO_GL=egl), or libOSMesa (MUJOCO_GL=osmesa).
 """
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import warnings
+from dataclasses import dataclass
 
 import torch
+import tyro
 
+import metrics
 from runtime import fast
-from agents import build_agent
 from runtime.checkpoint import Checkpoints, read
-from envs import Env, Evaluator, episode_seed
-from settings import from_config
+
+METRIC_BATCH = 2048  # samples for SRank and the dormant ratio
+INTERFERENCE_SAMPLES = 32  # per-sample gradients that are compared
+FRESH_SEEDS = 1_000_000  # added to a run's seed by default: no training run has such a seed
 
 
-def main(args):
+# ---- during training ----
+
+def measure(agent, wanted=True):
+    """The plasticity metrics of every module, as columns of eval.csv. NaN if they are not wanted or nothing is stored yet."""
+    batch, ready = agent.metric_batch(METRIC_BATCH if wanted else 2)
+    with contextlib.ExitStack() as stack:
+        activations = {name: stack.enter_context(metrics.record_activations(network))
+                       for name, network in agent.networks.items()}
+        features = agent.compute_features(batch)
+    losses = agent.per_sample_losses(batch._make(part[:INTERFERENCE_SAMPLES] for part in batch))
+    row = {}
+    for name, network in agent.networks.items():
+        columns = metrics.module_metrics(network, features[name], activations[name], losses[name], agent.sparse[name].masks)
+        row |= {f"{name}/{column}": value if ready and wanted or column == "parameter_norm" else math.nan
+                for column, value in columns.items()}
+        row[f"{name}/density"] = agent.sparse[name].density()
+    return row
+
+
+# ---- afterwards ----
+
+@dataclass
+class Args:
+    run: tyro.conf.Positional[str]  # a run's folder, or a file in it
+    episodes: int = 10  # episodes to play
+    seed: int | None = None  # of the episodes; default: other episodes than training had
+    video: str | None = None  # also film the first episode into this .mp4 file
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    threads: int = 0  # CPU threads of PyTorch; 0: all cores
+    eval_workers: int | None = None  # worker processes (default: cores / 4); does not change results
+
+
+def main():
+    from runtime.console import USER_ERRORS, error_message
+    try:
+        run(tyro.cli(Args, description=__doc__))
+    except USER_ERRORS as error:
+        sys.exit(f"evaluate.py: {error_message(error)}")
+
+
+def run(args):
     """Prints the returns, and writes the video if it is asked for. ValueError, OSError or ImportError, in one line."""
+    from agents import build_agent
+    from envs import Env, Evaluator, episode_seed
+    if args.episodes < 1:
+        raise ValueError(f"--episodes must be at least 1, not {args.episodes}")
+    if args.video and not args.video.endswith(".mp4"):
+        raise ValueError(f"--video {args.video} must be an .mp4 file")
     imageio = import_imageio() if args.video else None
-    run_args, state = load(args.checkpoint)
-    run_args = dataclasses.replace(run_args, device=args.device, compile="off", cuda_graphs="off")
+    folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
+    run_args, state = load(folder)
+    seed = run_args.seed + FRESH_SEEDS if args.seed is None else args.seed
     device = fast.resolve_device(args.device)
     torch.set_num_threads(args.threads or fast.usable_cores())
     env = Env(run_args.env, run_args.seed)
     if args.video:
         check_drawing(env)
-    agent = build_agent(run_args, env.obs_dim, env.action_dim, device)
-    restore(agent, state, args.checkpoint)
+    run_args = dataclasses.replace(run_args, device=args.device, compile="off", cuda_graphs="off")
+    agent = build_agent(run_args, env.obs_dim, env.action_dim, device, buffer_size=2 * run_args.agent.horizon + 2)
+    restore(agent, state, folder)
 
     def act(obs):
         return agent.act(obs, explore=False)
 
-    # The number by which the run's own evaluation at this step was seeded.
-    returns = Evaluator(run_args.env, args.eval_episodes, run_args.seed, workers=args.eval_workers)(act, state["step"])
-    print(f"{args.checkpoint}, step {state['step']:,}: return {returns.mean():.1f} ± {returns.std():.1f} over {len(returns)} "
-          f"episodes: {', '.join(f'{value:.1f}' for value in returns)}")
+    returns = Evaluator(run_args.env, args.episodes, seed, workers=args.eval_workers)(act, state["step"])
+    print(f"{folder}, step {state['step']:,}: return {returns.mean():.1f} ± {returns.std():.1f} (mean ± sd of {len(returns)} "
+          f"episodes, seed {seed}): {', '.join(f'{value:.1f}' for value in returns)}")
     if args.video:
-        shown = film(imageio, env, act, episode_seed(run_args.seed, state["step"], 0), args.video)
-        print(f"{args.video}: the first of them, return {shown:.1f}")
+        filmed = film(imageio, env, act, episode_seed(seed, state["step"], 0), args.video)
+        print(f"{args.video}: the first of them, return {filmed:.1f}")
 
 
 def load(folder):
-    """(Args, what was saved) of a run: from `final.pt`, or from the newest whole checkpoint of one that has not ended."""
+    """(settings.Args, saved state) of a run: from final.pt, or from the newest whole checkpoint of an unfinished run."""
+    from settings import from_config
     with open(os.path.join(folder, "config.json")) as file:
         try:
             args = from_config(json.load(file))
@@ -65,18 +124,17 @@ def load(folder):
 
 
 def restore(agent, state, folder):
+    from base import load_tensors
     try:
         for name, network in agent.networks.items():
             network.load_state_dict(state["networks"][name])
-        with torch.no_grad():
-            for name, tensor in agent.tensors().items():
-                tensor.copy_(state["tensors"][name])
+        load_tensors(agent, state["tensors"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"what is saved in {folder} does not fit its config.json: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"the state saved in {folder} does not fit its config.json: {str(error).splitlines()[0]}") from None
 
 
 def film(imageio, env, act, seed, path, height=480, width=640):
-    """Plays one episode and writes it as it goes. Returns its return."""
+    """Plays one episode, writes each frame as it goes, and returns the episode's return."""
     obs, total, done = env.reset(seed), 0.0, False
     with imageio.get_writer(path, fps=round(1 / env.step_seconds)) as writer:
         while not done:
@@ -87,14 +145,14 @@ def film(imageio, env, act, seed, path, height=480, width=640):
 
 
 def check_drawing(env):
-    """ValueError, in one line, where there is no OpenGL."""
+    """ValueError, in one line, if OpenGL does not work."""
     warnings.simplefilter("ignore")  # about displays
     try:
         env.render(8, 8)
-    except Exception as error:  # of many kinds: whatever OpenGL there is, or is not
-        sys.unraisablehook = lambda _: None  # the half-made drawing context complains again as it goes
-        raise ValueError(f"--video: nothing can be drawn here ({type(error).__name__}): with a GPU or Mesa set MUJOCO_GL=egl, "
-                         "or MUJOCO_GL=osmesa with libOSMesa") from None
+    except Exception as error:  # many kinds, depending on the OpenGL that is installed
+        sys.unraisablehook = lambda _: None  # the half-made context complains again when it is deleted
+        raise ValueError(f"--video: cannot draw ({type(error).__name__}): set MUJOCO_GL=egl with a GPU or Mesa, or "
+                         "MUJOCO_GL=osmesa with libOSMesa") from None
 
 
 def import_imageio():
@@ -104,3 +162,7 @@ def import_imageio():
         return imageio.v2
     except ImportError:
         raise ImportError("--video needs imageio: pip install imageio imageio-ffmpeg") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,66 +1,117 @@
 """MR.Q with module-specific training: encoder, critic and actor, each with its own architecture, size and regime.
 
-What it claims: the losses of Eqs. (7)-(12) and the settings of Tables 1 and 2 (in settings.py), updated in the paper's
-order; no module's loss computes a gradient for another module's weights; and one update reads nothing back from the device.
+Guarantees: the losses of Eqs. (7)-(12) with the settings of Tables 1 and 2, updated in the paper's order; no module's loss
+computes a gradient for another module's weights; and an update never waits for the device.
 
-Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it by `python train.py`; or, as a part:
+Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it with `python train.py`, or use it as a part:
 
-    agent = MRQ(obs_dim=24, action_dim=6, modules=MR_MST, config=MRQConfig(), total_updates=490_000)
-    replay = ReplayBuffer(24, 6, horizon=agent.horizon)
-    action = agent.act(obs, explore=True)       # numpy in, numpy out
-    agent.update(replay)                        # one agent step's worth of learning
-    agent.info["critic_loss"].mean()            # what the last update saw, on the device
+    import numpy as np
+    from mrq import MR_MST, MRQ, MRQConfig
+
+    agent = MRQ(obs_dim=3, action_dim=1, modules=MR_MST, config=MRQConfig(batch_size=32, target_update_freq=10), buffer_size=1000)
+    for step in range(80):
+        obs, next_obs = np.full(3, step, np.float32), np.full(3, step + 1, np.float32)
+        action = agent.act(obs, explore=True)                                       # numpy in, numpy out
+        agent.add(obs, action, 1.0, next_obs, terminated=False, truncated=False)
+        if step > 70:
+            agent.update()                                                          # one agent step of learning
+    print(agent.info["critic_loss"].mean())                                         # of the last update, on the device
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from base import BaseAgent, frozen
+from base import BaseAgent, Choices, ModuleConfig, frozen
 from networks import Actor, Critic, Encoder
-from replay import multi_step_return, alive_discount, to_device
-from settings import MR_DEFAULT, MRQConfig
+from replay import alive_discount, to_device
+
+MR_DEFAULT = {"encoder": ModuleConfig(4), "critic": ModuleConfig(4), "actor": ModuleConfig(3)}  # Table 2
+MR_MST = {"encoder": ModuleConfig(6, "dense"), "critic": ModuleConfig(6, "dst"), "actor": ModuleConfig(5, "sst")}  # Sec. 4
+
+
+@dataclass(frozen=True)
+class MRConfig(Choices):
+    """Tables 1 and 2 without the policy; MR.SAC has these settings too. Each comment is the flag's help text."""
+    batch_size: int = 256  # transitions or subtrajectories per update
+    updates_per_step: int = 1  # updates per agent step (replay ratio)
+    discount: float = 0.99  # γ, per agent step
+    encoder_horizon: int = 5  # H_Enc, steps that the dynamics are unrolled
+    q_horizon: int = 3  # H_Q, steps of the multi-step return
+    target_update_freq: int = 250  # updates between two copies to the targets; also encoder updates in a row
+    dynamics_weight: float = 1.0  # λ_Dynamics
+    reward_weight: float = 0.1  # λ_Reward
+    terminal_weight: float = 0.1  # λ_Terminal
+    encoder_lr: float = 1e-4  # AdamW learning rate of the encoder
+    critic_lr: float = 3e-4  # AdamW learning rate of the critic
+    actor_lr: float = 3e-4  # AdamW learning rate of the actor
+    weight_decay: float = 1e-4  # AdamW weight decay of all three modules
+    critic_grad_clip: float = 20.0  # largest gradient norm of the critic; the others are not clipped
+    reward_bins: int = 65  # bins of the two-hot reward
+    reward_symlog_limit: float = 10.0  # bins span ±this in symlog space: ±22,000 in rewards
+
+    presets = {"default": MR_DEFAULT, "mst": MR_MST}
+    learning_starts = 10_000  # Table 1, initial random steps
+    prioritized = True  # LAP
+
+    @property
+    def horizon(self):
+        """The longest subtrajectory that the replay buffer must keep."""
+        return max(self.encoder_horizon, self.q_horizon)
+
+
+@dataclass(frozen=True)
+class MRQConfig(MRConfig):
+    """Table 2: MR.Q's deterministic policy."""
+    exploration_noise: float = 0.2  # std of the Gaussian noise added to actions
+    target_noise: float = 0.2  # std of the Gaussian noise added to target actions
+    target_noise_clip: float = 0.3  # bound of the target noise
+    pre_activation_weight: float = 1e-5  # λ_pre-activ, on the actor's output before tanh
 
 
 class MRQ(BaseAgent):
-    """The agent. modules: a ModuleConfig for "encoder", "critic" and "actor".
-
-    total_updates: T of the sparsity schedules. Each module gets as many updates as the agent takes learning steps.
-    """
+    """The agent. modules: a ModuleConfig for "encoder", "critic" and "actor"; each gets `total_updates` updates."""
 
     Config = MRQConfig
-    prioritized = True
+    target_modules = ("encoder", "critic", "actor")
     compiled_methods, autocast_methods = ("encoder_loss", "critic_loss", "actor_loss"), ("encode",)
     graph_methods = {"update_encoder": ["encoder"], "update_critic_and_actor": ["critic", "actor"]}
-    on_encoder_update = staticmethod(lambda doing: None)  # called in a burst: a safe point, where the training loop may stop
+    on_encoder_update = staticmethod(lambda message: None)  # called between encoder updates: the loop may stop there
 
-    def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=490_000, device="cpu", seed=0):
-        modules = modules or MR_DEFAULT
-        self.config = config = config or self.Config()
-        self.horizon = config.horizon
-        self.encoder = Encoder(obs_dim, action_dim, num_bins=config.reward_bins, **modules["encoder"].size())
-        self.critic = Critic(self.encoder.zsa_dim, **modules["critic"].size())
-        self.actor = self.make_actor(self.encoder.zs_dim, action_dim, modules["actor"].size())
-        super().__init__(
-            {"encoder": self.encoder, "critic": self.critic, "actor": self.actor}, modules,
-            {"encoder": config.encoder_lr, "critic": config.critic_lr, "actor": config.actor_lr}, config.weight_decay,
-            ("encoder", "critic", "actor"), total_updates, device, seed)
-        # Scales as device scalars: a Python number would freeze in a captured graph.
+    def __init__(self, obs_dim, action_dim, *arguments, **options):
+        super().__init__(obs_dim, action_dim, *arguments, **options)
+        config = self.config
+        # CUDA graph: the scales are tensors, because a Python number would be recorded as a constant.
         self.reward_scale = torch.ones((), device=self.device)  # r̄
-        self.target_reward_scale = torch.ones((), device=self.device)  # r̄', the scale before
-        # Which subtrajectories a burst draws, and how far it has come: decided at its start, when priorities stand still.
+        self.target_reward_scale = torch.ones((), device=self.device)  # r̄', the previous scale
+        # The subtrajectories of 250 encoder updates are drawn together, when priorities do not change. Position: the next one.
         self.encoder_indices = torch.zeros(config.target_update_freq, config.batch_size, dtype=torch.long, device=self.device)
         self.encoder_position = torch.zeros(1, dtype=torch.long, device=self.device)
-        self.bins = symexp(torch.linspace(-config.reward_range, config.reward_range, config.reward_bins,
-                                          device=self.device))
+        limit = config.reward_symlog_limit
+        self.bins = symexp(torch.linspace(-limit, limit, config.reward_bins, device=self.device))
 
-    def make_actor(self, zs_dim, action_dim, size):
-        return Actor(zs_dim, action_dim, **size)
+    # ---- networks: override one to train your own ----
+
+    def make_networks(self, obs_dim, action_dim, modules):
+        encoder = self.make_encoder(obs_dim, action_dim, modules["encoder"])
+        return {"encoder": encoder, "critic": self.make_critic(encoder.zsa_dim, modules["critic"]),
+                "actor": self.make_actor(encoder.zs_dim, action_dim, modules["actor"])}
+
+    def make_encoder(self, obs_dim, action_dim, module):
+        return Encoder(obs_dim, action_dim, num_bins=self.config.reward_bins, **module.size())
+
+    def make_critic(self, zsa_dim, module):
+        return Critic(zsa_dim, **module.size())
+
+    def make_actor(self, zs_dim, action_dim, module):
+        return Actor(zs_dim, action_dim, **module.size())
 
     # ---- acting ----
 
     @torch.no_grad()
     def act(self, obs, explore):
-        """obs: (obs_dim,) or (n, obs_dim), numpy. Returns actions in [-1, 1] of the same leading shape."""
+        """obs: (obs_dim,) or (n, obs_dim), numpy. Returns actions in [-1, 1] with the same leading shape."""
         obs = to_device(obs, self.device)
         action, _ = self.actor(self.encoder.zs(obs))
         if explore:
@@ -69,64 +120,65 @@ class MRQ(BaseAgent):
 
     # ---- learning ----
 
-    def update(self, replay):
-        """One agent step of learning. Every 250 of them: new targets, new scales, and a burst of encoder updates.
+    def update(self):
+        """One update. Every 250 of them: new targets, new reward scales, and 250 encoder updates in a row.
 
-        The counts of updates say how far a burst has come: an agent saved in the midst of one goes on from there.
+        The update counts say how many encoder updates are done, so an agent saved between two of them continues there.
         """
         if self.updates["critic"] % self.config.target_update_freq == 0:
             if self.updates["encoder"] == self.updates["critic"]:
-                self.refresh_targets(replay)
+                self.refresh_targets()
             while self.updates["encoder"] < self.updates["critic"] + self.config.target_update_freq:
-                self.update_encoder(replay)
+                self.update_encoder()
                 done = self.updates["encoder"] - self.updates["critic"]
                 self.on_encoder_update(f"encoder update {done} of {self.config.target_update_freq}")
-        self.update_critic_and_actor(replay)
+        self.update_critic_and_actor()
 
     @torch.no_grad()
-    def refresh_targets(self, replay):
-        """Hard copies; r̄' becomes the r̄ that the copied critic was trained with; and the burst's draws."""
+    def refresh_targets(self):
+        """Copies the targets, sets r̄' to the r̄ that the copied critic was trained with, and draws for the encoder."""
         for name, network in self.networks.items():
             torch._foreach_copy_(list(self.targets[name].parameters()), list(network.parameters()))
         self.target_reward_scale.copy_(self.reward_scale)
-        # The paper says "recent experiences in the replay buffer"; all of the buffer is the published MR.Q's reading.
-        # 1 until a reward other than 0 has been stored. The published MR.Q divides by 1e-8 instead: its first targets are
-        # then 1e8 times a Q, and the largest priority, which never falls, is of the same kind.
-        scale = replay.mean_absolute_reward()
+        # "Recent experiences in the replay buffer" (the paper) is read as the whole buffer, as in the published MR.Q. The
+        # scale stays 1 until a nonzero reward is stored. The published MR.Q divides by 1e-8 instead: its first targets are
+        # 1e8 times a Q, and so is the largest priority, which never falls.
+        scale = self.replay.mean_absolute_reward()
         self.reward_scale.copy_(torch.where(scale > 0, scale, 1.0))
         self.info["reward_scale"] = self.reward_scale
-        self.encoder_indices.copy_(replay.draw(*self.encoder_indices.shape))
+        self.encoder_indices.copy_(self.replay.draw(*self.encoder_indices.shape))
         self.encoder_position.zero_()
 
-    def update_encoder(self, replay):
+    def update_encoder(self):
+        # CUDA graph: the position is a tensor, so a replayed update takes the next row.
         index = self.encoder_indices.index_select(0, self.encoder_position).squeeze(0)  # (batch,)
         self.encoder_position.add_(1).remainder_(len(self.encoder_indices))
-        batch = replay.gather(index, self.config.encoder_horizon)
-        losses, info = self.encoder_loss(batch, replay.termination_seen)
+        batch = self.replay.gather(index, self.config.encoder_horizon)
+        losses, info = self.encoder_loss(batch, self.replay.termination_seen)
         self._step("encoder", losses.mean())
         self.info.update(info)
 
-    def update_critic_and_actor(self, replay):
-        batch = replay.sample(self.config.batch_size, self.config.q_horizon)
+    def update_critic_and_actor(self):
+        batch = self.replay.sample(self.config.batch_size, self.config.q_horizon)
         zs = self.encode(batch.obs[:, 0])
         losses, td_error, info = self.critic_loss(batch, zs)
         self._step("critic", losses.mean(), clip=self.config.critic_grad_clip)
-        replay.update_priority(batch.index, td_error)
+        self.replay.update_priority(batch.index, td_error)
         self.info.update(info)
         self.update_actor(zs)
 
     def update_actor(self, zs):
-        with frozen(self.encoder, self.critic):  # the loss flows through them, and ends at the actor's weights
+        with frozen(self.encoder, self.critic):  # the loss flows through them to the actor's weights
             losses, info = self.actor_loss(zs)
         self._step("actor", losses.mean())
         self.info.update(info)
 
     def learning_step(self, name, update):
-        if name == "encoder":  # a burst belongs to the step that begins a period
-            return (update - 1) // self.config.target_update_freq * self.config.target_update_freq
+        if name == "encoder":  # its updates belong to the step that begins a period
+            update = (update - 1) // self.config.target_update_freq * self.config.target_update_freq + 1
         return super().learning_step(name, update)
 
-    # ---- losses, one value a sample: (batch,) ----
+    # ---- losses: one value per sample, (batch,) ----
 
     @torch.no_grad()
     def encode(self, obs):
@@ -134,16 +186,16 @@ class MRQ(BaseAgent):
         return self.encoder.zs(obs)
 
     def encoder_loss(self, batch, termination_seen):
-        """Unrolls z_s through the real actions, and predicts reward, next z_s and done at each step.  Eqs. (7)-(10)
+        """Unrolls z_s along the real actions and predicts reward, next z_s and done at each step.  Eqs. (7)-(10)
 
-        batch: of at least H_Enc steps. termination_seen: 1.0 or 0.0, a device scalar; the done loss counts only once there is
-        something to tell apart.
+        batch: at least H_Enc steps. termination_seen: scalar tensor, 1.0 once any termination is stored; without one the done
+        loss would have nothing to separate.
         """
         config, horizon = self.config, self.config.encoder_horizon
         action, reward, terminated = (part[:, :horizon] for part in (batch.action, batch.reward, batch.terminated))
         with torch.no_grad():
-            # The target is the target encoder's z_s of the real next observation.
-            next_obs = batch.obs[:, 1:horizon + 1].flatten(0, 1)  # one large product; (batch, H, ·) would make H small ones
+            # The target is the target encoder's z_s of the real next observation. One large product for all H steps.
+            next_obs = batch.obs[:, 1:horizon + 1].flatten(0, 1)
             target_zs = self.targets["encoder"].zs(next_obs).unflatten(0, (len(batch.obs), -1))  # (batch, H, zs)
         zs = self.encoder.zs(batch.obs[:, 0])  # (batch, zs)
         done, zs, reward_logits = self.encoder.unroll(zs, action)  # Eq. (7): (batch, H, ·) each
@@ -153,12 +205,12 @@ class MRQ(BaseAgent):
         terminal_loss = (alive * F.mse_loss(done.squeeze(-1), terminated, reduction="none")).sum(1)  # Eqs. (8), (10)
         terminal_loss = termination_seen * terminal_loss
         loss = (config.reward_weight * reward_loss + config.dynamics_weight * dynamics_loss
-                + config.terminal_weight * terminal_loss)  # (batch,)
+                + config.terminal_weight * terminal_loss)  # (batch,)  Eq. (8)
         info = {"encoder_loss": loss, "reward_loss": reward_loss, "dynamics_loss": dynamics_loss, "terminal_loss": terminal_loss}
         return loss, {name: value.detach() for name, value in info.items()}
 
     def critic_loss(self, batch, zs):
-        """Huber to the multi-step TD target, for both Q.  Eq. (11)
+        """Huber loss to the multi-step TD target, for both Q.  Eq. (11)
 
         zs: (batch, zs) of the first observation. Also returns |δ|, the larger of the two critics': (batch,).
         """
@@ -173,12 +225,12 @@ class MRQ(BaseAgent):
 
     @torch.no_grad()
     def td_target(self, batch):
-        """[Σ γ^k r_k + γ^H · not done · r̄' · V'(s_H)] / r̄: (batch, 1).  Eq. (11)"""
-        config = self.config
-        returns, bootstrap = multi_step_return(batch.reward[:, :config.q_horizon], batch.terminated[:, :config.q_horizon],
-                                               config.discount)  # bootstrap: γ^H · not done
-        value = self.target_value(self.targets["encoder"].zs(batch.obs[:, config.q_horizon]))
-        return (returns + bootstrap * self.target_reward_scale * value) / self.reward_scale
+        """y = [Σ γ^k r_k + γ^H · (not done) · r̄' · V'(s_H)] / r̄: (batch, 1).  Eq. (11)"""
+        horizon = self.config.q_horizon
+        weight = alive_discount(batch.terminated[:, :horizon], self.config.discount)  # (batch, H + 1) γ^k, 0 once terminated
+        returns = (batch.reward[:, :horizon] * weight[:, :-1]).sum(1, keepdim=True)  # (batch, 1)
+        value = self.target_value(self.targets["encoder"].zs(batch.obs[:, horizon]))  # (batch, 1)
+        return (returns + weight[:, -1:] * self.target_reward_scale * value) / self.reward_scale
 
     def target_value(self, zs):
         """V' = min Q'(s, π'(s) + noise) of the target networks, in units of r̄': (batch, zs) -> (batch, 1).  Eq. (11)"""
@@ -189,34 +241,34 @@ class MRQ(BaseAgent):
         return self.targets["critic"](self.targets["encoder"](zs, action)).amin(1, keepdim=True)
 
     def actor_loss(self, zs):
-        """-(Q1 + Q2)/2 of the actor's own action, and a pull on what enters tanh.  Eq. (12)"""
+        """-(Q1 + Q2)/2 of the actor's action, plus a penalty on the input of its tanh.  Eq. (12)"""
         action, pre_activation = self.actor(zs)
         q = self.critic(self.encoder(zs, action)).mean(1)  # (batch,)
-        # The mean over action dimensions, where Eq. (12) leaves the reduction open, is the published MR.Q's.
+        # Eq. (12) leaves the reduction open; the mean over action dimensions is the published MR.Q's.
         loss = self.config.pre_activation_weight * pre_activation.square().mean(1) - q
         return loss, {"actor_loss": loss.detach(), "pre_activation": pre_activation.detach().abs()}
 
-    # ---- looking inside, saving ----
+    # ---- metrics, state ----
 
     @torch.no_grad()
     def compute_features(self, batch):
-        """One pass of each module over the batch. Returns the features SRank is read from: module -> name -> (batch, ·).
+        """One pass of each module. Returns the features for SRank: module -> name -> (batch, ·).
 
-        Whoever wants the hidden activations hooks `networks` while this runs.
+        The activations are read by hooks on `networks` during this pass.
         """
         zs = self.encoder.zs(batch.obs[:, 0])
         zsa = self.encoder(zs, batch.action[:, 0])
         critic = {name: q.features(zsa) for name, q in self.critic.named_children()}
         return {"encoder": {"zsa": zsa}, "critic": critic, "actor": {"pi": self.actor.features(zs)}}
 
-    def per_sample_losses(self, batch, replay):
-        """Each module's own loss, one value a sample, with its graph: module -> (batch,).
+    def per_sample_losses(self, batch):
+        """Each module's own loss per sample, with its graph: module -> (batch,).
 
-        By the plain methods of the class: what trains may be compiled, for another batch size and without this graph.
+        Calls the class's plain methods: the agent's own may be compiled for another batch size, without this graph.
         """
         plain = type(self)
         zs = plain.encode(self, batch.obs[:, 0])
-        return {"encoder": plain.encoder_loss(self, batch, replay.termination_seen)[0],
+        return {"encoder": plain.encoder_loss(self, batch, self.replay.termination_seen)[0],
                 "critic": plain.critic_loss(self, batch, zs)[0], "actor": plain.actor_loss(self, zs)[0]}
 
     def tensors(self):
@@ -225,14 +277,14 @@ class MRQ(BaseAgent):
 
 
 def symexp(x):
-    """sign(x)·(e^|x| - 1): bins evenly spaced in symlog space, so that small rewards are told apart finely."""
+    """sign(x)·(e^|x| - 1): bins that are evenly spaced in symlog space resolve small rewards finely."""
     return x.sign() * (x.abs().exp() - 1)
 
 
 def two_hot(x, bins):
-    """x as weights on two neighbouring bins: (their indices, their weights), (...) -> (..., 2) each.  Eq. (9)
+    """x as weights on two neighboring bins: (their indices, their weights), (...) -> (..., 2) each.  Eq. (9)
 
-    Beyond the last bins all weight lies on the last.
+    Beyond the outermost bins, all weight is on the last one.
     """
     lower = torch.searchsorted(bins[1:-1], x.contiguous(), right=True)  # 0 ... len(bins) - 2
     index = torch.stack([lower, lower + 1], -1)
@@ -242,6 +294,6 @@ def two_hot(x, bins):
 
 
 def two_hot_cross_entropy(logits, x, bins):
-    """CE(logits, Two-Hot(x)), (..., bins) and (...) -> (...). Two entries are gathered; no row is spelt out."""
+    """CE(logits, Two-Hot(x)), (..., bins) and (...) -> (...), without building the dense two-hot row."""
     index, weight = two_hot(x, bins)
     return -(weight * F.log_softmax(logits, -1).gather(-1, index)).sum(-1)  # Eq. (9)

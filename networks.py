@@ -1,6 +1,6 @@
-"""The networks of the paper: six architecture types, MR.Q's three modules, SimBa's networks, and how they scale.
+"""The networks of the paper: six architecture types, MR.Q's three modules, and how they scale.
 
-What it claims: parameter counts equal the sizes the paper prints, at every scale; all six types have the same count.
+Guarantees: parameter counts equal the sizes the paper prints, at every scale; all six types have the same count.
 
     type   activation   LayerNorm   residual
     1      ReLU         no          no
@@ -10,7 +10,7 @@ What it claims: parameter counts equal the sizes the paper prints, at every scal
     5      ReLU         yes         yes
     6      ELU          yes         yes
 
-Paper: Section 2.2, Figure 1, Appendices B.2 and C, Table 2. This file needs torch alone; copy it into your project.
+Paper: Section 2.2, Figure 1, Appendices B.2 and C, Table 2. This file needs only torch; copy it into your project.
 
     import torch
     from networks import Actor, Critic, Encoder
@@ -20,7 +20,7 @@ Paper: Section 2.2, Figure 1, Appendices B.2 and C, Table 2. This file needs tor
     actor = Actor(encoder.zs_dim, action_dim=21, arch_type=5, scale=1)
     zs = encoder.zs(torch.randn(256, 67))              # (256, 512)
     action, pre_activation = actor(zs)                 # (256, 21) each; the action lies in [-1, 1]
-    q = critic(encoder(zs, action))                    # (256, 2): one column a critic
+    q = critic(encoder(zs, action))                    # (256, 2): one column per critic
     print(q.shape, sum(p.numel() for p in critic.parameters()))
 """
 
@@ -37,7 +37,6 @@ ARCH_CONFIGS = {  # Appendix C
 }
 ACTIVATIONS = {"relu": nn.ReLU, "elu": nn.ELU}  # Eqs. (3) and (4), α = 1
 RESIDUALS = ("pre", "post")
-SIMBA_SIZES = {"critic": (512, 2), "actor": (128, 1)}  # SimBa's hidden width and number of blocks, at scale 1
 WIDTH = 512  # Table 2, hidden dim, and the size of z_s and z_sa, at scale 1
 ACTION_WIDTH = 256  # Table 2, z_a dim
 
@@ -60,7 +59,7 @@ def init_weights(layer):
 
 
 class BaseMLPBlock(nn.Module):
-    """Two linear layers, each behind LayerNorm and activation, of one width.  Appendix C, BaseMLPBlock"""
+    """Two linear layers, each after LayerNorm and activation, all of one width.  Appendix C, BaseMLPBlock"""
 
     def __init__(self, hidden_dim, use_layer_norm, activation):
         super().__init__()
@@ -232,107 +231,3 @@ class GaussianActor(GaussianHeads, BlockMLP):
         super().__init__(zs_dim, action_dim, hidden, num_blocks=blocks, residual=residual, **arch_config(arch_type))
         self.log_std = nn.Linear(hidden, action_dim)
         self.log_std.apply(init_weights)
-
-
-# ---- SimBa (Lee et al., 2024), for SAC and DDPG: Section 4, Figures 13 and 14 ----
-
-def init_he(layer):
-    """He truncated normal, as flax draws it (cut at two standard deviations, then rescaled to √(2 / fan_in))."""
-    std = (2.0 / layer.in_features) ** 0.5 / 0.87962566103423978
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-    nn.init.zeros_(layer.bias)
-
-
-def init_orthogonal(layer):
-    nn.init.orthogonal_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
-class SimbaBlock(nn.Module):
-    """LayerNorm, to four times the width, ReLU, back, and what came in added. This LayerNorm has parameters."""
-
-    def __init__(self, hidden_dim):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_dim, eps=1e-6)
-        self.linear1 = nn.Linear(hidden_dim, 4 * hidden_dim)
-        self.activation = nn.ReLU()
-        self.linear2 = nn.Linear(4 * hidden_dim, hidden_dim)
-        init_he(self.linear1)
-        init_he(self.linear2)
-
-    def forward(self, x):
-        return x + self.linear2(self.activation(self.linear1(self.norm(x))))
-
-
-class SimbaMLP(nn.Module):
-    """Linear projection, blocks, LayerNorm, linear output. By itself it is SimBa's actor for DDPG."""
-
-    def __init__(self, input_dim, output_dim, hidden_dim, num_blocks):
-        super().__init__()
-        self.projection = nn.Linear(input_dim, hidden_dim)
-        self.blocks = nn.ModuleList(SimbaBlock(hidden_dim) for _ in range(num_blocks))
-        self.norm = nn.LayerNorm(hidden_dim, eps=1e-6)
-        self.output = nn.Linear(hidden_dim, output_dim)
-        init_orthogonal(self.projection)
-        init_orthogonal(self.output)
-
-    def features(self, x):
-        """(..., input) -> (..., hidden): the penultimate features, which SRank is read from."""
-        x = self.projection(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-    def forward(self, x):
-        return self.output(self.features(x))
-
-
-class SimbaGaussian(GaussianHeads, SimbaMLP):
-    """SimBa's actor for SAC."""
-
-    def __init__(self, input_dim, action_dim, hidden_dim, num_blocks):
-        super().__init__(input_dim, action_dim, hidden_dim, num_blocks)
-        self.log_std = nn.Linear(hidden_dim, action_dim)
-        init_orthogonal(self.log_std)
-
-
-class SimbaCritic(nn.Module):
-    """One Q, or two with nothing shared, on observation and action."""
-
-    def __init__(self, obs_dim, action_dim, hidden_dim, num_blocks, num_qs=1):
-        super().__init__()
-        for number in range(1, num_qs + 1):
-            self.add_module(f"q{number}", SimbaMLP(obs_dim + action_dim, 1, hidden_dim, num_blocks))
-
-    def forward(self, obs, action):
-        """(..., obs_dim), (..., action_dim) -> (..., number of Q)"""
-        x = torch.cat([obs, action], -1)
-        return torch.cat([q(x) for q in self.children()], -1)
-
-
-class RunningNormalizer(nn.Module):
-    """(obs - mean) / std of every observation it was shown, by Welford's running form, in float64.
-
-    As in the published SimBa, it starts from mean 0 and variance 1 with the weight of 1e-4 observations. What it knows
-    are buffers, changed in place: part of a `state_dict`, and seen by a captured graph.
-    """
-
-    def __init__(self, dim, eps=1e-8):
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
-        self.register_buffer("count", torch.full((), 1e-4, dtype=torch.float64))
-
-    @torch.no_grad()
-    def update(self, obs):
-        """One observation, (dim,)."""
-        delta = obs.double() - self.mean
-        share = 1.0 / (self.count + 1.0)  # of the new observation
-        self.mean.add_(delta * share)
-        self.var.add_(delta.square() * share).mul_(1.0 - share)  # n/(n+1) · (var + δ²/(n+1))
-        self.count.add_(1.0)
-
-    def forward(self, obs):
-        """(..., dim) -> the same shape and dtype"""
-        return (obs - self.mean.to(obs.dtype)) * (self.var + self.eps).rsqrt().to(obs.dtype)

@@ -13,7 +13,7 @@ optimiser state of a new one.
 
 D2S is RigL's drop and grow with fewer grown than dropped (Appendix B.1.3): a change sets aside the smallest weights, a
 share ζ, and gradients decide which of them return. So most of what leaves is chosen by gradient, among small weights;
-`drop_initial=0` is pure magnitude pruning.
+`drop_fraction_start=0` is pure magnitude pruning.
 
 Paper: "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning", Section 2.1 and
 Appendix B.1. This file needs torch alone; copy it into your project. Masks simulate sparsity: the arithmetic stays
@@ -174,16 +174,16 @@ def _uniform(shape, generator, device="cpu"):
     return torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
 
 
-def maskable_weights(module, leave_out=()):
-    """name -> weight: what SparseTraining masks, the trained weights of MASKED_LAYERS less those named in `leave_out`.
+def maskable_weights(module, exclude=()):
+    """name -> weight: what SparseTraining masks, the trained weights of MASKED_LAYERS less those named in `exclude`.
 
     ValueError for a weight that masks cannot follow, and for a name to leave out that the module does not have.
     """
-    leave_out = [leave_out] if isinstance(leave_out, str) else leave_out
+    exclude = [exclude] if isinstance(exclude, str) else exclude
     layers, parameters = dict(module.named_modules()), dict(module.named_parameters(remove_duplicate=False))
-    if unknown := [name for name in leave_out if name not in layers and name not in parameters]:
+    if unknown := [name for name in exclude if name not in layers and name not in parameters]:
         raise ValueError(f"{type(module).__name__} has no layer or weight {unknown[0]!r} that could be left out")
-    left_out = {name for name in (*layers, *parameters) if any(f"{name}.".startswith(f"{part}.") for part in leave_out)}
+    left_out = {name for name in (*layers, *parameters) if any(f"{name}.".startswith(f"{part}.") for part in exclude)}
     chosen = set()  # ids, as two layers may share one weight
     for path, layer in layers.items():
         if not isinstance(layer, MASKED_LAYERS) or path in left_out:
@@ -216,12 +216,12 @@ class SparseTraining:
     update_interval: ΔT, updates between two changes of topology.
         The paper gives no ΔT; 1000 is the published setting for sparse SAC.
     distribution, grow: "er" or "uniform"; "gradient" (RigL) or "random" (SET).
-    drop_initial, drop_final: ζ at step 0 and at T, Eq. (1). Not in the paper; 0.5 to 0 as for sparse SAC.
+    drop_fraction_start, drop_fraction_end: ζ at step 0 and at T, Eq. (1). Not in the paper; 0.5 to 0 as for sparse SAC.
     schedule_start, schedule_end: when s_t moves, as shares of T, Eq. (2). Not in the paper; 0.2 and 0.8.
     power: λ of Eq. (2); the paper's 2.
     seed: masks have random numbers of their own, so that drawing them leaves the caller's alone. By default they come
         from the weights as they are: `torch.manual_seed` repeats them, and only exact copies get the same masks.
-    leave_out: names of layers or weights that stay dense: "output", or ["0", "encoder.1.weight"].
+    exclude: names of layers or weights that stay dense: "output", or ["0", "encoder.1.weight"].
 
     The masks live here and not in the module: the keys of its `state_dict` stay as they were, and because the stored
     weights are already masked, a deep copy or a hard target update is sparse by itself. A soft target is not: after
@@ -232,8 +232,8 @@ class SparseTraining:
     """
 
     def __init__(self, module, optimizer, regime, sparsity=0.6, total_steps=1_000_000, update_interval=1000,
-                 distribution="er", grow="gradient", drop_initial=0.5, drop_final=0.0,
-                 schedule_start=0.2, schedule_end=0.8, power=2.0, seed=None, leave_out=()):
+                 distribution="er", grow="gradient", drop_fraction_start=0.5, drop_fraction_end=0.0,
+                 schedule_start=0.2, schedule_end=0.8, schedule_power=2.0, seed=None, exclude=()):
         _check_choice("regime", regime, REGIMES)
         _check_choice("distribution", distribution, DISTRIBUTIONS)
         _check_choice("grow", grow, GROWTHS)
@@ -242,15 +242,15 @@ class SparseTraining:
             raise ValueError(f"total_steps ({total_steps}) and update_interval ({update_interval}) must be at least 1")
         if not 0 <= schedule_start <= schedule_end <= 1:
             raise ValueError(f"0 <= schedule_start <= schedule_end <= 1 must hold, not {schedule_start}, {schedule_end}")
-        if not (0 <= drop_initial <= 1 and 0 <= drop_final <= 1):
-            raise ValueError(f"drop_initial ({drop_initial}) and drop_final ({drop_final}) must lie in [0, 1]")
-        if not 0 < power < math.inf:
-            raise ValueError(f"power, the degree of the sparsity schedule, must be above 0, not {power}")
+        if not (0 <= drop_fraction_start <= 1 and 0 <= drop_fraction_end <= 1):
+            raise ValueError(f"drop_fraction_start ({drop_fraction_start}) and drop_fraction_end ({drop_fraction_end}) must lie in [0, 1]")
+        if not 0 < schedule_power < math.inf:
+            raise ValueError(f"power, the degree of the sparsity schedule, must be above 0, not {schedule_power}")
         self.module, self.optimizer, self.regime = module, optimizer, regime
         self.total_steps, self.update_interval = total_steps, update_interval
         self.distribution, self.grow = distribution, grow
-        self.drop_initial, self.drop_final = drop_initial, drop_final
-        self.power, self.seed = power, seed
+        self.drop_fraction_start, self.drop_fraction_end = drop_fraction_start, drop_fraction_end
+        self.power, self.seed = schedule_power, seed
         self.start, self.end = round(schedule_start * total_steps), max(1, round(schedule_end * total_steps))
         # A regime is only a schedule: the sparsity at the start, at the end, and whether topology moves at all.
         self.initial, self.final, self.dynamic = {
@@ -263,7 +263,7 @@ class SparseTraining:
         if regime == "dense":
             return
 
-        weights = maskable_weights(module, leave_out)
+        weights = maskable_weights(module, exclude)
         if not weights:
             raise ValueError(f"{type(module).__name__} trains no weight of a layer that is masked: nothing to sparsify")
         _check_optimizer(optimizer, weights)
@@ -294,7 +294,7 @@ class SparseTraining:
             return False
         # The sparsity wanted now, with ER solved anew for it.  Eq. (2)
         sparsity = scheduled_sparsity(step, self.initial, self.final, self.start, self.end, self.power)
-        zeta = drop_fraction(step, self.total_steps, self.drop_initial, self.drop_final)  # Eq. (1)
+        zeta = drop_fraction(step, self.total_steps, self.drop_fraction_start, self.drop_fraction_end)  # Eq. (1)
         counts = self._counts(self.masks, sparsity)
         # Dense before and after: whatever is dropped would come straight back.
         moving = [(name, weight) for name, weight in self._weights()

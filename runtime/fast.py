@@ -5,7 +5,7 @@ the results are those of the plain path within rounding; masks included, since t
 
     speed_up(agent, precision="bf16", compile=True)
     update = captured(agent)            # on CUDA: agent.update, captured in one part or two
-    update(replay)                      # always the same replay: a graph reads the tensors it was recorded with
+    update()
 
 Precision, of matrix products and what lies between them; weights, gradients, moments, losses, and the last layers of Q
 and of stochastic actors stay in float32:
@@ -274,14 +274,14 @@ class CapturedUpdate:
         self.record = record or self.record_cuda_graph
         self.calls, self.replay_graph, self.info, self.stream = 0, None, None, None
 
-    def __call__(self, replay):
+    def __call__(self):
         self.calls += 1
         agent = self.agent
         if self.calls <= WARM_UP:
-            self.warm_up(replay)
+            self.warm_up()
             return
         if any(agent.sparse[name].is_update_step(agent.updates[name] + 1) for name in self.modules):
-            self.function(replay)
+            self.function()
             if self.replay_graph is not None:
                 for name in self.modules:  # the graph has gradients of its own
                     agent.optimizers[name].zero_grad(set_to_none=True)
@@ -290,7 +290,7 @@ class CapturedUpdate:
             before = dict(agent.updates)
             last_steps = {name: agent.sparse[name].last_step for name in self.modules}
             agent.info, everything = {}, agent.info
-            self.replay_graph = self.record(lambda: self.function(replay))
+            self.replay_graph = self.record(self.function)
             self.info, agent.info = agent.info, everything  # the graph writes into these tensors from now on
             agent.updates.update(before)  # recording advanced the host's counts, but ran nothing
             for name, step in last_steps.items():
@@ -301,15 +301,15 @@ class CapturedUpdate:
             agent.sparse[name].update_topology(agent.updates[name])  # not due: notes the step, and does nothing else
         agent.info.update(self.info)
 
-    def warm_up(self, replay):
+    def warm_up(self):
         """Runs on the stream that will record, as PyTorch asks; plainly where there are no streams."""
-        if replay.device.type != "cuda":
-            return self.function(replay)
+        if self.agent.device.type != "cuda":
+            return self.function()
         self.stream = self.stream or torch.cuda.Stream()
         main = torch.cuda.current_stream()
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
-            self.function(replay)
+            self.function()
         main.wait_stream(self.stream)
 
     def record_cuda_graph(self, function):

@@ -1,12 +1,12 @@
-"""A run that may be stopped or killed at any moment, and goes on as if nothing had happened.
+"""A run that may be stopped or killed at any moment, and resumes exactly.
 
-What it claims: what `state` returns is all of a run, to the last random generator, so that one resumed from it writes the
+Guarantees: what `state` returns is all of a run, to the last random generator, so that one resumed from it writes the
 same CSV files, byte for byte on a CPU, timing columns aside, as one that was never stopped; and a signal to stop is answered
 at the next safe point: between two agent steps, between two updates of an encoder burst, or within an evaluation, which
 is then played anew.
 
-    saved = SavedRun(Checkpoints(folder), args, device, agent, replay, env, log)
-    obs = saved.restore()                   # None for a new run; saved.progress says where the loop stands
+    saved = SavedRun(Checkpoints(folder), args, device, agent, env, log)
+    obs = saved.restore(differs)            # None for a new run; saved.progress says where the loop is
     saved.save_if_due()                     # between two steps; StopSignals.check says when to stop, and save at once
 
 Not in the paper. `checkpoint.py` is about the files; this is about what belongs into them, and when.
@@ -20,8 +20,6 @@ import time
 
 import numpy as np
 import torch
-
-from settings import diff_settings, from_config
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGUSR1: what SLURM is usually asked to warn by
 
@@ -37,7 +35,7 @@ class StopSignals:
     def __init__(self):
         self.name = None
         for name in SIGNALS:
-            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup has its way
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # respect nohup
                 signal.signal(getattr(signal, name), self._note)
 
     def _note(self, number, _):
@@ -66,9 +64,9 @@ class Progress:
 class SavedRun:
     """All parts of a run together: what a checkpoint holds, when it is written, and the way back."""
 
-    def __init__(self, checkpoints, args, device, agent, replay, env, log):
+    def __init__(self, checkpoints, args, device, agent, env, log):
         self.checkpoints, self.args, self.device = checkpoints, args, device
-        self.agent, self.replay, self.env, self.log = agent, replay, env, log
+        self.agent, self.env, self.log = agent, env, log
         self.progress, self._began = Progress(), time.time()
 
     def seconds(self):
@@ -82,7 +80,7 @@ class SavedRun:
         run = dataclasses.asdict(self.progress) | {"seconds": self.seconds()}
         run["action"] = None if run["action"] is None else run["action"].tolist()
         return {"config": dataclasses.asdict(self.args), "progress": run,
-                "agent": self.agent.state_dict(), "info": dict(self.agent.info), "replay": self.replay.state_dict(),
+                "agent": self.agent.state_dict(), "info": dict(self.agent.info), "replay": self.agent.replay.state_dict(),
                 "env": self.env.state(), "log": self.log.positions(self.progress.step),
                 "random": {"cpu": torch.get_rng_state()} | (
                     {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})}
@@ -91,8 +89,8 @@ class SavedRun:
         """FloatingPointError instead, if the run has broken: the checkpoints that there are stay."""
         self.check_health()
         # The current row is written in part: it is saved, and saved again with the next ones.
-        first, rows = self.replay.rows_since(max(0, self.checkpoints.next_row - 1))
-        oldest = self.replay.position + 1 - self.replay.capacity
+        first, rows = self.agent.replay.rows_since(max(0, self.checkpoints.next_row - 1))
+        oldest = self.agent.replay.position + 1 - self.agent.replay.capacity
         self.checkpoints.save(self.progress.step, self.state(), first, rows, oldest, wait)
 
     def save_if_due(self):
@@ -115,7 +113,7 @@ class SavedRun:
 
     # ---- the way back ----
 
-    def restore(self):
+    def restore(self, differs=lambda config: ""):
         """Puts the newest whole checkpoint into all parts; returns the observation where the run stands, or None for a run
         that has none. Before anything is captured as a CUDA graph: a graph would hold on to the tensors of before.
 
@@ -128,13 +126,13 @@ class SavedRun:
             return None
         where = f"the checkpoint of step {self.checkpoints.step:,} in {self.checkpoints.folder}"
         try:
-            if differing := diff_settings(from_config(state["config"]), self.args):
-                raise ValueError(f"it is of another run: {differing}")
+            if difference := differs(state["config"]):
+                raise ValueError(f"it belongs to another run: {difference}")
             self.agent.load_state_dict(state["agent"])
             self.agent.info = {name: value.to(self.device) for name, value in state["info"].items()}
             for first, rows in self.checkpoints.rows():
-                self.replay.load_rows(first, rows)
-            self.replay.load_state_dict(state["replay"])
+                self.agent.replay.load_rows(first, rows)
+            self.agent.replay.load_state_dict(state["replay"])
             obs = self.env.restore(state["env"])
             self.progress = run = Progress(**state["progress"])
             run.action = None if run.action is None else np.array(run.action, np.float32)
@@ -148,7 +146,7 @@ class SavedRun:
 
     def size(self):
         """Bytes on the disk: (one checkpoint, the whole replay buffer)."""
-        agent, replay = self.agent, self.replay
+        agent, replay = self.agent, self.agent.replay
         count = lambda modules: sum(p.numel() for module in modules.values() for p in module.parameters())
         masks = sum(mask.numel() for sparse in agent.sparse.values() for mask in sparse.masks.values())
         # Weights and two moments, targets, a byte a mask, and all priorities.

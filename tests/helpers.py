@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from hypothesis import settings
+from runtime import console
 from runtime import checkpoint
 from runtime.log import RunLog
 from runtime.resume import SavedRun
@@ -29,7 +30,9 @@ from envs import Env, Evaluator
 from agents import AGENTS
 from mrq import MRQ
 from replay import ReplayBuffer
-from settings import MRQConfig, MR_MST, ModuleConfig, parse, run_name
+from base import ModuleConfig
+from mrq import MRQConfig, MR_MST
+from settings import parse, run_name
 
 HERE = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # tiny networks: threads would only wait for one another
@@ -129,7 +132,9 @@ def tiny(modules=MR_MST, config=TINY, width=1 / 32, seed=0, **options):
     torch.manual_seed(seed)
     modules = {name: ModuleConfig(m.arch_type, m.regime, width, 1, sparse_options={"update_interval": 3})
                for name, m in modules.items()}
-    return MRQ(4, 2, modules, config, total_updates=40, seed=seed, **options)
+    agent = MRQ(4, 2, modules, config, total_updates=40, seed=seed, buffer_size=1000, **options)
+    agent.replay = filled()
+    return agent
 
 
 def filled(seed=0, steps=300):
@@ -154,8 +159,9 @@ def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=
                                          sparse_options={"update_interval": interval})
                for name, m in (modules or agent_class.Config.presets["mst"]).items()}
     period = {"target_update_freq": 4} if issubclass(agent_class, MRQ) else {}
-    agent = agent_class(4, 2, modules, agent_class.Config(**({"batch_size": 16} | period | settings)), total_updates, device, seed)
-    buffer = play(seed, 400, agent.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.prioritized,
+    agent = agent_class(4, 2, modules, agent_class.Config(**({"batch_size": 16} | period | settings)), total_updates, device, seed,
+                        buffer_size=1000)
+    agent.replay = buffer = play(seed, 400, agent.config.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.config.prioritized,
                   device="cpu" if device == "meta" else device)[0]
     if device != "meta":
         for obs in buffer.obs[:50].cpu().numpy():
@@ -220,7 +226,7 @@ class RecordedRun:
     """Environment, agent, replay, evaluation, checkpoints and log in one, which note everything they are told. Each observation is a number."""
     episodes = [(3, "terminated"), (2, "truncated"), (3, "truncated"), (1, "terminated"), (9, "truncated")]
     obs_dim, action_dim, horizon, updates_per_step, prioritized, folder = 1, 1, 1, 2, False, "here"
-    device, networks, sparse, updates, failure = torch.device("cpu"), {}, {}, {}, None
+    device, networks, sparse, failure, num_updates = torch.device("cpu"), {}, {}, None, 0
 
     def __init__(self):
         self.events, self.rows, self.time, self.episode, self.length, self.frames, self.actions = [], [], 0, -1, 0, 0, 0
@@ -260,9 +266,9 @@ class RecordedRun:
         self.note("act", obs.ravel().tolist(), explore, torch.rand(()).item())
         return np.full((*obs.shape[:-1], 1), self.actions, np.float32)
 
-    def update(self, replay):
-        assert replay is self
+    def update(self):
         self.note("update")
+        self.num_updates += 1
         self.info = {"loss": torch.tensor(float(len(self.events)))}
 
     def nonfinite_report(self):
@@ -297,16 +303,15 @@ class RecordedRun:
 
 def recorded_run(monkeypatch, run, **settings):
     """The loop on a recorded run: all events without the random numbers in them, and those of acting in training."""
-    monkeypatch.setattr(train, "measure", lambda agent, replay, wanted: run.note("measure", wanted) or {"metric": 0.5})
+    monkeypatch.setattr(train, "measure", lambda agent, wanted: run.note("measure", wanted) or {"metric": 0.5})
     monkeypatch.setattr(train, "StopSignals", lambda: argparse.Namespace(check=lambda: None))
     monkeypatch.setattr(SavedRun, "save", lambda self: run.note("save", self.progress.step))
     monkeypatch.setattr(SavedRun, "finish", lambda self: run.note("finish", self.progress.step))
     args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6,
                                               "save_every": 2, "metrics_every": 2} | settings))
     torch.manual_seed(args.seed)
-    device = torch.device("cpu")
-    train.train(args, device, run, run, run, run, run,
-                SavedRun(argparse.Namespace(load=lambda: None, step=None, failure=None), args, device, run, run, run, run))
+    checkpoints = argparse.Namespace(load=lambda: None, step=None, failure=None)
+    train.train(args, run, run, run, run, SavedRun(checkpoints, args, torch.device("cpu"), run, run, run))
     return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
 
 
@@ -328,7 +333,7 @@ def in_process(arguments, output, kill=None, record=None):
         os.dup2(handle, 1), os.dup2(handle, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would its children
         sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), ["train.py", *arguments]
-        show, restore = train.Bar.show, SavedRun.restore
+        show, restore = console.Bar.show, SavedRun.restore
 
         def note_step(bar, step, *rest, **more):
             record[0] = step
@@ -339,7 +344,7 @@ def in_process(arguments, output, kill=None, record=None):
             record[1] = saved.progress.step
             return obs
         if record is not None:
-            train.Bar.show, SavedRun.restore = note_step, note_start
+            console.Bar.show, SavedRun.restore = note_step, note_start
         if kill:
             (owner, name), which, delay, number = MOMENTS[kill[0]], *kill[1:]
             plain, entries = getattr(owner, name), itertools.count()

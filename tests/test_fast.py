@@ -17,7 +17,8 @@ from runtime import fast
 import train
 from agents import AGENTS
 from replay import ReplayBuffer
-from settings import MR_DEFAULT, parse, run_name
+from mrq import MR_DEFAULT
+from settings import parse, run_name
 from tests.helpers import filled, regimes_dense, tiny, tiny_of
 
 
@@ -56,7 +57,7 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
         sparse.grow = growth
     with NoSynchronisation():  # bursts, targets, scales, topology updates and the fused optimisers among them
         for _ in range(9):
-            agent.update(buffer)
+            agent.update()
         with pytest.raises(AssertionError, match="synchronises"):
             agent.info["critic_loss"].mean().item()
         with pytest.raises(AssertionError, match="synchronises"):
@@ -64,7 +65,7 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
 
     # Tensors on "meta" have no values at all: whoever asks for one, or mixes in a tensor of the host, fails.
     agent, _ = tiny_of(algo, modules, device="meta")
-    buffer = ReplayBuffer(4, 2, 40, agent.horizon, agent.prioritized, device="meta")
+    buffer = ReplayBuffer(4, 2, 40, agent.config.horizon, agent.config.prioritized, device="meta")
     buffer.num_valid = 1
     for optimizer in agent.optimizers.values():  # the fused kernel has no meta form; it was under watch above
         monkeypatch.setattr(optimizer, "step", lambda: None)
@@ -75,7 +76,7 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
             with pytest.raises(AssertionError, match="_to_copy synchronises"):  # the action: all that is ever read
                 agent.act(np.ones(4, np.float32), explore=True)
             if step < 9:
-                agent.update(buffer)
+                agent.update()
             with NoNumbers():
                 buffer.add(np.ones(4), np.ones(2), 0.5, np.ones(4), step % 50 == 19, step % 50 == 49)
         with NoNumbers(), pytest.raises(AssertionError, match="synchronises"):
@@ -98,11 +99,11 @@ class Operations(TorchDispatchMode):
 def test_an_agent_step_stays_small():
     """Each operation costs the host some microseconds, and a GPU more than most of them take. The depth decides, not the width."""
     agent, buffer = tiny(), filled()
-    agent.refresh_targets(buffer)
-    agent.update(buffer)
+    agent.refresh_targets()
+    agent.update()
     with Operations() as operations:
-        agent.update_encoder(buffer)
-        agent.update_critic_and_actor(buffer)
+        agent.update_encoder()
+        agent.update_critic_and_actor()
     assert 300 < operations.count <= 700
 
 
@@ -147,7 +148,7 @@ def test_recorded_updates_equal_plain_ones(algo):
     for step in range(20):
         for one, replay in zip((plain, agent), buffers):
             torch.manual_seed(step)
-            one.update(replay)
+            one.update()
         assert plain.updates == agent.updates
         assert {n: s.last_step for n, s in plain.sparse.items()} == {n: s.last_step for n, s in agent.sparse.items()}
         assert {k: v.tolist() for k, v in plain.info.items()} == {k: v.tolist() for k, v in agent.info.items()}
@@ -202,7 +203,7 @@ def test_cuda_captured_updates_equal_eager_ones(algo, precision, compile):
         for agent, buffer in ((eager, one), (graphed, other)):
             torch.manual_seed(number)
             for _ in range(50):
-                agent.update(buffer)
+                agent.update()
         assert eager.updates == graphed.updates and eager.nonfinite_report() is None is graphed.nonfinite_report()
         way = distance(before, weights_of(eager))
         assert 0 < way and distance(weights_of(eager), weights_of(graphed)) <= (0.3 if compile else 1e-3) * way
@@ -217,7 +218,7 @@ def test_cuda_loop_waits_for_nothing_but_the_action(algo):
     agent, buffer = on_gpu(algo)
     obs = np.ones(4, np.float32)
     for _ in range(10):
-        agent.update(buffer)  # warmed up and recorded
+        agent.update()  # warmed up and recorded
     agent.act(obs, explore=True)
     try:
         for step in range(130):  # topology changes, bursts, ends of both kinds
@@ -228,7 +229,7 @@ def test_cuda_loop_waits_for_nothing_but_the_action(algo):
             assert sum("synchronizing" in str(wait.message) for wait in waits) == 1
             torch.cuda.set_sync_debug_mode("error")
             agent.update_obs_stats(obs)
-            agent.update(buffer)
+            agent.update()
             buffer.add(obs, action, 0.5, obs, step % 50 == 19, step % 50 == 49)
         with pytest.raises(RuntimeError, match="synchronizing"):
             agent.info["critic_loss"].mean().item()
@@ -243,7 +244,7 @@ def test_cuda_memory_stands_still(algo):
     seen = []
     for _ in range(4):
         for _ in range(120):
-            agent.update(buffer)
+            agent.update()
         torch.cuda.synchronize()
         seen.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert seen[1] == seen[2] == seen[3]
@@ -256,7 +257,7 @@ def test_cuda_resume_and_evaluation_between_replays_change_nothing(algo):
     for step in range(70):
         for agent, buffer in ((plain, one), (watched, other)):
             torch.manual_seed(step)
-            agent.update(buffer)
+            agent.update()
         watched.act(np.ones((10, 4), np.float32), explore=False)
         watched.compute_features(other.gather(torch.arange(8, device=GPU)))
     assert distance(weights_of(plain), weights_of(watched)) == 0
@@ -267,7 +268,7 @@ def test_cuda_resume_and_evaluation_between_replays_change_nothing(algo):
     for agent, buffer in ((plain, one), (resumed, third)):
         torch.manual_seed(1)
         for _ in range(60):
-            agent.update(buffer)
+            agent.update()
     assert distance(weights_of(plain), weights_of(resumed)) <= 1e-3 * distance(before, weights_of(plain))
 
 
@@ -318,7 +319,7 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
     for one, replay in ((plain, buffer), (agent, other)):
         torch.manual_seed(1)
         for _ in range(4):
-            one.update(replay)
+            one.update()
     assert calls and all(shape.numel() >= 256 or 16 in shape for shape in calls)  # products of gradients have the batch
     for name, network in plain.networks.items():
         torch.testing.assert_close(list(network.parameters()), list(agent.networks[name].parameters()), rtol=1e-3, atol=1e-5)
@@ -327,7 +328,7 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
         monkeypatch.setattr(fast, "use_onednn", lambda: available)
         agent, buffer = tiny_of(algo)
         fast.speed_up(agent, precision)
-        agent.update(buffer)
+        agent.update()
         assert not calls
 
 
@@ -362,7 +363,7 @@ def test_the_compiler_is_tried_on_the_device_itself(monkeypatch):
 def test_auto_compiles_long_runs_on_the_cpu_where_that_pays_and_works(monkeypatch):
     cpu, trouble = torch.device("cpu"), [None]
     monkeypatch.setattr(fast, "compile_error", lambda device: trouble[0])
-    chosen = lambda *flags, begun=None: train.pick_compile(parse([*flags]), cpu, begun)
+    chosen = lambda *flags, begun=None: train.resolve_compile(parse([*flags]), cpu, begun)
     long, short = ("--total-steps", "11000", "--learning-starts", "1000"), ("--total-steps", "10999", "--learning-starts", "1000")
     for algo, pays in (("mrq", True), ("mrsac", True), ("sac", False), ("ddpg", False)):
         assert chosen("--algo", algo, *long)[0] == pays and not chosen("--algo", algo, *short)[0]
@@ -402,7 +403,7 @@ def test_targets_are_masked_anew_when_topology_changes_and_not_otherwise(algo):
     masked, apply_masks = [], agent.sparse["critic"].apply_masks
     agent.sparse["critic"].apply_masks = lambda module: masked.append(agent.updates["critic"]) or apply_masks(module)
     for _ in range(10):
-        agent.update(buffer)
+        agent.update()
     assert masked == [3, 6, 9]
 
 
@@ -432,7 +433,7 @@ def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert agent.critic(torch.randn(3, 16)).dtype == torch.float32
     for _ in range(5):
-        agent.update(buffer)
+        agent.update()
     for network, optimizer in zip(agent.networks.values(), agent.optimizers.values()):
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters())
         assert all(v.dtype == torch.float32 for state in optimizer.state.values() for v in state.values())
@@ -444,7 +445,7 @@ def test_bfloat16_copies_follow_their_weights(algo):
     for one in (agent, other):
         fast.speed_up(one, "bf16")
     for _ in range(5):  # targets, a topology change
-        agent.update(buffer)
+        agent.update()
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
     checked = 0
     for one in (agent, other):
@@ -474,7 +475,7 @@ def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
     fast.speed_up(agent, "bf16")
     for one, buffer in ((agent, one_buffer), (plain, other_buffer)):
         torch.manual_seed(0)
-        one.update(buffer)
+        one.update()
     for name in ("critic_loss", "actor_loss", "q"):
         value, exact = agent.info[name], plain.info[name]
         assert value.dtype == torch.float32 and (value != exact).any() and value.mean().item() == pytest.approx(exact.mean().item(), rel=0.1, abs=0.1)
@@ -531,7 +532,7 @@ def test_compiled_bfloat16_losses_take_that_product_and_equal_plain_ones(algo, m
         for agent, replay in ((plain, one), (compiled, other)):
             torch.manual_seed(step)
             with torch.profiler.profile() as profile:
-                agent.update(replay)
+                agent.update()
             calls[agent] = {event.key: event.count for event in profile.key_averages()}
     # All products of the compiled losses, forward and backward, but the heads': three a call at most. `encode` is not compiled.
     count = lambda *names: sum(calls[compiled].get(name, 0) for name in names)
@@ -561,7 +562,7 @@ def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     for step in range(7):  # across bursts and topology updates
         for agent, replay in zip((plain, compiled), buffers):
             torch.manual_seed(step)
-            agent.update(replay)
+            agent.update()
     for name in plain.networks:
         for a, b in zip(plain.networks[name].parameters(), compiled.networks[name].parameters()):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,8 @@ import torch
 from agents import AGENTS
 from mrq import MRQ
 from replay import ReplayBuffer
-from settings import MRQConfig, MR_MST, ModuleConfig
+from base import ModuleConfig
+from mrq import MRQConfig, MR_MST
 
 
 class Corridor:
@@ -37,7 +38,7 @@ def train_on(env, agent, replay, rng):
         agent.update_obs_stats(obs)
         action = rng.uniform(-1, 1, 1) if step < 500 else agent.act(obs, explore=True)
         for _ in range(agent.updates_per_step if step >= 500 else 0):
-            agent.update(replay)
+            agent.update()
         next_obs, reward, terminated, truncated = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated, truncated)
         obs = env.reset(rng) if terminated or truncated else next_obs
@@ -63,7 +64,7 @@ def test_all_five_losses_are_needed_and_learn():
                for name, m in MR_MST.items()}
     config = MRQConfig(batch_size=64, target_update_freq=50, encoder_lr=1e-3, critic_lr=1e-3, actor_lr=1e-3, discount=0.9)
     agent = MRQ(2, 1, modules, config, total_updates=800)
-    replay, env = ReplayBuffer(2, 1, 5000, agent.horizon), Corridor()
+    replay, env = ReplayBuffer(2, 1, 5000, agent.config.horizon), Corridor()
     train_on(env, agent, replay, rng)
     play_out = functools.partial(play_corridor, env, agent)
     # Policy: from the left, go right and stop short of the edge. An agent that learns nothing gets -4 to -20.
@@ -107,9 +108,9 @@ def test_simba_agents_learn_a_small_task(algo):
     rng, agent_class = np.random.RandomState(0), AGENTS[algo]
     modules = {name: dataclasses.replace(m, width_scale=1 / 8, sparse_options={"update_interval": 200})
                for name, m in agent_class.Config.presets["mst"].items()}
-    agent = agent_class(2, 1, modules, agent_class.Config(batch_size=64, discount=0.9, actor_lr=1e-3, critic_lr=1e-3, target_rate=0.02),
+    agent = agent_class(2, 1, modules, agent_class.Config(batch_size=64, discount=0.9, actor_lr=1e-3, critic_lr=1e-3, tau=0.02),
                         total_updates=1600)
-    replay, env = ReplayBuffer(2, 1, 5000, agent.horizon, agent.prioritized), Corridor()
+    replay, env = ReplayBuffer(2, 1, 5000, agent.config.horizon, agent.config.prioritized), Corridor()
     train_on(env, agent, replay, rng)
     play_out = functools.partial(play_corridor, env, agent)
     returns = [sum(play_out(x)) for x in np.linspace(-1, 0, 5)]

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from agents import AGENTS
 from mrq import symexp, two_hot, two_hot_cross_entropy
 from replay import Batch, ReplayBuffer
-from settings import MR_DEFAULT, MR_MST, ModuleConfig
+from base import ModuleConfig
+from mrq import MR_DEFAULT, MR_MST
 from tests.helpers import dense_two_hot, filled, play, regimes_dense, tiny, tiny_of
 
 
@@ -84,10 +85,10 @@ def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatc
         (lambda losses, *rest: (losses + (wrong if next(calls) == bad else 0.0), *rest))(*original(*arguments))))
     weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n, network in agent.networks.items()}
     for _ in itertools.takewhile(lambda _: agent.nonfinite_report() is None, range(20)):
-        agent.update(buffer)
+        agent.update()
     then = weights()
     for _ in range(5):  # another burst among them
-        agent.update(buffer)
+        agent.update()
     assert {n: torch.equal(w, then[n]) for n, w in weights().items()} == {n: n == name for n in then}
     assert all(w.isfinite().all() for w in weights().values())
     assert agent.nonfinite_report() == (f"the {name}'s loss or gradient (its update {bad})", 4 if name == "encoder" else (bad - 1) // agent.updates_per_step)
@@ -107,10 +108,10 @@ def test_the_reward_scale_waits_for_a_reward():
     agent, buffer = tiny(), ReplayBuffer(4, 2, 400, 5)
     for step in range(60):
         buffer.add(np.ones(4), np.zeros(2), 0.0, np.ones(4), False, False)
-    agent.refresh_targets(buffer)
+    agent.refresh_targets()
     assert agent.reward_scale == agent.target_reward_scale == 1
     buffer.add(np.ones(4), np.zeros(2), -6.1, np.ones(4), False, False)
-    agent.refresh_targets(buffer)
+    agent.refresh_targets()
     assert agent.reward_scale.item() == pytest.approx(0.1) and agent.target_reward_scale == 1
 
 
@@ -118,18 +119,18 @@ def test_the_done_loss_waits_for_a_termination():
     agent, buffer = tiny(), ReplayBuffer(4, 2, 400, 5)
     for _ in range(60):
         buffer.add(np.ones(4), np.zeros(2), 1.0, np.ones(4), False, False)
-    agent.update(buffer)
+    agent.update()
     done = agent.encoder.model.weight.grad  # its first row
     assert not agent.info["terminal_loss"].any() and not done[0].any() and done[1:].any()
     buffer.add(np.ones(4), np.zeros(2), 1.0, np.ones(4), True, False)
-    agent.update_encoder(buffer)
+    agent.update_encoder()
     assert agent.info["terminal_loss"].any() and agent.encoder.model.weight.grad[0].any()
 
 
 def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
     agent, buffer = tiny(modules=MR_DEFAULT), filled()
-    agent.refresh_targets(buffer)
-    agent.update(buffer)
+    agent.refresh_targets()
+    agent.update()
     before = {name: [p.clone() for p in network.parameters()] for name, network in agent.networks.items()}
     for network in agent.networks.values():
         network.zero_grad(set_to_none=True)
@@ -151,19 +152,19 @@ def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
     agent, buffer = tiny(), filled()
     drawn, gather = [], buffer.gather
     buffer.gather = lambda index, horizon: drawn.append(index) or gather(index, horizon)
-    agent.refresh_targets(buffer)
+    agent.refresh_targets()
     burst = agent.encoder_indices.clone()
     assert burst.shape == (4, 16) and len(burst.unique()) > 30 and (buffer.priority[burst] > 0).all()
-    agent.update_encoder(buffer)
+    agent.update_encoder()
     other = tiny(seed=9)
     other.load_state_dict(copy.deepcopy(agent.state_dict()))  # stopped after one update of four
     torch.manual_seed(123)
     for one in (agent, other):
         for _ in range(3):
-            one.update_encoder(buffer)
+            one.update_encoder()
     assert torch.equal(torch.stack(drawn), torch.cat([burst, burst[1:]]))
     assert all(torch.equal(a, b) for a, b in zip(agent.encoder.parameters(), other.encoder.parameters()))
-    agent.refresh_targets(buffer)
+    agent.refresh_targets()
     assert not torch.equal(agent.encoder_indices, burst) and agent.encoder_position == 0
 
 
@@ -172,7 +173,7 @@ def test_every_regime_on_every_module(regimes):
     modules = {name: ModuleConfig(preset.arch_type, regime) for (name, preset), regime in zip(MR_MST.items(), regimes)}
     agent, buffer = tiny(modules), filled()
     for _ in range(40):
-        agent.update(buffer)
+        agent.update()
     for name, regime in zip(agent.networks, regimes):
         final = {"dense": 1.0, "s2d": 1.0}.get(regime, 0.4)
         weights = [p for p in agent.networks[name].parameters() if p.ndim == 2]
@@ -181,7 +182,7 @@ def test_every_regime_on_every_module(regimes):
         for network in (agent.networks[name], ):
             for weight, mask in agent.sparse[name].masks.items():
                 assert not dict(network.named_parameters())[weight][~mask].any()
-        agent.refresh_targets(buffer)  # a hard copy is as sparse
+        agent.refresh_targets()  # a hard copy is as sparse
         for weight, mask in agent.sparse[name].masks.items():
             assert not dict(agent.targets[name].named_parameters())[weight][~mask].any()
     assert all(value.isfinite().all() for value in agent.info.values())
@@ -204,14 +205,14 @@ def test_acting():
 def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
     agent, buffer = tiny_of(algo)
     for _ in range(5):
-        agent.update(buffer)
+        agent.update()
     other = tiny_of(algo, seed=9)[0]
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
     buffers = [buffer, copy.deepcopy(buffer)]
     for one, replay in zip((agent, other), buffers):
         torch.manual_seed(1)
         for _ in range(6):
-            one.update(replay)
+            one.update()
     for kind in ("networks", "targets"):
         for name, network in getattr(agent, kind).items():
             for a, b in zip(network.parameters(), getattr(other, kind)[name].parameters()):
@@ -233,6 +234,6 @@ def test_another_agents_state_is_refused_before_anything_changes():
             agent.load_state_dict(state)
         assert all(torch.equal(a, b) for a, b in zip(weights, agent.critic.parameters()))
     other, buffer = tiny_of("sac", critic_lr=0.5)
-    other.update(buffer)
+    other.update()
     agent.load_state_dict(other.state_dict())
     assert agent.optimizers["critic"].param_groups[0]["lr"] == 1e-4 and agent.optimizers["critic"].state  # moments, not settings

@@ -146,7 +146,7 @@ def test_a_checkpoint_is_as_large_as_is_said():
         return sum(map(size, part.values() if isinstance(part, dict) else part)) if isinstance(part, (dict, list, tuple)) else 0
 
     agent, buffer = tiny_of("mrq")
-    agent.update(buffer)
+    agent.update()
     saved = SavedRun(None, None, torch.device("cpu"), agent, buffer, None, None)
     one, rows = saved.size()
     assert one == pytest.approx(size(agent.state_dict()) + size(buffer.state_dict()), rel=0.02) and rows == size(buffer.rows)

@@ -77,7 +77,7 @@ def test_raw_observations_are_stored_and_normalised_when_drawn():
     torch.manual_seed(3)
     raw = buffer.sample(16, 1).obs
     torch.manual_seed(3)
-    agent.update(buffer)
+    agent.update()
     torch.testing.assert_close(seen[0], (raw - agent.normalizer.mean.float()) / agent.normalizer.var.sqrt().float())
     obs = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
     expected = agent.actor.output(agent.actor.features(agent.normalizer(torch.from_numpy(obs)))).tanh()
@@ -100,7 +100,7 @@ def test_soft_targets_stay_sparse_through_thousands_of_updates():
         for step in range(1, updates + 1):
             due = step % (updates // 50) == 0
             before = {name: mask.clone() for name, mask in masks.items()} if due else masks
-            agent.update(buffer)
+            agent.update()
             if due:  # at once, in the same update
                 changed += any(not torch.equal(before[name], mask) for name, mask in masks.items())
                 for network in (agent.critic, agent.targets["critic"]):
@@ -119,7 +119,7 @@ def test_every_regime_on_every_module_of_every_algorithm(algo, regimes):
     agent, buffer = tiny_of(algo, regimes_dense(algo, *regimes))
     sparsity = 0.6 if algo == "mrsac" else 0.8
     for _ in range(40):
-        agent.update(buffer)
+        agent.update()
     for name, regime in zip(agent.networks, regimes):
         size = sum(w.numel() for w in agent.networks[name].parameters() if w.ndim >= 2)
         kept = size if regime in ("dense", "s2d") else (1 - sparsity) * size

@@ -11,7 +11,8 @@ import torch
 
 import networks
 from agents import AGENTS, build_agent
-from settings import ModuleConfig, check, defaults, diff_settings, flag_names, module_configs, run_name
+from base import ModuleConfig
+from settings import check, defaults, diff_settings, flag_names, module_configs, run_name
 from sparsity import SparseTraining
 from tests.helpers import flags_to_args, play
 
@@ -56,17 +57,17 @@ def what_it_builds(agent):
 
 def what_it_does(agent):
     """What an update leaves in each module's moments, in the order of the updates; and what acting and two updates leave."""
-    buffer = play(0, 400, agent.horizon, 120, obs_dim=4, action_dim=2, prioritized=agent.prioritized)[0]
+    buffer = play(0, 400, agent.config.horizon, 120, obs_dim=4, action_dim=2, prioritized=agent.config.prioritized)[0]
     obs = np.random.RandomState(0).randn(5, 4).astype(np.float32)
     for row in obs:
         agent.update_obs_stats(row)
     torch.manual_seed(0)
     actions = [agent.act(obs, explore=explore).tolist() for explore in (True, False)]
-    agent.update(buffer)
+    agent.update()
     order = ("encoder", "critic", "actor", "temperature") if "encoder" in agent.networks else ("actor", "temperature", "critic")
     moments = {name: [value.sum().item() for state in agent.optimizers[name].state.values() for value in state.values()]
                for name in order if name in agent.optimizers}
-    agent.update(buffer)  # by now the targets are not the networks themselves
+    agent.update()  # by now the targets are not the networks themselves
     tensors = [value.sum().item() for network in agent.targets.values() for value in network.parameters()]
     rest = [value.tolist() for value in (*agent.tensors().values(), *agent.info.values())]
     return moments, (actions, tensors, rest, agent.updates, agent.updates_per_step, buffer.priority.tolist())
@@ -126,9 +127,9 @@ def test_defaults_are_those_of_the_papers():
     tables = {  # Tables 1 and 2 of the paper, and what the published SimBa uses for DeepMind Control
         "mrq": {"batch_size": 256, "discount": 0.99, "encoder_horizon": 5, "q_horizon": 3, "target_update_freq": 250, "dynamics_weight": 1,
                 "reward_weight": 0.1, "terminal_weight": 0.1, "encoder_lr": 1e-4, "critic_lr": 3e-4, "actor_lr": 3e-4, "weight_decay": 1e-4,
-                "critic_grad_clip": 20, "reward_bins": 65, "reward_range": 10, "exploration_noise": 0.2, "target_noise": 0.2,
+                "critic_grad_clip": 20, "reward_bins": 65, "reward_symlog_limit": 10, "exploration_noise": 0.2, "target_noise": 0.2,
                 "target_noise_clip": 0.3, "pre_activation_weight": 1e-5},
-        "ddpg": {"batch_size": 256, "discount": 0.99, "target_rate": 0.005, "actor_lr": 1e-4, "critic_lr": 1e-4, "weight_decay": 0.01,
+        "ddpg": {"batch_size": 256, "discount": 0.99, "tau": 0.005, "actor_lr": 1e-4, "critic_lr": 1e-4, "weight_decay": 0.01,
                  "twin_critics": False, "target_q": "min", "actor_q": "min", "exploration_noise": 0.1}}
     temperature = {"initial_temperature": 0.01, "temperature_lr": 1e-4, "target_entropy": -0.5}
     policy = ("exploration_noise", "target_noise", "target_noise_clip", "pre_activation_weight")
@@ -142,15 +143,15 @@ def test_defaults_are_those_of_the_papers():
             agent = AGENTS[algo](4, 2, device="meta")  # built by hand, it has the schedule of a default run
         assert {sparse.total_steps for sparse in agent.sparse.values()} == {
             (args.total_steps - args.learning_starts) * agent.updates_per_step}
-        assert (args.learning_starts, args.agent.updates_per_step, args.agent.horizon) == (
+        assert (args.learning_starts, args.agent.updates_per_step, args.agent.config.horizon) == (
             (5000, 2, 1) if algo in ("sac", "ddpg") else (10_000, 1, 5))
         sparse = {"sparsity": 0.8 if algo in ("sac", "ddpg") else 0.6, "distribution": "er", "growth": "gradient", "update_interval": 1000,
-                  "drop_initial": 0.5, "drop_final": 0.0, "schedule_start": 0.2, "schedule_end": 0.8, "schedule_power": 2.0}
+                  "drop_fraction_start": 0.5, "drop_fraction_end": 0.0, "schedule_start": 0.2, "schedule_end": 0.8, "schedule_power": 2.0}
         assert dataclasses.asdict(args.sparse) == sparse
         # SparseTraining by itself has the same.
         own = {name: p.default for name, p in inspect.signature(SparseTraining).parameters.items() if p.default is not p.empty}
         renamed = {"growth": "grow", "schedule_power": "power"}
-        assert {renamed.get(name, name): value for name, value in sparse.items()} | {"sparsity": 0.6, "seed": None, "leave_out": ()} == {
+        assert {renamed.get(name, name): value for name, value in sparse.items()} | {"sparsity": 0.6, "seed": None, "exclude": ()} == {
             name: value for name, value in own.items() if name != "total_steps"}
     assert (args.total_steps, args.eval_every, args.eval_episodes, args.buffer_size, args.log_every, args.scale, args.seed, args.mst) == (
         500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)

@@ -279,9 +279,9 @@ def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
     assert not optimizer.state[weight]["exp_avg"][fresh].any() and not optimizer.state[weight]["exp_avg_sq"][fresh].any()
 
 
-SPARSE_ARGUMENTS = [{"sparsity": 0.55, "distribution": "er", "grow": "gradient", "drop_initial": 0.7, "drop_final": 0.2, "schedule_start": 0.15,
+SPARSE_ARGUMENTS = [{"sparsity": 0.55, "distribution": "er", "grow": "gradient", "drop_fraction_start": 0.7, "drop_fraction_end": 0.2, "schedule_start": 0.15,
                      "schedule_end": 0.65, "power": 3.0, "seed": 5, "update_interval": 7},
-                    {"sparsity": 0.7, "distribution": "uniform", "grow": "random", "drop_initial": 0.1, "drop_final": 0.6, "schedule_start": 0.3,
+                    {"sparsity": 0.7, "distribution": "uniform", "grow": "random", "drop_fraction_start": 0.1, "drop_fraction_end": 0.6, "schedule_start": 0.3,
                      "schedule_end": 0.9, "power": 0.5, "seed": 6, "update_interval": 4}]
 
 
@@ -312,7 +312,7 @@ def test_every_argument_of_sparse_training_is_read(regime, arguments):
             continue
         left = (1 - min(max((step - first) / (last - first), 0), 1)) ** a["power"]
         wanted = a["sparsity"] * {"dst": 1, "s2d": left, "d2s": 1 - left}[regime]
-        zeta = a["drop_final"] + (a["drop_initial"] - a["drop_final"]) * (1 + math.cos(math.pi * step / total)) / 2
+        zeta = a["drop_fraction_end"] + (a["drop_fraction_start"] - a["drop_fraction_end"]) * (1 + math.cos(math.pi * step / total)) / 2
         counts = {name: int(mask.sum()) for name, mask in sparse.masks.items()}
         if a["distribution"] == "er":
             assert list(counts.values()) == naive_counts([tuple(p.shape) for p in weights.values()], wanted)
@@ -487,11 +487,11 @@ def test_what_is_masked_is_a_matter_of_kind_and_choice():
     assert sparse.masks.keys() == expected
     assert all(torch.equal(p, model.get_parameter(name)) for name, p in untouched.items())
     # By name: a layer with all that is in it, a single weight; a shared weight goes by either of its names.
-    sparse = SparseTraining(model, optimizer, "sst", 0.5, leave_out=["cross", "image.weight", "tied"])
+    sparse = SparseTraining(model, optimizer, "sst", 0.5, exclude=["cross", "image.weight", "tied"])
     assert expected - sparse.masks.keys() == {"image.weight", "embedding.weight", *attention[2:]}
-    assert SparseTraining(model, optimizer, "sst", 0.5, leave_out="bag").masks.keys() == expected - {"bag.weight"}
+    assert SparseTraining(model, optimizer, "sst", 0.5, exclude="bag").masks.keys() == expected - {"bag.weight"}
     with pytest.raises(ValueError, match="no layer or weight 'lin'"):
-        SparseTraining(model, optimizer, "sst", leave_out="lin")
+        SparseTraining(model, optimizer, "sst", exclude="lin")
     with pytest.raises(ValueError, match="LayerNorm trains no weight"):
         SparseTraining(model.norm, torch.optim.SGD(model.norm.parameters()), "sst")
 
@@ -506,7 +506,7 @@ def test_weights_that_masks_cannot_follow_are_refused_or_left_out(wrap):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="masks cannot follow the .* of 2: build it without, or leave it out"):
         SparseTraining(model, optimizer, "dst")
-    assert SparseTraining(model, optimizer, "dst", leave_out="2").masks.keys() == {"0.weight"}
+    assert SparseTraining(model, optimizer, "dst", exclude="2").masks.keys() == {"0.weight"}
     model[2].requires_grad_(False)
     assert SparseTraining(model, optimizer, "dst").masks.keys() == {"0.weight"}
 
@@ -570,7 +570,7 @@ def test_complex_weights_train_as_sparsely():
 def test_d2s_is_magnitude_pruning_only_without_a_drop_fraction(zeta):
     model = mlp(10, 40, 40, 1)
     sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "d2s", 0.6, total_steps=100,
-                            update_interval=2, drop_initial=zeta)
+                            update_interval=2, drop_fraction_start=zeta)
     left, smallest = 0, 0  # weights that left, and how many of them magnitude alone would have taken
     for step in range(1, 101):
         backward(model, 10)
@@ -603,16 +603,16 @@ def test_convolutions_random_numbers_nan_and_refusals():
     assert set(sparse.layer_densities()) == {"0.weight", "3.weight"}
     assert sparse.density() == pytest.approx(0.2, abs=2 / (16 * 27 + 4 * 16 * 36))
     for options in ({"sparsity": 0.0}, {"schedule_start": 1, "schedule_end": 1}, {"schedule_start": 0, "schedule_end": 0},
-                    {"drop_initial": 1, "drop_final": 1}, {"drop_initial": 0, "drop_final": 0}, {"total_steps": 1, "update_interval": 1}):
+                    {"drop_fraction_start": 1, "drop_fraction_end": 1}, {"drop_fraction_start": 0, "drop_fraction_end": 0}, {"total_steps": 1, "update_interval": 1}):
         SparseTraining(model, optimizer, "d2s", **options)  # the ends themselves are allowed
     at_once = SparseTraining(model, optimizer, "d2s", 0.5, total_steps=9, update_interval=1, schedule_start=0, schedule_end=0)
     sum(p.sum() for p in model.parameters()).backward()
     assert at_once.update_topology(1) and at_once.sparsity == 0.5  # a schedule without length is over after a step
     nan, base = float("nan"), ("s2d", 0.5, 9, 1, "er", "gradient")
     for arguments, message in ((("rigl",), "unknown regime"), (("dst", nan), "sparsity"), (("dst", 1.0), "sparsity"), (("dst", 0.5, 0), "total_steps"),
-                               (("dst", 0.5, 9, 1, "er", "gradient", 1.5), "drop_initial"),
+                               (("dst", 0.5, 9, 1, "er", "gradient", 1.5), "drop_fraction_start"),
                                (("dst", 0.5, nan), "total_steps"), (("dst", 0.5, 9, nan), "update_interval"),
-                               (("dst", 0.5, 9, 1, "er", "gradient", 0.5, nan), "drop_final"),
+                               (("dst", 0.5, 9, 1, "er", "gradient", 0.5, nan), "drop_fraction_end"),
                                *(((*base, 0.5, 0.0, 0.2, 0.8, power), "power") for power in (-1, 0, nan, float("inf"))),
                                *(((*base, 0.5, 0.0, *ends), "schedule_end <= 1")
                                  for ends in ((nan, 0.8), (0.2, nan), (-0.1, 0.8), (0.2, 1.5), (0.9, 0.5)))):
@@ -646,7 +646,7 @@ def test_a_new_weight_starts_as_its_own_parameter_group_says():
 
 def test_random_growth_of_two_layers_is_not_the_same():
     model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30))
-    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", 0.6, 10**6, 1, grow="random", drop_initial=1.0, seed=0)
+    sparse = SparseTraining(model, torch.optim.SGD(model.parameters(), lr=0.1), "dst", 0.6, 10**6, 1, grow="random", drop_fraction_start=1.0, seed=0)
     model(torch.randn(4, 30)).sum().backward()
     assert sparse.update_topology(1)
     one, two = sparse.masks.values()

@@ -26,8 +26,13 @@ import agents
 import train
 from envs import Env, Evaluator
 from agents import AGENTS, build_agent
-from settings import CONFIGS, DDPGConfig, MRQConfig, MR_DEFAULT, MR_MST, ModuleConfig, NOT_IN_NAME, SACConfig, check, defaults, diff_settings, flag_names, from_config, module_configs, unused_flag_notes, parse, run_name
+from base import ModuleConfig
+from mrq import MRQConfig, MR_DEFAULT, MR_MST
+from sac import DDPGConfig, SACConfig
+from settings import CONFIGS, NOT_IN_NAME, check, defaults, diff_settings, flag_names, from_config, module_configs, parse, run_name, unused_flag_notes
 from sparsity import REGIMES, SparseTraining
+from runtime import console
+import evaluate
 from tests.helpers import (HERE, RecordedRun, SHORT, backward, count, flags_to_args, recorded_run, regimes_dense, table,
                            tiny, tiny_of)
 
@@ -191,9 +196,9 @@ def test_the_bar_says_what_goes_on_and_how_long_it_takes(monkeypatch):
     drawn, now, agent = [], [0.0], types.SimpleNamespace(updates={"encoder": 0, "critic": 0}, updates_per_step=1)
     monkeypatch.setattr(train, "tqdm", type("Bar", (train.tqdm,), {
         "__init__": lambda bar, **settings: None, "set_postfix_str": lambda bar, text: drawn.append((bar.n, text))}))
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train.sys, "stderr", types.SimpleNamespace(isatty=lambda: False))
-    bar = train.Bar(flags_to_args("--total-steps", "1000", "--learning-starts", "200"), agent, 0)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.sys, "stderr", types.SimpleNamespace(isatty=lambda: False))
+    bar = console.Bar(flags_to_args("--total-steps", "1000", "--learning-starts", "200"), agent, 0)
     for now[0], step, updates, more in ((59, 1, 0, {}), (60, 5, 0, {}), (100, 300, 100, {"return": "2.5"}), (200, 400, 300, {}), (259, 450, 350, {})):
         agent.updates["critic"] = updates
         bar.show(step, "learning", **more)
@@ -204,7 +209,7 @@ def test_the_bar_says_what_goes_on_and_how_long_it_takes(monkeypatch):
 def test_the_order_of_events_in_a_run(monkeypatch, capsys):
     """Against a plain list of what must happen, step by step."""
     run, shown = RecordedRun(), []
-    monkeypatch.setattr(train.Bar, "show", lambda bar, step, doing, **more: shown.append((step, doing, more)))
+    monkeypatch.setattr(console.Bar, "show", lambda bar, step, doing, **more: shown.append((step, doing, more)))
     events, draws = recorded_run(monkeypatch, run)
     assert [line for line in shown if line[1] == "evaluating" or line[2]] == [
         line for t in (0, 5, 10, 11) for line in ((t, "evaluating", {}), (t, "learning", {"return": "2.5"}))]
@@ -309,10 +314,10 @@ def test_workers_and_threads_reach_what_uses_them(tmp_path, monkeypatch):
 
 def test_metrics_that_are_not_wanted_are_not_computed():
     agent, buffer = tiny_of("mrq")
-    agent.update(buffer)
-    full = train.measure(agent, buffer)
+    agent.update()
+    full = evaluate.measure(agent)
     buffer.sample = lambda *_: pytest.fail("drawn though nothing is wanted")
-    row = train.measure(agent, buffer, wanted=False)
+    row = evaluate.measure(agent, wanted=False)
     assert row.keys() == full.keys()
     for column, value in row.items():  # what needs no batch is there all the same
         assert value == full[column] if column.endswith(("/density", "/parameter_norm")) else math.isnan(value), column
@@ -501,7 +506,7 @@ def test_a_sparse_flag_is_in_the_name_if_and_only_if_it_moves_a_mask(regime):
     base, plain = ("--critic-regime", regime, "--update-interval", "3"), masks()
     for flag, argument, value in (
             ("--sparsity", "sparsity", 0.7), ("--distribution", "distribution", "uniform"), ("--growth", "grow", "random"),
-            ("--update-interval", "update_interval", 5), ("--drop-initial", "drop_initial", 0.8), ("--drop-final", "drop_final", 0.4),
+            ("--update-interval", "update_interval", 5), ("--drop-initial", "drop_fraction_start", 0.8), ("--drop-final", "drop_fraction_end", 0.4),
             ("--schedule-start", "schedule_start", 0.4), ("--schedule-end", "schedule_end", 0.6), ("--schedule-power", "power", 4.0)):
         moved = not torch.equal(masks(**{argument: value}), plain)
         named = run_name(flags_to_args(*base, flag, str(value))) != run_name(flags_to_args(*base))
@@ -511,7 +516,7 @@ def test_a_sparse_flag_is_in_the_name_if_and_only_if_it_moves_a_mask(regime):
 @pytest.mark.slow
 def test_a_long_name_is_shortened_and_stays_its_own():
     numbers = [flag for name in ("critic_lr", "actor_lr", "encoder_lr", "weight_decay", "reward_weight", "terminal_weight",
-                                 "dynamics_weight", "exploration_noise", "target_noise", "target_noise_clip", "reward_range")
+                                 "dynamics_weight", "exploration_noise", "target_noise", "target_noise_clip", "reward_symlog_limit")
                for flag in ("--" + name.replace("_", "-"), "0.0123456")]
     names = {run_name(flags_to_args(*numbers, "--discount", discount, "--seed", seed)) for discount in ("0.9", "0.91") for seed in "01"}
     assert len(names) == 4 and all(len(name) == 200 and name.startswith("dog-run__") for name in names)
@@ -538,7 +543,7 @@ def test_a_disk_that_is_too_small_is_told_of(monkeypatch):
     saved = types.SimpleNamespace(size=lambda: (2e9, 3e9), log=log, args=flags_to_args("--save-every", "5000"))
     for free, told in ((9e9 + 1, False), (9e9, True)):  # two checkpoints, a third while it is written, and the buffer
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free))
-        said = train.describe_saving(saved)
+        said = console.describe_saving(saved)
         assert "every 5,000 steps: up to 9.00 GB" in said and ("saving will fail, training not" in said) == told
 
 
@@ -558,7 +563,7 @@ def test_a_second_ctrl_c_stops_at_once_and_another_signal_does_not(monkeypatch):
 
 def test_what_is_said_of_a_run_is_true_of_its_networks():
     agent, modules = tiny(), {name: dataclasses.replace(m, width_scale=1 / 32) for name, m in MR_MST.items()}
-    said = train.describe(agent, modules, flags_to_args("--seed", "4", "--total-steps", "12345"), "cpu", "folder").splitlines()
+    said = console.describe(agent, modules, flags_to_args("--seed", "4", "--total-steps", "12345"), "cpu", "folder").splitlines()
     assert said[0] == "mrq on dog-run, seed 4, 12,345 agent steps on cpu" and said[-1].split() == ["writes", "folder"] and len(said) == 5
     head = count(agent.encoder.model)
     for line, (name, network), millions in zip(said[1:], agent.networks.items(), (count(agent.encoder) - head, count(agent.critic), count(agent.actor))):
@@ -571,11 +576,11 @@ def test_what_is_said_of_a_run_is_true_of_its_networks():
 def test_large_networks_without_residuals_are_named(tmp_path):
     agent = tiny()
     modules = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in MR_DEFAULT.items()}
-    assert "--mst" in train.describe(agent, modules, flags_to_args(), "cpu", "x")
+    assert "--mst" in console.describe(agent, modules, flags_to_args(), "cpu", "x")
     for arch_type, width, depth in itertools.product(range(1, 7), (1, 3), (2.9, 3)):
         one = MR_MST | {"critic": ModuleConfig(arch_type, width_scale=width, depth_scale=depth)}
-        assert ("(critic)" in train.describe(agent, one, flags_to_args(), "cpu", "x")) == (arch_type < 5 and 3 in (width, depth))
-    assert "--mst" not in train.describe(agent, MR_MST, flags_to_args(), "cpu", "x")
+        assert ("(critic)" in console.describe(agent, one, flags_to_args(), "cpu", "x")) == (arch_type < 5 and 3 in (width, depth))
+    assert "--mst" not in console.describe(agent, MR_MST, flags_to_args(), "cpu", "x")
 
 
 def test_the_last_evaluation_measures_whatever_its_number(monkeypatch):
@@ -599,9 +604,9 @@ def test_the_bar_counts_all_updates_of_a_step(monkeypatch):
     drawn, now, agent = [], [0.0], types.SimpleNamespace(updates={"critic": 0, "actor": 0}, updates_per_step=2)
     monkeypatch.setattr(train, "tqdm", type("Bar", (train.tqdm,), {
         "__init__": lambda bar, **settings: None, "set_postfix_str": lambda bar, text: drawn.append(text)}))
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train.sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
-    bar = train.Bar(flags_to_args("--total-steps", "1000", "--learning-starts", "200"), agent, 0)
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
+    bar = console.Bar(flags_to_args("--total-steps", "1000", "--learning-starts", "200"), agent, 0)
     for now[0], updates in ((100, 100), (200, 300)):
         agent.updates["critic"] = updates
         bar.show(400, "learning")
@@ -625,6 +630,6 @@ def test_of_two_faults_the_first_is_told():
     agent, buffer = tiny_of("mrq", interval=100)
     for broken in ("critic", "actor"):  # the critic from its fourth update on, the actor from its seventh
         for _ in range(3):
-            agent.update(buffer)
+            agent.update()
         agent.nonfinite[broken].fill_(1.0)
     assert agent.nonfinite_report() == ("the critic's loss or gradient (its update 4)", 3)

@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 
 import networks
-import train
 from agents import AGENTS
 from replay import Batch
+import evaluate
 from tests.helpers import (dense_two_hot, layer_norm, naive_activation, naive_block_mlp, naive_counts, naive_simba,
                            naive_update_mask, play, tiny_of)
 
@@ -106,7 +106,7 @@ class Naive:
 
     def encoder_loss(self, batch, seen):
         c, encoder = self.config, self.networks["encoder"]
-        bins = [math.copysign(math.expm1(abs(x)), x) for x in np.linspace(-c.reward_range, c.reward_range, c.reward_bins)]
+        bins = [math.copysign(math.expm1(abs(x)), x) for x in np.linspace(-c.reward_symlog_limit, c.reward_symlog_limit, c.reward_bins)]
         bins = torch.tensor(bins, dtype=torch.float64)
         zs, alive = self.zs(encoder, batch.obs[:, 0]), torch.ones(len(batch.obs), dtype=torch.float64)
         parts = dict.fromkeys(("reward_loss", "dynamics_loss", "terminal_loss"), 0.0)
@@ -200,7 +200,7 @@ class Naive:
         share = min(max((t - first) / (last - first), 0.0), 1.0)
         left = (1 - share) ** o["power"]
         wanted = {"dst": sparsity, "s2d": sparsity * left, "d2s": sparsity * (1 - left)}[regime]
-        zeta = o["drop_final"] + (o["drop_initial"] - o["drop_final"]) / 2 * (1 + math.cos(math.pi * min(t, self.total) / self.total))
+        zeta = o["drop_fraction_end"] + (o["drop_fraction_start"] - o["drop_fraction_end"]) / 2 * (1 + math.cos(math.pi * min(t, self.total) / self.total))
         masks = self.masks[name]
         for (n, mask), count in zip(masks.items(), naive_counts([tuple(parameters[n].shape) for n in masks], wanted)):
             masks[n] = naive_update_mask(parameters[n].detach(), gradients[n], mask, zeta, count)
@@ -224,7 +224,7 @@ class Naive:
                 self.temper(self.info["entropy"])
             self.step("critic", *self.critic_loss(batch))
             for (n, target), source in zip(self.targets["critic"].named_parameters(), self.networks["critic"].parameters()):
-                target.data = (1 - self.config.target_rate) * target.data + self.config.target_rate * source.data
+                target.data = (1 - self.config.tau) * target.data + self.config.tau * source.data
                 target.data = target.data * self.masks["critic"].get(n, 1)
             return None
         if self.updates["critic"] % self.config.target_update_freq == 0:
@@ -245,11 +245,11 @@ class Naive:
 UNEQUAL = {  # no two alike that could be mistaken for one another
     "batch_size": 12, "discount": 0.9, "target_update_freq": 4, "dynamics_weight": 0.7, "reward_weight": 0.3, "terminal_weight": 0.5,
     "encoder_lr": 1e-3, "critic_lr": 2e-3, "actor_lr": 3e-3, "weight_decay": 0.05, "critic_grad_clip": 0.3, "reward_bins": 31,
-    "reward_range": 3.0, "exploration_noise": 0.15, "target_noise": 0.35, "target_noise_clip": 0.25, "pre_activation_weight": 0.2,
-    "target_rate": 0.1, "initial_temperature": 0.3, "temperature_lr": 4e-3, "target_entropy": -0.8}
+    "reward_symlog_limit": 3.0, "exploration_noise": 0.15, "target_noise": 0.35, "target_noise_clip": 0.25, "pre_activation_weight": 0.2,
+    "tau": 0.1, "initial_temperature": 0.3, "temperature_lr": 4e-3, "target_entropy": -0.8}
 
 
-MOVING = {"update_interval": 3, "drop_initial": 0.4, "drop_final": 0.15, "schedule_start": 0.1, "schedule_end": 0.75, "power": 3.0}
+MOVING = {"update_interval": 3, "drop_fraction_start": 0.4, "drop_fraction_end": 0.15, "schedule_start": 0.1, "schedule_end": 0.75, "power": 3.0}
 
 
 def unequal_agent(algo, regimes, **settings):
@@ -266,7 +266,7 @@ def unequal_agent(algo, regimes, **settings):
     for network in agent.networks.values():  # biases and LayerNorms that matter
         for parameter in network.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter) * (parameter != 0 if parameter.ndim > 1 else 1)
-    buffer, episodes = play(3, 400, agent.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.prioritized)
+    buffer, episodes = play(3, 400, agent.config.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.config.prioritized)
     for obs in buffer.obs[:50].numpy():
         agent.update_obs_stats(2 * obs + 1)
     return agent, modules, buffer, episodes
@@ -307,7 +307,7 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
         stored.append(3.0 * step)
         drawn.clear()
         noise.calls, before = 0, buffer.priority.clone()
-        agent.update(buffer)
+        agent.update()
         noise.calls = 0
         error = naive.update(drawn, stored, float(any(step[5] for episode in episodes for step in episode)))
         assert {key: value.mean().item() for key, value in agent.info.items()} == pytest.approx(naive.info, rel=1e-5, abs=1e-7)
@@ -324,7 +324,7 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
     for name, network in naive.networks.items():  # it was not in vain: topologies moved
         assert modules[name].regime == "s2d" or any((first_masks[name][n] != mask).any() for n, mask in agent.sparse[name].masks.items())
     own = getattr(agent.config, "encoder_horizon", 1), getattr(agent.config, "q_horizon", 1)
-    assert set(horizons) == set(own) and agent.horizon == max(own)
+    assert set(horizons) == set(own) and agent.config.horizon == max(own)
     # Acting, in float32 as always.
     for network in agent.networks.values():
         network.float()
@@ -341,14 +341,14 @@ def test_every_column_of_measure_against_a_naive_computation(algo, regimes, sett
     """On the second implementation's networks: its activations, its losses, and gradients of one sample after the other."""
     agent, modules, buffer, _ = unequal_agent(algo, regimes, **settings)
     for _ in range(6):
-        agent.update(buffer)
+        agent.update()
     naive, noise, drawn, sample = Naive(agent, modules, 14), Noise(monkeypatch), [], buffer.sample
     if hasattr(agent, "reward_scale"):
         naive.scale, naive.target_scale = agent.reward_scale.item(), agent.target_reward_scale.item()
     if naive.gaussian:
         naive.log_alpha = math.log(agent.info["temperature"].item())
     buffer.sample = lambda *arguments: drawn.append((arguments, sample(*arguments))) or drawn[-1][1]
-    row = train.measure(agent, buffer)
+    row = evaluate.measure(agent)
     ((arguments, batch),) = drawn
     assert arguments == (2048,)
     batch = Batch(batch.index, *(part.double() for part in batch[1:]))
@@ -407,7 +407,7 @@ def test_no_loss_computes_a_gradient_for_another_modules_weights(algo):
             return original(*arguments)
         agent.optimizers[name].step = step
     for _ in range(2):
-        agent.update(buffer)
+        agent.update()
     assert len(seen) >= 4 and all(gradients == {name} for name, gradients in seen)
     assert all(parameter.requires_grad for network in agent.networks.values() for parameter in network.parameters())
 
@@ -417,7 +417,7 @@ def test_what_a_captured_graph_reads_changes_in_place(algo):
     """Every tensor of agent, buffer, optimisers, masks and targets lies where it lay, whatever happens; and most have changed."""
     agent, buffer = tiny_of(algo)
     for _ in range(2):
-        agent.update(buffer)
+        agent.update()
 
     def tensors(owner, path, depth=7):
         if torch.is_tensor(owner):
@@ -437,7 +437,7 @@ def test_what_a_captured_graph_reads_changes_in_place(algo):
     for step in range(12):  # bursts, topology changes and new targets among them
         agent.update_obs_stats(np.full(4, step, np.float32))
         buffer.add(np.ones(4), np.ones(2), reward, np.ones(4), step == 5, step == 11)
-        agent.update(buffer)
+        agent.update()
     after = dict([*tensors(agent, "agent"), *tensors(buffer, "buffer")])
     for path, (tensor, address, value) in before.items():
         assert after[path] is tensor and tensor.data_ptr() == address, f"{path} was bound anew"

@@ -124,7 +124,7 @@ def release_memory():
 
 
 def filled_replay(env, agent, steps=2000):
-    replay = ReplayBuffer(env.obs_dim, env.action_dim, 1_000_000, agent.horizon, agent.prioritized, device=agent.device)
+    replay = ReplayBuffer(env.obs_dim, env.action_dim, 1_000_000, agent.config.horizon, agent.config.prioritized, device=agent.device)
     obs = env.reset()
     for _ in range(steps):
         agent.update_obs_stats(obs)
@@ -171,7 +171,7 @@ def backward(agent, name, losses):
 
 def simba_phases(agent, replay):
     """What SAC and DDPG do: phase -> function."""
-    batch = agent.draw(replay)
+    batch = agent.draw()
 
     def actor():
         with frozen(agent.critic):
@@ -183,7 +183,7 @@ def simba_phases(agent, replay):
             optimizer.step()
         agent.update_target(topology_changed=False)
 
-    return {"sample": lambda: agent.draw(replay), "critic": lambda: backward(agent, "critic", agent.critic_loss(batch)[0]),
+    return {"sample": lambda: agent.draw(), "critic": lambda: backward(agent, "critic", agent.critic_loss(batch)[0]),
             "actor": actor, "optimiser": optimiser}
 
 
@@ -207,7 +207,7 @@ def phases(agent, replay, env):
     own = mrq_phases(agent, replay) if isinstance(agent, MRQ) else simba_phases(agent, replay)
     updates = agent.updates_per_step
     if isinstance(agent, MRQ):
-        refresh = {"refresh": (lambda: agent.refresh_targets(replay), 1 / agent.config.target_update_freq)}
+        refresh = {"refresh": (lambda: agent.refresh_targets(), 1 / agent.config.target_update_freq)}
     else:
         refresh = {}
     return refresh | {name: (function, updates) for name, function in (own | {"masks": masks}).items()} | {
@@ -252,7 +252,7 @@ def bench_scale(scale, args, device):
             replay = filled_replay(env, agent, steps=20)
             with FlopCounterMode(display=False) as counter:
                 for update in agent.graph_methods:
-                    getattr(agent, update)(replay)
+                    getattr(agent, update)()
             flops[kind] = counter.get_total_flops() * agent.updates_per_step
             del agent, replay
             release_memory()
@@ -262,10 +262,10 @@ def bench_scale(scale, args, device):
         agent = variant_agent(variant, scale, env, device, args)
         replay = filled_replay(env, agent)
         if isinstance(agent, MRQ):
-            agent.refresh_targets(replay)
+            agent.refresh_targets()
         for _ in range(fast.WARM_UP + 1):
             for update in agent.graph_methods:
-                getattr(agent, update)(replay)
+                getattr(agent, update)()
         peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else float("nan")
         cases[variant] = agent, replay, phases(agent, replay, env), precision_of(variant, device), peak
     times = {variant: {} for variant in cases}
@@ -273,7 +273,7 @@ def bench_scale(scale, args, device):
         for variant, (agent, replay, parts, precision, _) in cases.items():
             fast.set_precision(precision)  # one setting for the whole process: each variant's turn has its own
             for update in agent.graph_methods:
-                times[variant].setdefault(update, []).append(time_of(lambda: getattr(agent, update)(replay)))
+                times[variant].setdefault(update, []).append(time_of(lambda: getattr(agent, update)()))
             for name, (function, _) in parts.items():
                 times[variant].setdefault(name, []).append(time_of(function))
     rows = []
