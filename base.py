@@ -74,12 +74,13 @@ class BaseAgent:
     """Networks, optimizers, masks, targets and experience, by module name, and the methods that the training loop calls.
 
     A subclass has `Config` (its settings, with `presets`, `learning_starts`, `horizon` and `prioritized`), `make_networks`,
-    `act`, `update`, `compute_features` and `per_sample_losses`. The loop calls `add` once per agent step and `update`
+    `network_calls`, `act`, `update`, `compute_features` and `per_sample_losses`. The loop calls `add` once per agent step and `update`
     `updates_per_step` times once learning has started. `info` holds what the last updates computed, on the device; the log
     writes means.
 
     To train a network of your own, override `make_encoder`, `make_critic` or `make_actor`: they take the sizes and a
-    ModuleConfig, and return a module with the methods of the class in networks.py that they replace.
+    ModuleConfig, and return a module. `network_calls` says which methods and shapes the agent needs; they are checked at
+    construction. `features(x)`, for SRank, is optional: without it, that metric is NaN.
     """
 
     compiled_methods = ()  # methods that return (one value per sample, ...): may be compiled; run in the chosen precision
@@ -96,6 +97,7 @@ class BaseAgent:
         self.networks = self.make_networks(obs_dim, action_dim, modules)
         for name, network in self.networks.items():
             setattr(self, name, network.to(self.device))
+        self.check_networks(obs_dim)
         self.optimizers, self.sparse = {}, {}
         for number, (name, network) in enumerate(self.networks.items()):
             self.optimizers[name] = self.make_optimizer(name, network)
@@ -112,6 +114,20 @@ class BaseAgent:
             self.optimizers[name].found_inf = self.nonfinite[name]
         self.info = {}
         self.replay = ReplayBuffer(obs_dim, action_dim, buffer_size, config.horizon, config.prioritized, device=self.device)
+
+    @torch.no_grad()
+    def check_networks(self, obs_dim):
+        """ValueError, in one line, for an overridden network whose methods or output shapes do not fit. `network_calls`
+        yields (module, what is called, its output, the shape it must have), with None for any size."""
+        try:
+            for name, call, output, shape in self.network_calls(torch.zeros(2, obs_dim, device=self.device),
+                                                                torch.zeros(2, self.action_dim, device=self.device)):
+                found = tuple(output.shape) if torch.is_tensor(output) else type(output).__name__
+                if not torch.is_tensor(output) or len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape)):
+                    wanted = f"({', '.join('any' if size is None else str(size) for size in shape)})"
+                    raise ValueError(f"make_{name}: {call} must return a tensor of shape {wanted}, not {found}")
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the agent's own networks do not fit together: {str(error).splitlines()[0]}") from error
 
     def make_optimizer(self, name, network):
         """AdamW with the module's own learning rate. fused: one pass over the weights and no sync with the host."""
@@ -192,7 +208,7 @@ class BaseAgent:
 
     def float32_layers(self):
         """Last layers whose output stays in float32 at any precision: a Q of 100 in bfloat16 has an error of ±0.25."""
-        return [q.output for critic in (self.critic, self.targets["critic"]) for q in critic.children()]
+        return [q.output for critic in (self.critic, self.targets["critic"]) for q in critic.children() if hasattr(q, "output")]
 
     def tensors(self):
         """Further state: name -> tensor, restored in place."""
@@ -229,6 +245,21 @@ class BaseAgent:
                 group.update(options)
         self.updates = dict(state["updates"])
         load_tensors(self, state["tensors"])
+
+
+def features(network, *inputs):
+    """`network.features`, for SRank: (batch, ·). Without that method: one pass for the activations' hooks, and (batch, 0)."""
+    if hasattr(network, "features"):
+        return network.features(torch.cat(inputs, -1))
+    network(*inputs)
+    return inputs[0].new_empty(len(inputs[0]), 0)
+
+
+def q_features(critic, *inputs):
+    """The features of each Q network: name -> (batch, ·)."""
+    if all(hasattr(q, "features") for q in critic.children()):
+        return {name: features(q, *inputs) for name, q in critic.named_children()}
+    return {"q": features(critic, *inputs)}
 
 
 OLD_TENSORS = {"encoder_indices": "burst", "encoder_position": "burst_position"}  # names in states of earlier versions

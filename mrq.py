@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from base import BaseAgent, Choices, ModuleConfig, frozen
+from base import BaseAgent, Choices, ModuleConfig, features, frozen, q_features
 from networks import Actor, Critic, Encoder
 from replay import alive_discount, to_device
 
@@ -106,6 +106,24 @@ class MRQ(BaseAgent):
 
     def make_actor(self, zs_dim, action_dim, module):
         return Actor(zs_dim, action_dim, **module.size())
+
+    def network_calls(self, obs, action):
+        """What the agent asks of its networks, and the shapes it needs."""
+        zs = self.encoder.zs(obs)
+        yield "encoder", "zs(obs)", zs, (2, self.encoder.zs_dim)
+        zsa = self.encoder(zs, action)
+        yield "encoder", "encoder(zs, action)", zsa, (2, self.encoder.zsa_dim)
+        done, next_zs, reward_logits = self.encoder.unroll(zs, action.unsqueeze(1))
+        yield "encoder", "unroll(zs, actions)[0]", done, (2, 1, 1)
+        yield "encoder", "unroll(zs, actions)[1]", next_zs, (2, 1, self.encoder.zs_dim)
+        yield "encoder", "unroll(zs, actions)[2]", reward_logits, (2, 1, self.config.reward_bins)
+        yield "critic", "critic(zsa)", self.critic(zsa), (2, None)
+        yield from self.actor_calls(zs)
+
+    def actor_calls(self, zs):
+        action, pre_activation = self.actor(zs)
+        yield "actor", "actor(zs)[0]", action, (2, self.action_dim)
+        yield "actor", "actor(zs)[1]", pre_activation, (2, self.action_dim)
 
     # ---- acting ----
 
@@ -258,8 +276,7 @@ class MRQ(BaseAgent):
         """
         zs = self.encoder.zs(batch.obs[:, 0])
         zsa = self.encoder(zs, batch.action[:, 0])
-        critic = {name: q.features(zsa) for name, q in self.critic.named_children()}
-        return {"encoder": {"zsa": zsa}, "critic": critic, "actor": {"pi": self.actor.features(zs)}}
+        return {"encoder": {"zsa": zsa}, "critic": q_features(self.critic, zsa), "actor": {"pi": features(self.actor, zs)}}
 
     def per_sample_losses(self, batch):
         """Each module's own loss per sample, with its graph: module -> (batch,).

@@ -44,6 +44,9 @@ class MRSAC(MRQ):
     def make_actor(self, zs_dim, action_dim, module):
         return GaussianActor(zs_dim, action_dim, **module.size())
 
+    def actor_calls(self, zs):
+        yield "actor", "actor(zs)", self.actor(zs), (2, 2 * self.action_dim)
+
     @torch.no_grad()
     def act(self, obs, explore):
         """obs: (obs_dim,) or (n, obs_dim), numpy. Returns actions in [-1, 1] with the same leading shape."""

@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from base import BaseAgent, Choices, ModuleConfig, frozen
+from base import BaseAgent, Choices, ModuleConfig, features, frozen, q_features
 from networks import scaled_size
 from replay import to_device
 from simba import SIMBA_SIZES, RunningNormalizer, SimbaCritic, SimbaGaussian, SimbaMLP
@@ -154,6 +154,11 @@ class SimbaAgent(BaseAgent):
     def make_actor(self, obs_dim, action_dim, module):
         return self.actor_class(obs_dim, action_dim, *simba_size("actor", module))
 
+    def network_calls(self, obs, action):
+        """What the agent asks of its networks, and the shapes it needs."""
+        yield "critic", "critic(obs, action)", self.critic(obs, action), (2, None)
+        yield "actor", "actor(obs)", self.actor(obs), (2, self.actor_outputs * self.action_dim)
+
     # ---- acting ----
 
     def update_obs_stats(self, obs):
@@ -229,9 +234,7 @@ class SimbaAgent(BaseAgent):
     def compute_features(self, batch):
         """One pass of each module. Returns the features for SRank: module -> name -> (batch, ·)."""
         obs = self.normalizer(batch.obs[:, 0])
-        x = torch.cat([obs, batch.action[:, 0]], -1)
-        return {"critic": {name: q.features(x) for name, q in self.critic.named_children()},
-                "actor": {"pi": self.actor.features(obs)}}
+        return {"critic": q_features(self.critic, obs, batch.action[:, 0]), "actor": {"pi": features(self.actor, obs)}}
 
     def per_sample_losses(self, batch):
         """Each module's own loss per sample, with its graph: module -> (batch,). Calls the class's plain methods."""
@@ -246,7 +249,7 @@ class SAC(SimbaAgent):
     """Soft actor-critic: a tanh-Gaussian policy, and a temperature that keeps its entropy near a target."""
 
     Config = SACConfig
-    actor_class = SimbaGaussian
+    actor_class, actor_outputs = SimbaGaussian, 2  # mean and log-std per action dimension
 
     def __init__(self, obs_dim, action_dim, *arguments, **options):
         super().__init__(obs_dim, action_dim, *arguments, **options)
@@ -277,7 +280,7 @@ class DDPG(SimbaAgent):
     """Deep deterministic policy gradient, as in the published SimBa: no target actor, and the same noise everywhere."""
 
     Config = DDPGConfig
-    actor_class = SimbaMLP
+    actor_class, actor_outputs = SimbaMLP, 1
 
     def policy(self, obs):
         """A noisy action, no entropy term, nothing to log."""

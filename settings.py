@@ -22,7 +22,7 @@ from typing import Literal, Union
 
 import tyro
 
-from agents import AGENTS, module_configs, own_settings
+from agents import AGENTS, module_configs, own_settings, total_updates
 from networks import ARCH_CONFIGS, RESIDUALS
 from sparsity import DISTRIBUTIONS, GROWTHS, REGIMES
 
@@ -308,9 +308,22 @@ def _check_modules(args):
                                  "add --twin-critics")
 
 
+def plan_notes(args):
+    """Lines for the header: what these settings cannot do, though each is valid."""
+    lines = unused_flag_notes(args)
+    for name, module in module_configs(args).items():
+        if module.regime in ("dst", "s2d", "d2s") and total_updates(args) < args.sparse.update_interval:
+            lines.append(f"note: the {name}'s topology never changes ({module.regime}): it gets {total_updates(args):,} updates, "
+                         f"and --update-interval is {args.sparse.update_interval:,}")
+    if args.buffer_size < args.agent.batch_size:
+        lines.append(f"note: --buffer-size {args.buffer_size:,} is smaller than one batch ({args.agent.batch_size:,})")
+    elif args.buffer_size <= EPISODE_STEPS:
+        lines.append(f"note: --buffer-size {args.buffer_size:,} is smaller than one episode ({EPISODE_STEPS} steps)")
+    return lines
+
+
 def unused_flag_notes(args):
-    """What the user should be told in a line: flags that a grid over regimes rightly passes and that change nothing in
-    this cell of it."""
+    """A line for flags that change nothing in this run, as a grid over regimes may pass them."""
     telling, usual, modules = dict(nondefault_flags(args)), defaults(args.algo), module_configs(args)
     idle = []
     for group, name in flag_names(args):

@@ -35,7 +35,7 @@ from runtime import fast
 from runtime.checkpoint import Checkpoints
 from runtime.log import RunFinished, RunLocked, RunLog, provenance
 from runtime.resume import SavedRun, Stopped, StopSignals
-from settings import check, diff_settings, from_config, module_configs, parse, run_name, unused_flag_notes
+from settings import check, diff_settings, from_config, module_configs, parse, run_name, plan_notes
 
 
 def train(args, env, agent, evaluator, log, saved):
@@ -173,7 +173,7 @@ def build(args):
                "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
     log = RunLog(folder, config, args.tensorboard, args.wandb_project, args.resume)
     saved = SavedRun(Checkpoints(folder), args, device, agent, env, log)
-    print("\n".join([console.describe(agent, modules, args, device, saved), *unused_flag_notes(args), *speed_notes]), flush=True)
+    print("\n".join([console.describe(agent, modules, args, device, saved), *plan_notes(args), *speed_notes]), flush=True)
     return env, agent, evaluator, log, saved
 
 
