@@ -30,7 +30,7 @@ CONFIGS = {name: agent.Config for name, agent in AGENTS.items()}
 Regime, ArchType = Literal[REGIMES], Literal[tuple(ARCH_CONFIGS)]
 # Not part of a run's name. All but the first two may change when a run is resumed: they change results by rounding at most.
 NOT_IN_NAME = ("env", "seed", "device", "threads", "compile", "cuda_graphs", "eval_workers", "runs", "name", "tensorboard",
-               "wandb_project", "resume", "save_every")
+               "wandb_project", "resume", "save_every", "keep_checkpoint", "extend")
 OLD_FLAGS = {"growth": "grow", "drop_initial": "drop_fraction_start", "drop_final": "drop_fraction_end", "target_rate": "tau",
              "reward_range": "reward_symlog_limit", "target_q": "target_q_reduce", "actor_q": "actor_q_reduce"}
 OLD_ARGS = ("eval_only", "checkpoint", "video")  # in configs of earlier versions; now `python evaluate.py`
@@ -108,6 +108,8 @@ class Args:
     runs: str = "runs"  # folder for all runs
     resume: bool = False  # continue the run of this name from its last checkpoint; start it if there is none
     save_every: int = 25_000  # agent steps between checkpoints; SIGTERM, SIGINT and SIGUSR1 also save, and stop the run
+    keep_checkpoint: Literal["auto", "on", "off"] = "auto"  # keep the last one, for --extend; auto: if below 0.1 GB
+    extend: str | None = None  # folder of a finished run: train it on to --total-steps, as a run of its own
     name: str | None = None  # the run's folder name; default: the task and every non-default setting
     tensorboard: bool = False  # also write TensorBoard event files
     wandb_project: str | None = None  # also log to this Weights & Biases project
@@ -200,6 +202,26 @@ def flag_names(args):
 
 
 # ---- an existing run ----
+
+def extended(args, before):
+    """The settings of a run that trains a finished one (`before`) on to args.total_steps. ValueError if that cannot be meant.
+
+    Everything that changes results is the finished run's own; device, threads and the like are the command line's.
+    """
+    own = dataclasses.replace(args, total_steps=defaults(args.algo).total_steps, env=before.env, seed=before.seed)
+    if given := [flag for flag, _ in nondefault_flags(own)]:
+        raise ValueError(f"--extend continues a run with its own settings: drop {given[0]}")
+    if args.total_steps <= before.total_steps:
+        raise ValueError(f"--extend: the run has {before.total_steps:,} steps already, --total-steps must be above that, not "
+                         f"{args.total_steps:,}")
+    if moving := [name for name, module in module_configs(before).items() if module.regime in ("s2d", "d2s")]:
+        regime = module_configs(before)[moving[0]].regime
+        raise ValueError(f"--extend: the {moving[0]}'s regime {regime} has a sparsity schedule that ended with the run (Eq. 2); "
+                         "a longer schedule would move it back. Start a new run with more --total-steps")
+    return dataclasses.replace(before, total_steps=args.total_steps,
+                               **{name: getattr(args, name) for name in NOT_IN_NAME if name not in ("env", "seed")})
+
+
 
 def from_config(config):
     """The Args in a run's config.json; flags newer than the run take their defaults.

@@ -7,6 +7,7 @@
     python train.py --algo sac --mst --width-scale 4 --depth-scale 3   # Figure 14's size; --algo sac --help lists its flags
 
     python train.py --mst --scale 5 --env dog-run --resume             # continues a stopped run from its last checkpoint
+    python train.py --extend runs/NAME --total-steps 1000000           # trains a finished run on, as a run of its own
     python evaluate.py runs/dog-run__mst__scale=5__seed=0 --video dog.mp4
 
 Steps are agent steps: two frames each. Each run writes runs/<name>/config.json, eval.csv and train.csv, checkpoints while it
@@ -23,6 +24,7 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -35,7 +37,7 @@ from runtime import fast
 from runtime.checkpoint import Checkpoints
 from runtime.log import RunFinished, RunLocked, RunLog, provenance
 from runtime.resume import SavedRun, Stopped, StopSignals
-from settings import check, diff_settings, from_config, module_configs, parse, run_name, plan_notes
+from settings import check, diff_settings, extended, from_config, module_configs, parse, run_name, plan_notes
 
 
 def train(args, env, agent, evaluator, log, saved):
@@ -43,10 +45,12 @@ def train(args, env, agent, evaluator, log, saved):
 
     The order is the same on every device, so a GPU can update while the environment steps. `run` holds the loop's state.
     """
-    obs = saved.restore(lambda config: diff_settings(from_config(config), args))
+    obs = saved.restore(lambda config: difference(config, args))
     if obs is None:  # a new run
         obs = env.reset()
     run, monitor = saved.progress, Monitor(args, env, agent, evaluator, log, saved)
+    if run.step:
+        monitor.bar.write(f"resumes at step {run.step:,}")
     for run.step in range(run.step, args.total_steps):
         learning = run.step >= args.learning_starts
         if run.action is None:  # else the run was stopped during this step's update
@@ -147,6 +151,7 @@ class Monitor:
             self.bar.write(f"note: {failure}; the run continues")
 
     def finish(self):
+        self.saved.save_for_extension()
         self.evaluate(self.args.total_steps)
         self.bar.close()
         self.log.close()
@@ -157,8 +162,14 @@ class Monitor:
 
 def build(args):
     """Everything that a run needs. Wrong flags are refused here, before the folder is made."""
+    source = None
+    if args.extend:
+        source, args = os.path.normpath(args.extend), extended(args, read_config(args.extend))
+        args.resume = True
     check(args)
     folder = run_folder(args)
+    if source and not os.path.exists(folder):
+        copy_run(source, folder)
     started = check_same_run(args, folder)
     device = fast.resolve_device(args.device)
     torch.set_num_threads(args.threads or fast.usable_cores())
@@ -173,8 +184,9 @@ def build(args):
                "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
     log = RunLog(folder, config, args.tensorboard, args.wandb_project, args.resume)
     saved = SavedRun(Checkpoints(folder), args, device, agent, env, log)
-    print("\n".join([console.describe(agent, modules, args, device, saved), *plan_notes(args), *speed_notes]), flush=True)
-    return env, agent, evaluator, log, saved
+    notes = [*plan_notes(args), *speed_notes, *(extension_notes(args, source) if source else [])]
+    print("\n".join([console.describe(agent, modules, args, device, saved), *notes]), flush=True)
+    return args, env, agent, evaluator, log, saved
 
 
 def run_folder(args):
@@ -201,19 +213,55 @@ def resolve_compile(args, device, started):
 
 def check_same_run(args, folder):
     """The config of the run that --resume finds, or None. RunFinished if it has ended; ValueError if it is another run."""
-    path = os.path.join(folder, "config.json")
-    if args.resume and os.path.exists(path):
-        try:
-            with open(path) as file:
-                config = json.load(file)
-            before = from_config(config)
-        except ValueError as error:
-            raise ValueError(f"--resume: {path} cannot be read: {str(error).splitlines()[0]}") from None
-        if difference := diff_settings(before, args):
-            raise ValueError(f"--resume: {folder} was started with {difference}: use the same flags, or another --name")
+    if args.resume and os.path.exists(os.path.join(folder, "config.json")):
+        if different := diff_settings(read_config(folder), args):
+            raise ValueError(f"--resume: {folder} was started with {different}: use the same flags, or another --name")
         if os.path.exists(os.path.join(folder, "final.pt")):
             raise RunFinished(folder)
-        return config
+        with open(os.path.join(folder, "config.json")) as file:
+            return json.load(file)
+
+
+# ---- a finished run, trained longer ----
+
+def copy_run(source, folder):
+    """Copies a finished run's last checkpoint and CSV files into the new run's folder. The finished run stays as it is."""
+    names = [name for name in os.listdir(source) if name.startswith(("checkpoint-", "rows-")) and name.endswith(".pt")]
+    if not os.path.exists(os.path.join(source, "final.pt")):
+        raise ValueError(f"--extend: {source} has not finished: continue it with --resume first")
+    if not names:
+        raise ValueError(f"--extend: {source} did not keep its last checkpoint: train it again with --keep-checkpoint on")
+    part = f"{folder}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+    for name in (*names, "eval.csv", "train.csv"):
+        shutil.copy2(os.path.join(source, name), part)
+    os.replace(part, folder)
+
+
+def difference(config, args):
+    """What makes a checkpoint's settings another run than this one. An extended run may differ in its length."""
+    before = from_config(config)
+    return diff_settings(dataclasses.replace(before, total_steps=args.total_steps) if args.extend else before, args)
+
+
+def extension_notes(args, source):
+    """What the longer run does to the schedules."""
+    dynamic = [name for name, module in module_configs(args).items() if module.regime == "dst"]
+    note = "its regimes have no schedule, so this run equals one that was this long from the start"
+    if dynamic:
+        note = f"the drop fraction of the {' and '.join(dynamic)} follows Eq. (1) for the new length, so it rises again"
+    return [f"  extends  {source}: {note}"]
+
+
+def read_config(folder):
+    """The Args in a run's folder. ValueError or OSError, in one line."""
+    path = os.path.join(folder, "config.json")
+    with open(path) as file:
+        try:
+            return from_config(json.load(file))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 # ---- the command ----
@@ -224,7 +272,7 @@ def main():
         args = parse(description=__doc__)
         *parts, log, saved = build(args)
         try:
-            train(args, *parts, log, saved)
+            train(*parts, log, saved)
         except Stopped as stopped:  # if a loss became NaN since the last row, saving raises, and the line below says so
             sys.exit(save_and_stop(saved, stopped))
     except RunFinished as folder:

@@ -226,11 +226,12 @@ class Checkpoints:
         self.wait()
         return "none" if self.step is None else f"of step {self.step:,}"
 
-    def finish(self, state):
-        """The run is done: `final.pt`, and when that is on the disk no other file is needed. OSError if it cannot be."""
+    def finish(self, state, keep=False):
+        """The run is done: `final.pt`, and when that is on the disk no other file is needed. OSError if it cannot be.
+        keep: the newest checkpoint stays."""
         self.wait()
         write(os.path.join(self.folder, "final.pt"), copy_to_cpu(state))
-        self._remove_all_but(set())
+        self._remove_all_but(set(self.older) if keep else set())
 
     def _remove_all_but(self, needed):
         for name in _ours(self.folder, ("checkpoint-", "rows-"), (".pt", ".pt.part")):

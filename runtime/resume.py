@@ -21,6 +21,7 @@ import time
 import numpy as np
 import torch
 
+KEPT_BYTES = 1e8  # a finished run keeps its last checkpoint up to this size
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGUSR1: what SLURM is usually asked to warn by
 
 
@@ -67,7 +68,7 @@ class SavedRun:
     def __init__(self, checkpoints, args, device, agent, env, log):
         self.checkpoints, self.args, self.device = checkpoints, args, device
         self.agent, self.env, self.log = agent, env, log
-        self.progress, self._began = Progress(), time.time()
+        self.progress, self._began, self.kept = Progress(), time.time(), False
 
     def seconds(self):
         """How long the run has taken, over all its processes."""
@@ -98,6 +99,13 @@ class SavedRun:
         if step and step % self.args.save_every == 0 and step != self.checkpoints.step:  # else: just resumed from it
             self.save()
 
+    def save_for_extension(self):
+        """The last checkpoint, if it is to be kept: `train.py --extend` continues from it, before the final evaluation."""
+        one, buffer = self.size()
+        if self.args.keep_checkpoint == "on" or self.args.keep_checkpoint == "auto" and one + buffer <= KEPT_BYTES:
+            self.kept = True
+            self.save(wait=True)
+
     def check_health(self):
         """FloatingPointError if a loss or gradient was not finite. Waits for the device."""
         if fault := self.agent.nonfinite_report():
@@ -105,11 +113,12 @@ class SavedRun:
                                      f"stopped. All rows up to here are in {self.log.folder}")
 
     def finish(self):
-        """`final.pt`: what acts, and is looked at; small beside a checkpoint. It comes last, and takes the others' place."""
+        """`final.pt`: networks and masks, written last. It replaces the checkpoints, unless the last one is kept."""
         state = self.agent.state_dict()
         self.checkpoints.finish({"config": dataclasses.asdict(self.args), "step": self.progress.step,
                                  "networks": state["networks"], "tensors": state["tensors"],
-                                 "masks": {name: sparse["masks"] for name, sparse in state["sparse"].items()}})
+                                 "masks": {name: sparse["masks"] for name, sparse in state["sparse"].items()}},
+                                keep=self.kept and not self.checkpoints.failure)
 
     # ---- the way back ----
 

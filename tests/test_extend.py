@@ -1,0 +1,56 @@
+"""Training a finished run on: `train.py --extend RUN --total-steps MORE`."""
+
+import pytest
+
+from tests.helpers import in_process, table, timeless
+
+pytestmark = pytest.mark.slow
+FLAGS = ["--env", "cartpole-swingup", "--width-scale", "0.05", "--learning-starts", "45", "--eval-every", "50", "--eval-episodes",
+         "1", "--log-every", "10", "--batch-size", "16", "--target-update-freq", "20", "--update-interval", "15"]
+OWN = ["--device", "cpu", "--threads", "1", "--compile", "off"]
+
+
+def run(folder, *flags):
+    """(exit status, output) of train.py."""
+    output = folder / "output"
+    output.unlink(missing_ok=True)
+    status = in_process([*flags, *OWN, "--runs", str(folder)], output)
+    return status, output.read_text()
+
+
+@pytest.mark.parametrize("regime", ["dense", "sst"])
+def test_extended_run_equals_a_long_one(tmp_path, regime):
+    flags = [*FLAGS, "--critic-regime", regime]
+    run(tmp_path, *flags, "--total-steps", "130", "--name", "short")
+    run(tmp_path, *flags, "--total-steps", "200", "--name", "long")
+    before = (tmp_path / "short/eval.csv").read_bytes()
+    status, said = run(tmp_path, "--extend", str(tmp_path / "short"), "--total-steps", "200", "--name", "more")
+    assert status == 0 and "extends" in said
+    assert timeless(tmp_path / "more") == timeless(tmp_path / "long")
+    assert (tmp_path / "short/eval.csv").read_bytes() == before  # the finished run stays as it is
+    status, said = run(tmp_path, "--extend", str(tmp_path / "short"), "--total-steps", "200", "--name", "more")
+    assert status == 0 and "finished already" in said
+
+
+def test_extending_dst_follows_the_longer_schedule(tmp_path):
+    run(tmp_path, *FLAGS, "--mst", "--total-steps", "130", "--name", "short")
+    status, said = run(tmp_path, "--extend", str(tmp_path / "short"), "--total-steps", "200", "--name", "more")
+    assert status == 0 and "critic" in said.split("extends")[1] and "Eq. (1)" in said
+    assert [row["agent_step"] for row in table(tmp_path / "more", "eval.csv")][-1] == "200"
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--total-steps", "130"], "--total-steps"), (["--total-steps", "200", "--mst"], "--mst"),
+    (["--total-steps", "200", "--critic-lr", "1"], "--critic-lr")])
+def test_extension_refuses_what_it_cannot_mean(tmp_path, flags, word):
+    run(tmp_path, *FLAGS, "--total-steps", "130", "--name", "short")
+    status, said = run(tmp_path, "--extend", str(tmp_path / "short"), *flags, "--name", "more")
+    assert status == 1 and word in said and not (tmp_path / "more").exists()
+
+
+def test_extension_refuses_ended_schedules_and_missing_checkpoints(tmp_path):
+    run(tmp_path, *FLAGS, "--critic-regime", "d2s", "--total-steps", "130", "--name", "d2s")
+    run(tmp_path, *FLAGS, "--keep-checkpoint", "off", "--total-steps", "130", "--name", "none")
+    for name, word in (("d2s", "Eq. 2"), ("none", "--keep-checkpoint"), ("nowhere", "config.json")):
+        status, said = run(tmp_path, "--extend", str(tmp_path / name), "--total-steps", "200", "--name", "more")
+        assert status == 1 and word in said and not (tmp_path / "more").exists()
