@@ -160,4 +160,4 @@ class SavedRun:
         masks = sum(mask.numel() for sparse in agent.sparse.values() for mask in sparse.masks.values())
         # Weights and two moments, targets, a byte a mask, and all priorities.
         one = 12 * count(agent.networks) + 4 * count(agent.targets) + masks + 8 * len(replay.priority)
-        return one, 4 * replay.rows.numel()
+        return one, replay.stored_bytes

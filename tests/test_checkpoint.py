@@ -75,7 +75,7 @@ def test_a_replay_buffer_comes_back_from_parts_as_it_was(capacity, tmp_path):
         for start, part in found.rows():
             other.load_rows(start, part)
         other.load_state_dict(state["replay"])
-        for name in ("rows", "priority", "max_priority", "termination_seen"):
+        for name in ("obs", "rows", "priority", "max_priority", "termination_seen"):
             assert torch.equal(getattr(buffer, name), getattr(other, name)), (step, name)
         for name in ("row", "episode_length", "num_valid", "_valid_cpu"):
             assert getattr(buffer, name) == getattr(other, name), (step, name)

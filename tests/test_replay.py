@@ -151,3 +151,98 @@ def test_free_memory_is_what_can_be_had(monkeypatch):
     free = replay.free_memory(torch.device("cpu"))
     monkeypatch.undo()
     assert free == 70 * 1024
+
+
+# ---- misuse ----
+
+def test_unusable_sizes_are_refused():
+    for horizon in (1, 5):
+        ReplayBuffer(2, 1, 2 * horizon + 2, horizon)
+        with pytest.raises(ValueError, match=f"{2 * horizon + 1} rows is too small for a horizon of {horizon}: use "
+                                             f"{2 * horizon + 2} or more"):
+            ReplayBuffer(2, 1, 2 * horizon + 1, horizon)
+    with pytest.raises(ValueError, match="horizon must be at least 1, not 0"):
+        ReplayBuffer(2, 1, 100, 0)
+    buffer, _ = play(0, 60, 3, 50)
+    assert buffer.sample(4).reward.shape == buffer.sample(4, 3).reward.shape == (4, 3)
+    with pytest.raises(ValueError, match="subtrajectories of 3 transitions, not 4"):
+        buffer.sample(4, 4)
+
+
+@pytest.mark.parametrize("name, wrong", [("obs", (1,)), ("obs", (2, 2)), ("next_obs", (5,)), ("next_obs", (1,)),
+                                         ("next_obs", (2, 2)), ("action", ()), ("action", (1, 3))])
+def test_wrong_shapes_are_refused_and_nothing_is_written(name, wrong):
+    buffer, _ = play(0, 60, 3, 50, obs_dim=4, action_dim=3)
+    before = [buffer.obs.clone(), buffer.rows.clone(), buffer.priority.clone()]
+    shapes = {"obs": (4,), "action": (3,), "next_obs": (4,)} | {name: wrong}
+    values = {key: np.ones(shape) for key, shape in shapes.items()}
+    with pytest.raises(ValueError) as error:
+        buffer.add(values["obs"], values["action"], 9.0, values["next_obs"], False, False)
+    assert str(error.value).startswith(f"{name} has shape {wrong}")
+    assert all(torch.equal(*pair) for pair in zip(before, (buffer.obs, buffer.rows, buffer.priority)))
+
+
+@pytest.mark.parametrize("shape, dtype", [((3, 4), torch.float32), ((2, 3, 3), torch.uint8), ((), torch.float32)])
+def test_observations_of_any_shape_and_dtype(shape, dtype):
+    buffer = ReplayBuffer(shape, 2, 40, horizon=2, obs_dtype=dtype)
+    obs = np.random.RandomState(0).randint(0, 255, (100, *shape))
+    for t in range(99):
+        buffer.add(obs[t], [t, -t], 0.5 * t, obs[t + 1], False, False)
+    rows = buffer.priority.nonzero().flatten()
+    batch = buffer.gather(rows)
+    assert len(rows) == 38 and batch.obs.shape == (38, 3, *shape) and batch.obs.dtype == dtype
+    for number, row in enumerate(rows.tolist()):
+        t = row + 80 if row + 80 < 99 else row + 40  # the ring went round twice
+        np.testing.assert_array_equal(batch.obs[number], obs[t:t + 3])
+        assert batch.action[number].tolist() == [[t, -t], [t + 1, -t - 1]]
+        assert batch.reward[number].tolist() == [0.5 * t, 0.5 * t + 0.5]
+    item = torch.empty((), dtype=dtype).element_size() * math.prod(shape)
+    assert buffer.stored_bytes == 40 * (item + 4 * 5) == sum(part.nbytes for part in (buffer.obs, buffer.rows))
+
+
+def test_late_priorities_do_not_revive_overwritten_rows():
+    buffer, _ = play(5, 60, 3, 200)
+    drawn = buffer.sample(64).index.unique()
+    for t in range(20):
+        buffer.add(np.zeros(2), [0], 0.0, np.zeros(2), False, True)
+    before = buffer.priority > 0
+    gone = drawn[~before[drawn]]
+    assert 0 < len(gone) < len(drawn)
+    buffer.update_priority(drawn, torch.full((len(drawn),), 50.0))
+    assert torch.equal(buffer.priority > 0, before)
+    np.testing.assert_allclose(buffer.priority[drawn[before[drawn]]], 50.0 ** 0.4, rtol=1e-6)
+    buffer.update_priority(gone, torch.full((len(gone),), 50.0))  # a batch of nothing else
+    assert torch.equal(buffer.priority > 0, before) and buffer.max_priority.item() == pytest.approx(50.0 ** 0.4)
+
+
+# ---- saving ----
+
+def test_the_state_of_another_capacity_is_refused():
+    small, _ = play(0, 60, 3, 50)
+    position = small.position
+    for capacity in (61, 900, 2000):  # 61 and 900 round up to the same block of priorities as 60
+        large, _ = play(0, capacity, 3, 3 * capacity)
+        with pytest.raises(ValueError, match=f"the saved buffer has {capacity:,} rows, this one 60"):
+            small.load_state_dict(large.state_dict())
+        old = {name: value for name, value in large.state_dict().items() if name != "capacity"}
+        with pytest.raises(ValueError, match="another number of rows, this one 60"):
+            small.load_state_dict(old)
+    assert small.position == position
+    with pytest.raises(ValueError, match=r"shapes .*\(3,\).*, this buffer's have .*\(2,\)"):
+        small.load_rows(0, play(0, 60, 3, 50, obs_dim=3)[0].rows_since(0)[1])
+
+
+@pytest.mark.parametrize("steps", [50, 130])
+def test_a_saved_buffer_loads_and_so_does_one_of_older_code(steps):
+    buffer, _ = play(4, 60, 3, steps)
+    first, rows = buffer.rows_since(0)
+    older = {"rows": torch.cat([rows["obs"], rows["rows"]], 1)}  # o, a, r, terminated, transition
+    state = buffer.state_dict()
+    for saved, part in ((state, rows), ({key: value for key, value in state.items() if key != "capacity"}, older)):
+        other = ReplayBuffer(2, 1, 60, 3)
+        other.load_rows(first, part)
+        other.load_state_dict(saved)
+        for name in ("obs", "rows", "priority", "max_priority", "termination_seen", "position", "episode_length",
+                     "num_valid", "_valid_cpu"):
+            one, two = getattr(buffer, name), getattr(other, name)
+            assert torch.equal(one, two) if torch.is_tensor(one) else one == two, name

@@ -149,7 +149,7 @@ def test_a_checkpoint_is_as_large_as_is_said():
     agent.update()
     saved = SavedRun(None, None, torch.device("cpu"), agent, buffer, None, None)
     one, rows = saved.size()
-    assert one == pytest.approx(size(agent.state_dict()) + size(buffer.state_dict()), rel=0.02) and rows == size(buffer.rows)
+    assert one == pytest.approx(size(agent.state_dict()) + size(buffer.state_dict()), rel=0.02) and rows == size(buffer.rows) + size(buffer.obs)
 
 
 def test_what_a_run_was_resumed_from_is_not_saved_again(monkeypatch):
