@@ -88,10 +88,14 @@ class BaseAgent:
     graph_methods = {}  # method that may be captured as a CUDA graph -> modules that one call of it updates
     target_modules = ()  # modules that have a target copy
 
-    def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=490_000, device="cpu", seed=0,
+    def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=None, device="cpu", seed=0,
                  buffer_size=1_000_000):
-        """modules: ModuleConfig by module name. total_updates: T of the sparsity schedules. buffer_size: replay rows."""
+        """modules: ModuleConfig by module name. buffer_size: replay rows.
+
+        total_updates: T of the sparsity schedules; by default, the updates of a run of 500,000 agent steps.
+        """
         self.config = config = config or self.Config()
+        total_updates = total_updates or (500_000 - config.learning_starts) * config.updates_per_step
         modules = modules or config.presets["default"]
         self.device, self.action_dim = torch.device(device), action_dim
         self.networks = self.make_networks(obs_dim, action_dim, modules)
@@ -156,8 +160,8 @@ class BaseAgent:
         self.replay.add(obs, action, reward, next_obs, terminated, truncated)
 
     def metric_batch(self, size):
-        """(a batch for the metrics, True), or (a blank batch of two samples, False) while nothing can be drawn."""
-        if self.replay.num_valid:
+        """(a batch for the metrics, True), or (a blank batch of two samples, False) for size 0 or while nothing is stored."""
+        if size and self.replay.num_valid:
             return self.replay.sample(size), True
         return self.replay.gather(torch.zeros(2, dtype=torch.long, device=self.device)), False
 

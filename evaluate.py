@@ -37,7 +37,7 @@ FRESH_SEEDS = 1_000_000  # added to a run's seed by default: no training run has
 
 def measure(agent, wanted=True):
     """The plasticity metrics of every module, as columns of eval.csv. NaN if they are not wanted or nothing is stored yet."""
-    batch, ready = agent.metric_batch(METRIC_BATCH if wanted else 2)
+    batch, ready = agent.metric_batch(METRIC_BATCH if wanted else 0)
     with contextlib.ExitStack() as stack:
         activations = {name: stack.enter_context(metrics.record_activations(network))
                        for name, network in agent.networks.items()}
@@ -46,7 +46,7 @@ def measure(agent, wanted=True):
     row = {}
     for name, network in agent.networks.items():
         columns = metrics.module_metrics(network, features[name], activations[name], losses[name], agent.sparse[name].masks)
-        row |= {f"{name}/{column}": value if ready and wanted or column == "parameter_norm" else math.nan
+        row |= {f"{name}/{column}": value if ready or column == "parameter_norm" else math.nan
                 for column, value in columns.items()}
         row[f"{name}/density"] = agent.sparse[name].density()
     return row

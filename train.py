@@ -184,8 +184,8 @@ def build(args):
                "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
     log = RunLog(folder, config, args.tensorboard, args.wandb_project, args.resume)
     saved = SavedRun(Checkpoints(folder), args, device, agent, env, log)
-    notes = [*plan_notes(args), *speed_notes, *(extension_notes(args, source) if source else [])]
-    print("\n".join([console.describe(agent, modules, args, device, saved), *notes]), flush=True)
+    notes = [*console.describe_saving(saved), *plan_notes(args), *speed_notes, *(extension_notes(args, source) if source else [])]
+    print("\n".join([console.describe(agent, modules, args, device, folder), *notes]), flush=True)
     return args, env, agent, evaluator, log, saved
 
 

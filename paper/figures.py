@@ -108,7 +108,7 @@ _FIG14 = {"algo": "sac", "width_scale": 4, "depth_scale": 3}
 def _mst_ablation(base, dense, levels):
     """Fig. 12: MST as it is, in every panel, beside MST with one part changed."""
     for panel, series, flags in (("distribution", "uniform", {"distribution": "uniform"}),
-                                 ("growth (critic)", "SET", {"growth": "random"})):
+                                 ("growth (critic)", "SET", {"grow": "random"})):
         yield Cell(panel, "MST (ER, RigL, 0.6)", base)
         yield Cell(panel, series, {**base, **flags})
     for level in levels:

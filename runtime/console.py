@@ -66,8 +66,8 @@ def error_message(error):
     return str(error).splitlines()[0] + advice
 
 
-def describe(agent, modules, args, device, saved):
-    """The run's header: what runs, sizes, densities, where it writes, and whether the disk has room for checkpoints."""
+def describe(agent, modules, args, device, folder):
+    """The run's header: what runs, sizes, densities, and where it writes."""
     from agents import count
     lines = [f"{args.algo} on {args.env}, seed {args.seed}, {args.total_steps:,} agent steps on {device}"]
     for name, network in agent.networks.items():
@@ -81,8 +81,7 @@ def describe(agent, modules, args, device, saved):
     if collapsing:
         lines.append(f"  note: the paper shows that large networks without residual connections ({', '.join(collapsing)}) "
                      "collapse; --mst uses types 5 and 6, which have them")
-    lines.append(f"  writes   {saved.log.folder}")
-    return "\n".join([*lines, *describe_saving(saved)])
+    return "\n".join([*lines, f"  writes   {folder}"])
 
 
 LARGE_SAVE = 1e9  # bytes; smaller checkpoints are not mentioned
@@ -93,10 +92,10 @@ def describe_saving(saved):
     one, buffer = saved.size()
     total, free = 3 * one + buffer, shutil.disk_usage(saved.log.folder).free  # two, and a third while it is written
     lines = []
-    if total > LARGE_SAVE or total > free:
+    if total > LARGE_SAVE or total >= free:
         lines.append(f"  saves    every {saved.args.save_every:,} steps: up to {total / 1e9:.2f} GB (three checkpoints of "
                      f"{one / 1e9:.2f} GB and a replay buffer of {buffer / 1e9:.2f} GB)")
-    if total > free:
+    if total >= free:
         lines.append(f"  note: the disk has {free / 1e9:.2f} GB free: checkpoints will not fit; training continues")
     return lines
 

@@ -226,7 +226,7 @@ class RecordedRun:
     """Environment, agent, replay, evaluation, checkpoints and log in one, which note everything they are told. Each observation is a number."""
     episodes = [(3, "terminated"), (2, "truncated"), (3, "truncated"), (1, "terminated"), (9, "truncated")]
     obs_dim, action_dim, horizon, updates_per_step, prioritized, folder = 1, 1, 1, 2, False, "here"
-    device, networks, sparse, failure, num_updates = torch.device("cpu"), {}, {}, None, 0
+    device, networks, sparse, updates, failure, num_updates = torch.device("cpu"), {}, {}, {}, None, 0
 
     def __init__(self):
         self.events, self.rows, self.time, self.episode, self.length, self.frames, self.actions = [], [], 0, -1, 0, 0, 0
@@ -306,6 +306,7 @@ def recorded_run(monkeypatch, run, **settings):
     monkeypatch.setattr(train, "measure", lambda agent, wanted: run.note("measure", wanted) or {"metric": 0.5})
     monkeypatch.setattr(train, "StopSignals", lambda: argparse.Namespace(check=lambda: None))
     monkeypatch.setattr(SavedRun, "save", lambda self: run.note("save", self.progress.step))
+    monkeypatch.setattr(SavedRun, "save_for_extension", lambda self: None)
     monkeypatch.setattr(SavedRun, "finish", lambda self: run.note("finish", self.progress.step))
     args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6,
                                               "save_every": 2, "metrics_every": 2} | settings))

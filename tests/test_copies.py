@@ -13,7 +13,8 @@ from tests.helpers import HERE
 @pytest.mark.slow
 def test_a_file_runs_alone(name, tmp_path):
     """Its docstring's example, in an empty folder, with everything but torch and numpy out of reach."""
-    source = (HERE / f"{name}.py").read_text()
+    path = HERE / f"{name}.py" if (HERE / f"{name}.py").exists() else HERE / "runtime" / f"{name}.py"
+    source = path.read_text()
     (tmp_path / f"{name}.py").write_text(source)
     docstring = source.split('"""')[1]
     example = "\n".join(line[4:] for line in docstring.splitlines() if line.startswith("    ") or not line)

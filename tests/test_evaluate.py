@@ -60,12 +60,15 @@ def test_a_run_is_evaluated_on_its_own_seeds_and_as_far_as_it_came(tmp_path, mon
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(args)))
     checkpoint.Checkpoints(str(tmp_path)).save(7000, {"agent": {"networks": {}}}, wait=True)
     assert watch.load(str(tmp_path))[1]["step"] == 7000  # not ended: where it stands
-    for name in ("import_imageio", "check_drawing", "build_agent", "restore"):
+    for name in ("import_imageio", "check_drawing", "restore"):
         monkeypatch.setattr(watch, name, lambda *of: None)
-    monkeypatch.setattr(watch, "Env", lambda *of: told.append(of) or types.SimpleNamespace(obs_dim=5, action_dim=1))
-    monkeypatch.setattr(watch, "Evaluator", lambda *of, **named: told.append(of) or (lambda act, step: np.array([step])))
+    monkeypatch.setattr("agents.build_agent", lambda *of, **named: None)
+    monkeypatch.setattr("envs.Env", lambda *of: told.append(of) or types.SimpleNamespace(obs_dim=5, action_dim=1))
+    monkeypatch.setattr("envs.Evaluator", lambda *of, **named: told.append(of) or (lambda act, step: np.array([step])))
     monkeypatch.setattr(watch, "film", lambda imageio, env, act, seed, path: told.append(seed) or 1.0)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    watch.main(flags_to_args("--eval-only", "--checkpoint", str(tmp_path), "--eval-episodes", "2", "--device", "cpu", "--video", "a.mp4"))
-    assert told == [("cartpole-swingup", 3), ("cartpole-swingup", 2, 3), envs.episode_seed(3, 7000, 0)]
+    for path, seed, used in ((tmp_path, 3, 3), (tmp_path / "config.json", None, 3 + watch.FRESH_SEEDS)):
+        told.clear()
+        watch.run(watch.Args(str(path), episodes=2, seed=seed, device="cpu", video="a.mp4"))
+        assert told == [("cartpole-swingup", 3), ("cartpole-swingup", 2, used), envs.episode_seed(used, 7000, 0)]
     assert "return 7000.0" in capsys.readouterr().out

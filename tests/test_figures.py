@@ -55,9 +55,9 @@ RES5 = {"encoder": (6, "dense", 5, 5), "critic": (6, "dense", 5, 5), "actor": (5
 @pytest.mark.parametrize("name, panel, series, x, algo, modules, rest", [  # Section 4, Appendices B.2.2 and E
     ("fig11", "", "MR.Q", "", "mrq", {"encoder": (4, "dense", 5, 5), "critic": (4, "dense", 5, 5), "actor": (3, "dense", 5, 5)}, {}),
     ("fig11", "", "MR.Q + Res", "", "mrq", RES5, {}),
-    ("fig11", "", "MR.Q + Res + MST", "", "mrq", MST5, {"distribution": "er", "growth": "gradient", "sparsity": 0.6}),
-    ("fig12", "distribution", "uniform", "", "mrq", MST5, {"distribution": "uniform", "growth": "gradient"}),
-    ("fig12", "growth (critic)", "SET", "", "mrq", MST5, {"distribution": "er", "growth": "random"}),
+    ("fig11", "", "MR.Q + Res + MST", "", "mrq", MST5, {"distribution": "er", "grow": "gradient", "sparsity": 0.6}),
+    ("fig12", "distribution", "uniform", "", "mrq", MST5, {"distribution": "uniform", "grow": "gradient"}),
+    ("fig12", "growth (critic)", "SET", "", "mrq", MST5, {"distribution": "er", "grow": "random"}),
     ("fig12", "sparsity", "sparsity 0.9", "", "mrq", MST5, {"sparsity": 0.9}),
     ("fig12", "sparsity", "sparsity 0 (dense)", "", "mrq", RES5, {}),
     ("fig13", "SAC, width", "plain", "×4", "sac", simba("dense", "dense", 4, 1), {}),
@@ -103,7 +103,7 @@ def test_a_study_of_one_module_varies_that_module_alone(name, types, scales):
     ("fig2", {"encoder_type": {1, 2, 3, 4, 6}}), ("fig3", {"encoder_type": {1, 2, 3, 4, 6}}),
     ("fig8", {"encoder_type": {6}, "actor_type": {3, 4, 5, 6}, "actor_scale": {5}}),
     ("fig9", {"encoder_type": {6}, "actor_type": {5}, "actor_scale": {5}, "actor_regime": {"dense", "sst", "dst", "s2d", "d2s"}}),
-    ("fig12", {"mst": {True}, "depth_scale": {5}, "distribution": {"uniform"}, "growth": {"random"}}),
+    ("fig12", {"mst": {True}, "depth_scale": {5}, "distribution": {"uniform"}, "grow": {"random"}}),
     ("fig13", {"algo": {"sac", "ddpg"}, "width_scale": {0.125, 0.5}, "depth_scale": {4}, "mst": {True}})])
 def test_a_laptop_study_varies_what_it_says(name, varied):
     figure = figures.LAPTOP[name]

@@ -105,7 +105,8 @@ def test_no_nan_enters_the_priorities():
 
 
 def test_the_reward_scale_waits_for_a_reward():
-    agent, buffer = tiny(), ReplayBuffer(4, 2, 400, 5)
+    agent = tiny()
+    agent.replay = buffer = ReplayBuffer(4, 2, 400, 5)
     for step in range(60):
         buffer.add(np.ones(4), np.zeros(2), 0.0, np.ones(4), False, False)
     agent.refresh_targets()
@@ -116,7 +117,8 @@ def test_the_reward_scale_waits_for_a_reward():
 
 
 def test_the_done_loss_waits_for_a_termination():
-    agent, buffer = tiny(), ReplayBuffer(4, 2, 400, 5)
+    agent = tiny()
+    agent.replay = buffer = ReplayBuffer(4, 2, 400, 5)
     for _ in range(60):
         buffer.add(np.ones(4), np.zeros(2), 1.0, np.ones(4), False, False)
     agent.update()
@@ -128,7 +130,8 @@ def test_the_done_loss_waits_for_a_termination():
 
 
 def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
-    agent, buffer = tiny(modules=MR_DEFAULT), filled()
+    agent = tiny(modules=MR_DEFAULT)
+    buffer = agent.replay
     agent.refresh_targets()
     agent.update()
     before = {name: [p.clone() for p in network.parameters()] for name, network in agent.networks.items()}
@@ -149,7 +152,8 @@ def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
 
 
 def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
-    agent, buffer = tiny(), filled()
+    agent = tiny()
+    buffer = agent.replay
     drawn, gather = [], buffer.gather
     buffer.gather = lambda index, horizon: drawn.append(index) or gather(index, horizon)
     agent.refresh_targets()
@@ -157,6 +161,7 @@ def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
     assert burst.shape == (4, 16) and len(burst.unique()) > 30 and (buffer.priority[burst] > 0).all()
     agent.update_encoder()
     other = tiny(seed=9)
+    other.replay = buffer
     other.load_state_dict(copy.deepcopy(agent.state_dict()))  # stopped after one update of four
     torch.manual_seed(123)
     for one in (agent, other):
@@ -171,7 +176,8 @@ def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
 @pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s")])
 def test_every_regime_on_every_module(regimes):
     modules = {name: ModuleConfig(preset.arch_type, regime) for (name, preset), regime in zip(MR_MST.items(), regimes)}
-    agent, buffer = tiny(modules), filled()
+    agent = tiny(modules)
+    buffer = agent.replay
     for _ in range(40):
         agent.update()
     for name, regime in zip(agent.networks, regimes):
@@ -208,8 +214,8 @@ def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
         agent.update()
     other = tiny_of(algo, seed=9)[0]
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
-    buffers = [buffer, copy.deepcopy(buffer)]
-    for one, replay in zip((agent, other), buffers):
+    other.replay = copy.deepcopy(buffer)
+    for one in (agent, other):
         torch.manual_seed(1)
         for _ in range(6):
             one.update()

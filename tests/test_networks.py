@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from paper import figures
 
 import networks
+import simba
 from sac import SAC
 from tests.helpers import HERE, count, layer_norm, naive_block_mlp, naive_simba
 
@@ -119,14 +120,14 @@ def test_initialisation_and_bad_arguments():
 
 def test_simba_networks_against_their_definition_and_sizes():
     torch.manual_seed(0)
-    critic = networks.SimbaCritic(5, 2, 8, num_blocks=3, num_qs=2)
+    critic = simba.SimbaCritic(5, 2, 8, num_blocks=3, num_qs=2)
     for name, parameter in critic.named_parameters():
         nn.init.normal_(parameter, std=1e-3 if "projection" in name else 0.5)  # so small that the epsilon tells
     obs, action = torch.randn(7, 5), torch.randn(7, 2)
     x = torch.cat([obs, action], 1)
     torch.testing.assert_close(critic(obs, action), torch.cat([naive_simba(q, x, [])[1] for q in (critic.q1, critic.q2)], 1))
-    assert len(list(networks.SimbaCritic(5, 2, 8, 1).children())) == 1
-    actor = networks.SimbaGaussian(5, 2, 8, 1)  # mean first, then log-std, each with a head of its own
+    assert len(list(simba.SimbaCritic(5, 2, 8, 1).children())) == 1
+    actor = simba.SimbaGaussian(5, 2, 8, 1)  # mean first, then log-std, each with a head of its own
     features, mean = naive_simba(actor, obs, [])
     torch.testing.assert_close(actor(obs), torch.cat([mean, features @ actor.log_std.weight.T + actor.log_std.bias], 1))
 
@@ -145,7 +146,7 @@ def test_simba_networks_against_their_definition_and_sizes():
 
 def test_simba_initialisation():
     torch.manual_seed(0)
-    q, actor = networks.SimbaCritic(40, 10, 64, 2).q1, networks.SimbaGaussian(50, 10, 64, 2)
+    q, actor = simba.SimbaCritic(40, 10, 64, 2).q1, simba.SimbaGaussian(50, 10, 64, 2)
     for layer in (q.projection, actor.projection):
         torch.testing.assert_close(layer.weight.T @ layer.weight, torch.eye(50), atol=1e-5, rtol=0)
     assert q.output.weight.norm().item() == pytest.approx(1, abs=1e-5)  # orthogonal, gain 1
@@ -161,7 +162,7 @@ def test_simba_initialisation():
 def test_the_normalizer_against_numpy():
     rng = np.random.RandomState(0)
     seen = (rng.randn(500, 3) * [1, 10, 0] + [5, -300, 2]).astype(np.float32)
-    normalizer = networks.RunningNormalizer(3)
+    normalizer = simba.RunningNormalizer(3)
     for obs in seen:
         normalizer.update(torch.from_numpy(obs))
     # Mean 0 and variance 1 with the weight of 1e-4 observations, then the rest.

@@ -105,9 +105,9 @@ def test_what_is_said_to_be_saved():
     row still needed; and how far the logs, the clock and the episode are."""
     buffer, told = play(0, 60, 3, 90)[0], []
     log = types.SimpleNamespace(positions=lambda step=None: {"step": step}, folder="here")
-    agent = types.SimpleNamespace(state_dict=dict, info={}, nonfinite_report=lambda: None)
+    agent = types.SimpleNamespace(state_dict=dict, info={}, nonfinite_report=lambda: None, replay=buffer)
     checkpoints = types.SimpleNamespace(next_row=80, step=None, save=lambda *of, **named: told.append((of, named)))
-    saved = SavedRun(checkpoints, flags_to_args(), torch.device("cpu"), agent, buffer, types.SimpleNamespace(state=dict), log)
+    saved = SavedRun(checkpoints, flags_to_args(), torch.device("cpu"), agent, types.SimpleNamespace(state=dict), log)
     progress = saved.progress
     progress.step, progress.seconds, progress.episode_return, progress.last_return = 7, 100.0, 2.5, 4.5
     saved.save(wait=True)
@@ -132,8 +132,8 @@ def test_a_broken_run_is_not_saved():
     agent, told = types.SimpleNamespace(nonfinite_report=lambda: ("the critic's loss", 3)), []
     checkpoints = types.SimpleNamespace(next_row=0, step=None, save=lambda *of: told.append(of))
     log = types.SimpleNamespace(folder="here", positions=lambda step: {})
-    agent.state_dict, agent.info = dict, {}
-    saved = SavedRun(checkpoints, flags_to_args(), torch.device("cpu"), agent, play(0, 60, 3, 90)[0], types.SimpleNamespace(state=dict), log)
+    agent.state_dict, agent.info, agent.replay = dict, {}, play(0, 60, 3, 90)[0]
+    saved = SavedRun(checkpoints, flags_to_args(), torch.device("cpu"), agent, types.SimpleNamespace(state=dict), log)
     with pytest.raises(FloatingPointError, match="the critic's loss was not finite at agent step 10,003"):
         saved.save(wait=True)
     assert not told
@@ -147,7 +147,7 @@ def test_a_checkpoint_is_as_large_as_is_said():
 
     agent, buffer = tiny_of("mrq")
     agent.update()
-    saved = SavedRun(None, None, torch.device("cpu"), agent, buffer, None, None)
+    saved = SavedRun(None, None, torch.device("cpu"), agent, None, None)
     one, rows = saved.size()
     assert one == pytest.approx(size(agent.state_dict()) + size(buffer.state_dict()), rel=0.02) and rows == size(buffer.rows) + size(buffer.obs)
 
@@ -155,7 +155,7 @@ def test_a_checkpoint_is_as_large_as_is_said():
 def test_what_a_run_was_resumed_from_is_not_saved_again(monkeypatch):
     told = []
     monkeypatch.setattr(SavedRun, "save", lambda self: told.append(self.progress.step))
-    saved = SavedRun(types.SimpleNamespace(step=20), flags_to_args("--save-every", "10"), torch.device("cpu"), None, None, None, None)
+    saved = SavedRun(types.SimpleNamespace(step=20), flags_to_args("--save-every", "10"), torch.device("cpu"), None, None, None)
     for saved.progress.step in (0, 20, 25, 30):
         saved.save_if_due()
     assert told == [30]

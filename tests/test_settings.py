@@ -125,17 +125,17 @@ def test_a_schedule_may_be_a_single_step():
 
 def test_defaults_are_those_of_the_papers():
     tables = {  # Tables 1 and 2 of the paper, and what the published SimBa uses for DeepMind Control
-        "mrq": {"batch_size": 256, "discount": 0.99, "encoder_horizon": 5, "q_horizon": 3, "target_update_freq": 250, "dynamics_weight": 1,
+        "mrq": {"batch_size": 256, "updates_per_step": 1, "discount": 0.99, "encoder_horizon": 5, "q_horizon": 3, "target_update_freq": 250, "dynamics_weight": 1,
                 "reward_weight": 0.1, "terminal_weight": 0.1, "encoder_lr": 1e-4, "critic_lr": 3e-4, "actor_lr": 3e-4, "weight_decay": 1e-4,
                 "critic_grad_clip": 20, "reward_bins": 65, "reward_symlog_limit": 10, "exploration_noise": 0.2, "target_noise": 0.2,
                 "target_noise_clip": 0.3, "pre_activation_weight": 1e-5},
-        "ddpg": {"batch_size": 256, "discount": 0.99, "tau": 0.005, "actor_lr": 1e-4, "critic_lr": 1e-4, "weight_decay": 0.01,
-                 "twin_critics": False, "target_q": "min", "actor_q": "min", "exploration_noise": 0.1}}
+        "ddpg": {"batch_size": 256, "updates_per_step": 2, "discount": 0.99, "tau": 0.005, "actor_lr": 1e-4, "critic_lr": 1e-4, "weight_decay": 0.01,
+                 "twin_critics": False, "target_q_reduce": "min", "actor_q_reduce": "min", "exploration_noise": 0.1}}
     temperature = {"initial_temperature": 0.01, "temperature_lr": 1e-4, "target_entropy": -0.5}
     policy = ("exploration_noise", "target_noise", "target_noise_clip", "pre_activation_weight")
     without = lambda algo: {name: value for name, value in tables[algo].items() if name not in policy}
     tables["sac"] = without("ddpg") | temperature
-    tables["mrsac"] = without("mrq") | temperature | {"temperature_lr": 3e-4, "target_policy": "target", "target_q": "min", "actor_q": "min"}
+    tables["mrsac"] = without("mrq") | temperature | {"temperature_lr": 3e-4, "target_policy": "target", "target_q_reduce": "min", "actor_q_reduce": "min"}
     for algo, table in tables.items():
         args = defaults(algo)
         assert dataclasses.asdict(args.agent) == table
@@ -143,15 +143,14 @@ def test_defaults_are_those_of_the_papers():
             agent = AGENTS[algo](4, 2, device="meta")  # built by hand, it has the schedule of a default run
         assert {sparse.total_steps for sparse in agent.sparse.values()} == {
             (args.total_steps - args.learning_starts) * agent.updates_per_step}
-        assert (args.learning_starts, args.agent.updates_per_step, args.agent.config.horizon) == (
+        assert (args.learning_starts, args.agent.updates_per_step, args.agent.horizon) == (
             (5000, 2, 1) if algo in ("sac", "ddpg") else (10_000, 1, 5))
-        sparse = {"sparsity": 0.8 if algo in ("sac", "ddpg") else 0.6, "distribution": "er", "growth": "gradient", "update_interval": 1000,
+        sparse = {"sparsity": 0.8 if algo in ("sac", "ddpg") else 0.6, "distribution": "er", "grow": "gradient", "update_interval": 1000,
                   "drop_fraction_start": 0.5, "drop_fraction_end": 0.0, "schedule_start": 0.2, "schedule_end": 0.8, "schedule_power": 2.0}
         assert dataclasses.asdict(args.sparse) == sparse
         # SparseTraining by itself has the same.
         own = {name: p.default for name, p in inspect.signature(SparseTraining).parameters.items() if p.default is not p.empty}
-        renamed = {"growth": "grow", "schedule_power": "power"}
-        assert {renamed.get(name, name): value for name, value in sparse.items()} | {"sparsity": 0.6, "seed": None, "exclude": ()} == {
+        assert sparse | {"sparsity": 0.6, "seed": None, "exclude": ()} == {
             name: value for name, value in own.items() if name != "total_steps"}
     assert (args.total_steps, args.eval_every, args.eval_episodes, args.buffer_size, args.log_every, args.scale, args.seed, args.mst) == (
         500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)
@@ -160,7 +159,7 @@ def test_defaults_are_those_of_the_papers():
 def test_what_is_not_in_the_name_is_a_matter_of_the_machine_alone():
     args, own = defaults("mrq"), {name for _, name in flag_names(defaults("mrq"))}
     outside = {"env", "seed", "device", "threads", "compile", "cuda_graphs", "eval_workers", "runs", "name", "tensorboard", "wandb_project",
-               "resume", "save_every", "eval_only", "checkpoint", "video"}
+               "resume", "save_every", "keep_checkpoint", "extend"}
     for spec in dataclasses.fields(args):
         assert dataclasses.is_dataclass(getattr(args, spec.name)) or (spec.name in own) != (spec.name in outside), spec.name
     assert diff_settings(flags_to_args(), flags_to_args("--metrics-every", "2")) == "--metrics-every 1, not 2"
@@ -177,5 +176,5 @@ def test_the_residual_is_read_where_a_type_has_one():
         if config["use_residual"]:
             check(flags)
         else:
-            with pytest.raises(ValueError, match="--residual post does nothing"):
+            with pytest.raises(ValueError, match="--residual post has no effect"):
                 check(flags)

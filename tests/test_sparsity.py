@@ -280,9 +280,9 @@ def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
 
 
 SPARSE_ARGUMENTS = [{"sparsity": 0.55, "distribution": "er", "grow": "gradient", "drop_fraction_start": 0.7, "drop_fraction_end": 0.2, "schedule_start": 0.15,
-                     "schedule_end": 0.65, "power": 3.0, "seed": 5, "update_interval": 7},
+                     "schedule_end": 0.65, "schedule_power": 3.0, "seed": 5, "update_interval": 7},
                     {"sparsity": 0.7, "distribution": "uniform", "grow": "random", "drop_fraction_start": 0.1, "drop_fraction_end": 0.6, "schedule_start": 0.3,
-                     "schedule_end": 0.9, "power": 0.5, "seed": 6, "update_interval": 4}]
+                     "schedule_end": 0.9, "schedule_power": 0.5, "seed": 6, "update_interval": 4}]
 
 
 @pytest.mark.parametrize("arguments", SPARSE_ARGUMENTS, ids=["gradient", "random"])
@@ -310,7 +310,7 @@ def test_every_argument_of_sparse_training_is_read(regime, arguments):
         assert twin.update_topology(step) == changed and all(torch.equal(twin.masks[n], mask) for n, mask in sparse.masks.items())
         if not changed:
             continue
-        left = (1 - min(max((step - first) / (last - first), 0), 1)) ** a["power"]
+        left = (1 - min(max((step - first) / (last - first), 0), 1)) ** a["schedule_power"]
         wanted = a["sparsity"] * {"dst": 1, "s2d": left, "d2s": 1 - left}[regime]
         zeta = a["drop_fraction_end"] + (a["drop_fraction_start"] - a["drop_fraction_end"]) * (1 + math.cos(math.pi * step / total)) / 2
         counts = {name: int(mask.sum()) for name, mask in sparse.masks.items()}

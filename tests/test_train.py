@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import tqdm
 import pytest
 import torch
 import torch.nn as nn
@@ -194,7 +195,7 @@ def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choice
 
 def test_the_bar_says_what_goes_on_and_how_long_it_takes(monkeypatch):
     drawn, now, agent = [], [0.0], types.SimpleNamespace(updates={"encoder": 0, "critic": 0}, updates_per_step=1)
-    monkeypatch.setattr(train, "tqdm", type("Bar", (train.tqdm,), {
+    monkeypatch.setattr("tqdm.tqdm", type("Bar", (tqdm.tqdm,), {
         "__init__": lambda bar, **settings: None, "set_postfix_str": lambda bar, text: drawn.append((bar.n, text))}))
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(console.sys, "stderr", types.SimpleNamespace(isatty=lambda: False))
@@ -203,7 +204,7 @@ def test_the_bar_says_what_goes_on_and_how_long_it_takes(monkeypatch):
         agent.updates["critic"] = updates
         bar.show(step, "learning", **more)
     # A minute between two lines; 200 updates in the 100 seconds since the first that it saw, and 1,300 of 2 × 800 to come.
-    assert drawn == [(5, "? left, learning"), (400, "10:50 left, return 2.5, learning")]
+    assert drawn == [(5, "? left, 0.0833 steps/s, learning"), (400, "10:50 left, 2.82 steps/s, return 2.5, learning")]
 
 
 def test_the_order_of_events_in_a_run(monkeypatch, capsys):
@@ -214,7 +215,7 @@ def test_the_order_of_events_in_a_run(monkeypatch, capsys):
     assert [line for line in shown if line[1] == "evaluating" or line[2]] == [
         line for t in (0, 5, 10, 11) for line in ((t, "evaluating", {}), (t, "learning", {"return": "2.5"}))]
     assert [line.strip() for line in capsys.readouterr().out.splitlines() if "return" in line] == [
-        f"step {t:>9}  return     2.5 ± 1.5" for t in (0, 5, 10, 11)]
+        f"step {t:>9}  return     2.5 ± 1.5 (mean ± sd of 2 episodes)" for t in (0, 5, 10, 11)]
     expected, obs, action = [("start",), ("reset", 1.0)], 1.0, 0
     evaluation = lambda step: [("evaluate", step), ("act", [-1.0, -2.0], False),
                                ("measure", step in (0, 10, 11)), ("write", "eval")]
@@ -270,7 +271,7 @@ def test_a_fault_stops_a_run_after_its_row_is_written(monkeypatch):
 
 def test_a_signal_to_a_broken_run_is_answered_in_a_line(monkeypatch):
     agent, log = types.SimpleNamespace(nonfinite_report=lambda: ("the critic's loss", 3)), types.SimpleNamespace(folder="here")
-    saved = SavedRun(types.SimpleNamespace(last=lambda: "none"), flags_to_args(), torch.device("cpu"), agent, None, None, log)
+    saved = SavedRun(types.SimpleNamespace(last=lambda: "none"), flags_to_args(), torch.device("cpu"), agent, None, log)
 
     def stopped(*_):
         raise survive.Stopped("SIGTERM")
@@ -397,7 +398,7 @@ def test_a_config_of_another_version_is_read_or_refused():
     del config["metrics_every"], config["agent"]["q_horizon"]  # flags that are newer than the run
     again = from_config(config | {"command": ["train.py"]})
     assert (again.metrics_every, again.agent.q_horizon, again.agent.critic_lr, again.mst) == (1, 3, 0.01, True)
-    for broken, message in ((config | {"sparse": {"density": 0.5}}, "this code has no density"), (config | {"agent": 3}, "no agent"),
+    for broken, message in ((config | {"sparse": {"density": 0.5}}, "does not have density"), (config | {"agent": 3}, "does not have agent"),
                             ([], "names no algorithm"), ({"algo": "ppo"}, "names no algorithm")):
         with pytest.raises(ValueError, match=message):
             from_config(broken)
@@ -461,7 +462,7 @@ def test_the_name_grows_by_what_is_needed_and_no_more():
     rng = np.random.RandomState(0)
     choices = {"--mst": None, "--scale": (1, 3), "--critic-scale": (1, 3), "--width-scale": (1, 3), "--critic-type": (4, 6),
                "--critic-regime": ("dense", "sst", "dst", "d2s"), "--sparsity": (0.6, 0.8), "--critic-sparsity": (0.6, 0.8),
-               "--growth": ("gradient", "random"), "--schedule-power": (2, 3), "--residual": ("pre", "post"), "--discount": (0.99, 0.9)}
+               "--grow": ("gradient", "random"), "--schedule-power": (2, 3), "--residual": ("pre", "post"), "--discount": (0.99, 0.9)}
     seen = {}
     for _ in range(300):
         flags = [part for flag, values in choices.items() if rng.rand() < 0.5
@@ -469,7 +470,7 @@ def test_the_name_grows_by_what_is_needed_and_no_more():
         args = flags_to_args(*flags)
         modules = {name: (m.arch_type, m.regime, m.width_scale, m.depth_scale, m.residual if m.arch_type > 4 else 0,
                           m.sparsity if m.regime != "dense" else 0, m.sparse_options["grow"] if m.regime in ("dst", "d2s") else 0,
-                          m.sparse_options["power"] if m.regime == "d2s" else 0) for name, m in module_configs(args).items()}
+                          m.sparse_options["schedule_power"] if m.regime == "d2s" else 0) for name, m in module_configs(args).items()}
         seen.setdefault(run_name(args), set()).add(str((modules, args.agent.discount)))
     assert len(seen) > 100 and all(len(meanings) == 1 for meanings in seen.values())
     assert len(set().union(*seen.values())) >= 0.97 * len(seen)  # scale=3 and width, depth by module may say the same twice
@@ -507,7 +508,7 @@ def test_a_sparse_flag_is_in_the_name_if_and_only_if_it_moves_a_mask(regime):
     for flag, argument, value in (
             ("--sparsity", "sparsity", 0.7), ("--distribution", "distribution", "uniform"), ("--growth", "grow", "random"),
             ("--update-interval", "update_interval", 5), ("--drop-initial", "drop_fraction_start", 0.8), ("--drop-final", "drop_fraction_end", 0.4),
-            ("--schedule-start", "schedule_start", 0.4), ("--schedule-end", "schedule_end", 0.6), ("--schedule-power", "power", 4.0)):
+            ("--schedule-start", "schedule_start", 0.4), ("--schedule-end", "schedule_end", 0.6), ("--schedule-power", "schedule_power", 4.0)):
         moved = not torch.equal(masks(**{argument: value}), plain)
         named = run_name(flags_to_args(*base, flag, str(value))) != run_name(flags_to_args(*base))
         assert named == moved, f"{flag} with {regime}: named {named}, moves masks {moved}"
@@ -524,18 +525,19 @@ def test_a_long_name_is_shortened_and_stays_its_own():
 
 
 @pytest.mark.parametrize("algo, blocks", [("mrq", (2, 3, 1)), ("sac", (6, 1))])
-def test_memory_is_checked_against_the_hidden_layers_themselves(algo, blocks, monkeypatch):
-    """Sixteen bytes for each weight of the blocks, counted in the networks."""
-    presets = AGENTS[algo].Config.presets["mst"]
-    modules = {name: dataclasses.replace(m, width_scale=0.1 * (k + 1), depth_scale=depth) for k, ((name, m), depth) in enumerate(zip(presets.items(), blocks))}
-    with torch.device("meta"):
-        agent = AGENTS[algo](4, 2, modules, device="meta")
-    weights = sum(p.numel() for network in agent.networks.values() for n, p in network.named_parameters() if ".linear" in n and p.ndim == 2)
+def test_memory_check_and_sizes_against_real_networks(algo, blocks, monkeypatch):
+    """Sixteen bytes per weight, counted in real networks."""
+    scales = zip(AGENTS[algo].Config.presets["mst"], blocks)
+    args = flags_to_args("--algo", algo, "--mst", "--width-scale", "0.1", *(word for name, b in scales for word in (f"--{name}-scale", str(b))))
+    agent = agents.build_agent(args, 4, 2, torch.device("cpu"), buffer_size=100)
+    weights = sum(p.numel() for network in agent.networks.values() for p in network.parameters())
+    sizes = {name: count(network) - (count(network.model) if name == "encoder" else 0) for name, network in agent.networks.items()}
+    assert agents.count_parameters(args, 4, 2) == sizes  # the encoder's head is counted apart
     monkeypatch.setattr(agents, "free_memory", lambda device: 16 * weights)
-    agents.check_memory(modules, torch.device("cpu"))
+    agents.check_memory(args, 4, 2, torch.device("cpu"))
     monkeypatch.setattr(agents, "free_memory", lambda device: 16 * weights - 1)
     with pytest.raises(MemoryError, match=f"{16 * weights / 1e9:.3g} GB to train, but cpu has .* choose a smaller --scale"):
-        agents.check_memory(modules, torch.device("cpu"))
+        agents.check_memory(args, 4, 2, torch.device("cpu"))
 
 
 def test_a_disk_that_is_too_small_is_told_of(monkeypatch):
@@ -543,8 +545,8 @@ def test_a_disk_that_is_too_small_is_told_of(monkeypatch):
     saved = types.SimpleNamespace(size=lambda: (2e9, 3e9), log=log, args=flags_to_args("--save-every", "5000"))
     for free, told in ((9e9 + 1, False), (9e9, True)):  # two checkpoints, a third while it is written, and the buffer
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free))
-        said = console.describe_saving(saved)
-        assert "every 5,000 steps: up to 9.00 GB" in said and ("saving will fail, training not" in said) == told
+        said = "".join(console.describe_saving(saved))
+        assert "every 5,000 steps: up to 9.00 GB" in said and ("will not fit" in said) == told
 
 
 def test_a_second_ctrl_c_stops_at_once_and_another_signal_does_not(monkeypatch):
@@ -602,7 +604,7 @@ def test_densities_and_the_first_speed_of_a_run_are_those_of_its_learning(monkey
 
 def test_the_bar_counts_all_updates_of_a_step(monkeypatch):
     drawn, now, agent = [], [0.0], types.SimpleNamespace(updates={"critic": 0, "actor": 0}, updates_per_step=2)
-    monkeypatch.setattr(train, "tqdm", type("Bar", (train.tqdm,), {
+    monkeypatch.setattr("tqdm.tqdm", type("Bar", (tqdm.tqdm,), {
         "__init__": lambda bar, **settings: None, "set_postfix_str": lambda bar, text: drawn.append(text)}))
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(console.sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
@@ -610,7 +612,7 @@ def test_the_bar_counts_all_updates_of_a_step(monkeypatch):
     for now[0], updates in ((100, 100), (200, 300)):
         agent.updates["critic"] = updates
         bar.show(400, "learning")
-    assert drawn[-1] == "24:10 left, learning"  # 2,900 of 2 × 2 × 800 are to come, two a second
+    assert drawn[-1].startswith("24:10 left, ")  # 2,900 of 2 × 2 × 800 are to come, two a second
 
 
 def test_an_action_is_broken_by_any_of_its_numbers(monkeypatch):

@@ -36,7 +36,7 @@ from envs import Env
 from base import frozen
 from mrq import MRQ
 from replay import ReplayBuffer
-from train import USER_ERRORS, error_message
+from runtime.console import USER_ERRORS, error_message
 
 PHASES = ("refresh", "sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act",
           "observe", "add")
@@ -124,7 +124,9 @@ def release_memory():
 
 
 def filled_replay(env, agent, steps=2000):
-    replay = ReplayBuffer(env.obs_dim, env.action_dim, 1_000_000, agent.config.horizon, agent.config.prioritized, device=agent.device)
+    """Gives the agent a buffer with some random steps in it, and returns that."""
+    agent.replay = replay = ReplayBuffer(env.obs_dim, env.action_dim, 1_000_000, agent.config.horizon, agent.config.prioritized,
+                                         device=agent.device)
     obs = env.reset()
     for _ in range(steps):
         agent.update_obs_stats(obs)
