@@ -127,7 +127,7 @@ class Monitor:
             except ChildProcessError:
                 self.signals.check()  # a signal to all processes ended the workers too
                 raise
-            self.log.write("eval", {"agent_step": step, "frames": self.env.frames, "return": returns.mean(),
+            self.log.write("eval", {"agent_step": step, "env_frames": self.env.frames, "return": returns.mean(),
                                     "return_std": returns.std(), "returns": " ".join(f"{value:.6g}" for value in returns),
                                     "seconds": self.saved.seconds()} | measure(agent, measured))
         self.bar.show(step, "learning", **{"return": f"{returns.mean():.1f}"})
@@ -139,8 +139,8 @@ class Monitor:
         info = {name: value.mean().item() for name, value in self.agent.info.items()}
         speed = (step - run.logged_step) / (now - run.logged_seconds)  # evaluations included
         run.logged_step, run.logged_seconds = step, now
-        self.log.write("train", {"agent_step": step, "frames": self.env.frames, "episode_return": run.last_return} | info
-                       | {f"{name}_density": sparse.density() for name, sparse in self.agent.sparse.items()}
+        self.log.write("train", {"agent_step": step, "env_frames": self.env.frames, "episode_return": run.last_return} | info
+                       | {f"{name}/density": sparse.density() for name, sparse in self.agent.sparse.items()}
                        | {"steps_per_second": speed, "seconds": now})
         self.saved.check_health()
 

@@ -188,7 +188,7 @@ class Naive:
         for n, p in parameters.items():
             p.data, *self.moments[name][n] = naive_adam(p.data, gradients[n] * min(1.0, clip / (norm + 1e-6)), *self.moments[name][n], self.updates[name],
                                                         getattr(self.config, f"{name}_lr"), self.config.weight_decay)
-        self.info |= {key: value.mean().item() for key, value in info.items()} | {f"{name}_grad_norm": norm}
+        self.info |= {key: value.mean().item() for key, value in info.items()} | {f"{name}/grad_norm": norm}
 
     def move(self, name, parameters, gradients, t):
         """Algorithm 1 with Eqs. (1) and (2), where the regime moves and a boundary, or the schedule's end, has come."""
@@ -372,19 +372,19 @@ def test_every_column_of_measure_against_a_naive_computation(algo, regimes, sett
         for key, values in features[name].items():
             singular = np.linalg.svd(values.numpy(), compute_uv=False)
             columns[f"srank_{key}"] = 1 + sum(singular[:k].sum() < 0.99 * singular.sum() for k in range(1, len(singular)))
-            columns[f"srank_{key}_cap"] = min(2048, values.shape[1])
+            columns[f"srank_{key}_max"] = min(2048, values.shape[1])
         dormant = [[score <= 0.025 * np.mean(scores) for score in scores] for scores in (v.abs().mean(0).numpy() for v in seen[name])]
-        columns["dormant"] = np.mean(np.concatenate(dormant))
+        columns["dormant_ratio"] = np.mean(np.concatenate(dormant))
         gradients = [torch.cat([(g * naive.masks[name].get(n, 1)).flatten() for n, g in zip(
             parameters, torch.autograd.grad(loss, list(parameters.values()), retain_graph=True))]) for loss in losses[name]]
         cosines = [(a @ b / (a.norm() * b.norm())).item() for i, a in enumerate(gradients) for j, b in enumerate(gradients) if i != j]
         cosines = [cosine for cosine in cosines if cosine == cosine]  # a gradient of zeros has no direction
-        columns["interference"], columns["interference_negative"] = np.mean(cosines), np.mean(np.array(cosines) < 0)
+        columns["grad_cosine"], columns["grad_cosine_negative"] = np.mean(cosines), np.mean(np.array(cosines) < 0)
         columns["parameter_norm"] = math.sqrt(sum((p ** 2).sum().item() for p in parameters.values()))
-        columns["gradient_norm"] = (sum(gradients) / 32).norm().item()
+        columns["grad_norm"] = (sum(gradients) / 32).norm().item()
         masks = torch.cat([m.flatten() for m in naive.masks[name].values()])
         columns["density"] = masks.double().mean().item()
-        layers = [column for column in row if column.startswith(f"{name}/dormant/")]
+        layers = [column for column in row if column.startswith(f"{name}/dormant_ratio/")]
         assert [row.pop(layer) for layer in layers] == pytest.approx([np.mean(layer) for layer in dormant])
         expected |= {f"{name}/{key}": value for key, value in columns.items()}
     assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
