@@ -66,6 +66,14 @@ class StreamConfig(Choices):
     learning_starts = 0
     horizon = 1
     prioritized = False
+    # A step takes less than 1 ms: logging, evaluating and saving as often as elsewhere would be most of the work.
+    defaults = {"total_steps": 2_000_000, "eval_every": 100_000, "log_every": 10_000, "save_every": 200_000}
+
+    @staticmethod
+    def make_env(name, seed=0, action_repeat=1):
+        """As published: one frame per agent step, and the time in the observation."""
+        from envs import Env
+        return TimedEnv(Env(name, seed, action_repeat))
 
 
 # ---- the optimizer and the initialization: copy them alone ----

@@ -171,14 +171,16 @@ def build(args):
     if source and not os.path.exists(folder):
         copy_run(source, folder)
     started = check_same_run(args, folder)
-    device = fast.resolve_device(args.device)
-    torch.set_num_threads(args.threads or fast.usable_cores())
+    stream = args.algo == "stream"  # a GPU and further threads would only slow it down
+    device = torch.device("cpu") if stream else fast.resolve_device(args.device)
+    torch.set_num_threads(args.threads or (1 if stream else fast.usable_cores()))
     modules = module_configs(args)
     torch.manual_seed(args.seed)
-    env = Env(args.env, seed=args.seed)
+    make_env = getattr(args.agent, "make_env", Env)
+    env = make_env(args.env, args.seed)
     compiled, speed_notes = resolve_compile(args, device, started)
     agent = build_agent(dataclasses.replace(args, compile="on" if compiled else "off"), env.obs_dim, env.action_dim, device)
-    evaluator = Evaluator(args.env, args.eval_episodes, args.seed, workers=args.eval_workers)
+    evaluator = Evaluator(args.env, args.eval_episodes, args.seed, workers=args.eval_workers, make=make_env)
     config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | provenance()
     config |= {"device_used": str(device), "threads_used": torch.get_num_threads(), "compiled": compiled,
                "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
