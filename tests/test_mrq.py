@@ -15,7 +15,7 @@ from mrq import symexp, two_hot, two_hot_cross_entropy
 from replay import Batch, ReplayBuffer
 from base import ModuleConfig
 from mrq import MR_DEFAULT, MR_MST
-from tests.helpers import dense_two_hot, filled, play, regimes_dense, tiny, tiny_of
+from tests.helpers import REPLAY_AGENTS, dense_two_hot, filled, play, regimes_dense, tiny, tiny_of
 
 
 def double(agent):
@@ -201,7 +201,7 @@ def test_acting():
     assert np.abs(noisy + np.tile(expected, (700, 1))).max() <= 1 and 0.15 < inside.std() < 0.22
 
 
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
     agent, buffer = tiny_of(algo)
     for _ in range(5):

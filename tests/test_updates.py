@@ -14,7 +14,7 @@ import networks
 from agents import AGENTS
 from replay import Batch
 import evaluate
-from tests.helpers import (dense_two_hot, layer_norm, naive_activation, naive_block_mlp, naive_counts, naive_simba,
+from tests.helpers import (REPLAY_AGENTS, dense_two_hot, layer_norm, naive_activation, naive_block_mlp, naive_counts, naive_simba,
                            naive_update_mask, play, tiny_of)
 
 
@@ -336,7 +336,7 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
         np.testing.assert_allclose(action, naive.act(obs.double(), explore).detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("algo, regimes, settings", [WHOLE_UPDATES[0], WHOLE_UPDATES[1], WHOLE_UPDATES[3], WHOLE_UPDATES[5]], ids=AGENTS)
+@pytest.mark.parametrize("algo, regimes, settings", [WHOLE_UPDATES[0], WHOLE_UPDATES[1], WHOLE_UPDATES[3], WHOLE_UPDATES[5]], ids=REPLAY_AGENTS)
 def test_every_column_of_measure_against_a_naive_computation(algo, regimes, settings, monkeypatch):
     """On the second implementation's networks: its activations, its losses, and gradients of one sample after the other."""
     agent, modules, buffer, _ = unequal_agent(algo, regimes, **settings)
@@ -390,7 +390,7 @@ def test_every_column_of_measure_against_a_naive_computation(algo, regimes, sett
     assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_no_loss_computes_a_gradient_for_another_modules_weights(algo):
     """Between two optimiser steps, gradients arrive at the weights of the module that steps next, and at no other's."""
     agent, buffer = tiny_of(algo)
@@ -412,7 +412,7 @@ def test_no_loss_computes_a_gradient_for_another_modules_weights(algo):
     assert all(parameter.requires_grad for network in agent.networks.values() for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_what_a_captured_graph_reads_changes_in_place(algo):
     """Every tensor of agent, buffer, optimisers, masks and targets lies where it lay, whatever happens; and most have changed."""
     agent, buffer = tiny_of(algo)
