@@ -105,8 +105,9 @@ def test_no_nan_enters_the_priorities():
 
 
 def test_the_reward_scale_waits_for_a_reward():
-    agent, buffer = tiny(), ReplayBuffer(4, 2, 400, 5)
-    for step in range(60):
+    agent = tiny()
+    agent.replay = buffer = ReplayBuffer(4, 2, 400, 5)
+    for _ in range(60):
         buffer.add(np.ones(4), np.zeros(2), 0.0, np.ones(4), False, False)
     agent.refresh_targets()
     assert agent.reward_scale == agent.target_reward_scale == 1
@@ -116,7 +117,8 @@ def test_the_reward_scale_waits_for_a_reward():
 
 
 def test_the_done_loss_waits_for_a_termination():
-    agent, buffer = tiny(), ReplayBuffer(4, 2, 400, 5)
+    agent = tiny()
+    agent.replay = buffer = ReplayBuffer(4, 2, 400, 5)
     for _ in range(60):
         buffer.add(np.ones(4), np.zeros(2), 1.0, np.ones(4), False, False)
     agent.update()
@@ -149,14 +151,16 @@ def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
 
 
 def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
-    agent, buffer = tiny(), filled()
-    drawn, gather = [], buffer.gather
+    agent = tiny()
+    buffer, drawn = agent.replay, []
+    gather = buffer.gather
     buffer.gather = lambda index, horizon: drawn.append(index) or gather(index, horizon)
     agent.refresh_targets()
     burst = agent.encoder_indices.clone()
     assert burst.shape == (4, 16) and len(burst.unique()) > 30 and (buffer.priority[burst] > 0).all()
     agent.update_encoder()
     other = tiny(seed=9)
+    other.replay = buffer
     other.load_state_dict(copy.deepcopy(agent.state_dict()))  # stopped after one update of four
     torch.manual_seed(123)
     for one in (agent, other):
@@ -208,8 +212,8 @@ def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
         agent.update()
     other = tiny_of(algo, seed=9)[0]
     other.load_state_dict(copy.deepcopy(agent.state_dict()))
-    buffers = [buffer, copy.deepcopy(buffer)]
-    for one, replay in zip((agent, other), buffers):
+    other.replay = copy.deepcopy(buffer)
+    for one in (agent, other):
         torch.manual_seed(1)
         for _ in range(6):
             one.update()

@@ -148,7 +148,7 @@ def test_exploration():
 def test_reductions_and_wrong_choices_are_told():
     q = torch.tensor([[1.0, 3.0], [5.0, 2.0]])
     assert reduce_q(q, "min").tolist() == [1, 2] and reduce_q(q, "mean").tolist() == [2, 3.5]
-    for algo, settings, message in (("sac", {"twin_critics": True, "target_q": "max"}, "choose min or mean"),
+    for algo, settings, message in (("sac", {"twin_critics": True, "target_q_reduce": "max"}, "choose min or mean"),
                                     ("mrsac", {"target_policy": "both"}, "choose target or online")):
         with pytest.raises(ValueError, match=message):
             tiny_of(algo, **settings)

@@ -130,12 +130,12 @@ def test_defaults_are_those_of_the_papers():
                 "critic_grad_clip": 20, "reward_bins": 65, "reward_symlog_limit": 10, "exploration_noise": 0.2, "target_noise": 0.2,
                 "target_noise_clip": 0.3, "pre_activation_weight": 1e-5},
         "ddpg": {"batch_size": 256, "discount": 0.99, "tau": 0.005, "actor_lr": 1e-4, "critic_lr": 1e-4, "weight_decay": 0.01,
-                 "twin_critics": False, "target_q": "min", "actor_q": "min", "exploration_noise": 0.1}}
+                 "twin_critics": False, "target_q_reduce": "min", "actor_q_reduce": "min", "exploration_noise": 0.1}}
     temperature = {"initial_temperature": 0.01, "temperature_lr": 1e-4, "target_entropy": -0.5}
     policy = ("exploration_noise", "target_noise", "target_noise_clip", "pre_activation_weight")
     without = lambda algo: {name: value for name, value in tables[algo].items() if name not in policy}
     tables["sac"] = without("ddpg") | temperature
-    tables["mrsac"] = without("mrq") | temperature | {"temperature_lr": 3e-4, "target_policy": "target", "target_q": "min", "actor_q": "min"}
+    tables["mrsac"] = without("mrq") | temperature | {"temperature_lr": 3e-4, "target_policy": "target", "target_q_reduce": "min", "actor_q_reduce": "min"}
     for algo, table in tables.items():
         args = defaults(algo)
         assert dataclasses.asdict(args.agent) == table

@@ -138,7 +138,7 @@ class Naive:
             zs = self.zs(self.targets["encoder"], batch.obs[:, steps])
             action, log_prob, _ = self.policy(actor, zs, getattr(c, "target_noise", None), getattr(c, "target_noise_clip", math.inf))
             x = self.zsa(self.targets["encoder"], zs, action)
-        value = self.reduced(self.q(self.targets["critic"], x), getattr(c, "target_q", "min"))
+        value = self.reduced(self.q(self.targets["critic"], x), getattr(c, "target_q_reduce", "min"))
         value = value - math.exp(self.log_alpha) * log_prob if self.gaussian else value
         return (y + discount * self.target_scale * value) / self.scale
 
@@ -165,7 +165,7 @@ class Naive:
             zs = self.zs(self.networks["encoder"], obs).detach()
             action, log_prob, pre = self.policy(actor, zs)
             x = self.zsa(self.networks["encoder"], zs, action)
-        loss = -self.reduced(self.q(self.networks["critic"], x), getattr(c, "actor_q", "mean"))
+        loss = -self.reduced(self.q(self.networks["critic"], x), getattr(c, "actor_q_reduce", "mean"))
         info = {}
         if self.gaussian:
             loss = loss + math.exp(self.log_alpha) * log_prob
@@ -198,7 +198,7 @@ class Naive:
         if regime in ("dense", "sst") or not (t % o["update_interval"] == 0 or moving and t == last):
             return
         share = min(max((t - first) / (last - first), 0.0), 1.0)
-        left = (1 - share) ** o["power"]
+        left = (1 - share) ** o["schedule_power"]
         wanted = {"dst": sparsity, "s2d": sparsity * left, "d2s": sparsity * (1 - left)}[regime]
         zeta = o["drop_fraction_end"] + (o["drop_fraction_start"] - o["drop_fraction_end"]) / 2 * (1 + math.cos(math.pi * min(t, self.total) / self.total))
         masks = self.masks[name]
@@ -249,7 +249,7 @@ UNEQUAL = {  # no two alike that could be mistaken for one another
     "tau": 0.1, "initial_temperature": 0.3, "temperature_lr": 4e-3, "target_entropy": -0.8}
 
 
-MOVING = {"update_interval": 3, "drop_fraction_start": 0.4, "drop_fraction_end": 0.15, "schedule_start": 0.1, "schedule_end": 0.75, "power": 3.0}
+MOVING = {"update_interval": 3, "drop_fraction_start": 0.4, "drop_fraction_end": 0.15, "schedule_start": 0.1, "schedule_end": 0.75, "schedule_power": 3.0}
 
 
 def unequal_agent(algo, regimes, **settings):
@@ -267,6 +267,7 @@ def unequal_agent(algo, regimes, **settings):
         for parameter in network.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter) * (parameter != 0 if parameter.ndim > 1 else 1)
     buffer, episodes = play(3, 400, agent.config.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.config.prioritized)
+    agent.replay = buffer
     for obs in buffer.obs[:50].numpy():
         agent.update_obs_stats(2 * obs + 1)
     return agent, modules, buffer, episodes
@@ -274,10 +275,10 @@ def unequal_agent(algo, regimes, **settings):
 
 WHOLE_UPDATES = [  # algorithm, regimes, settings
     ("mrq", ("s2d", "dst", "d2s"), {"encoder_horizon": 2, "q_horizon": 3}),
-    ("sac", ("d2s", "dst"), {"twin_critics": True, "actor_q": "mean"}), ("sac", ("dst", "s2d"), {"twin_critics": True, "target_q": "mean"}),
+    ("sac", ("d2s", "dst"), {"twin_critics": True, "actor_q_reduce": "mean"}), ("sac", ("dst", "s2d"), {"twin_critics": True, "target_q_reduce": "mean"}),
     ("ddpg", ("dst", "d2s"), {}),
-    ("mrsac", ("dst", "s2d", "d2s"), {"encoder_horizon": 3, "q_horizon": 2, "target_policy": "online", "target_q": "mean"}),
-    ("mrsac", ("d2s", "dst", "s2d"), {"encoder_horizon": 3, "q_horizon": 2, "actor_q": "mean"})]
+    ("mrsac", ("dst", "s2d", "d2s"), {"encoder_horizon": 3, "q_horizon": 2, "target_policy": "online", "target_q_reduce": "mean"}),
+    ("mrsac", ("d2s", "dst", "s2d"), {"encoder_horizon": 3, "q_horizon": 2, "actor_q_reduce": "mean"})]
 
 
 @pytest.mark.parametrize("algo, regimes, settings", WHOLE_UPDATES, ids=lambda value: value if isinstance(value, str) else "")
