@@ -13,8 +13,9 @@ from mrsac import MRSAC
 from replay import free_memory
 from runtime import fast
 from sac import DDPG, SAC
+from stream import StreamAC
 
-AGENTS = {"mrq": MRQ, "sac": SAC, "ddpg": DDPG, "mrsac": MRSAC}
+AGENTS = {"mrq": MRQ, "sac": SAC, "ddpg": DDPG, "mrsac": MRSAC, "stream": StreamAC}
 BYTES_PER_WEIGHT = 16  # weight, gradient, two moments
 
 
@@ -42,7 +43,7 @@ def own_settings(args, name):
 
 def total_updates(args):
     """T of the sparsity schedules: how many updates each module gets in the whole run."""
-    return (args.total_steps - args.learning_starts) * args.agent.updates_per_step
+    return (args.total_steps - args.learning_starts) * (args.agent.updates_per_step or 1)  # 0: the agent learns in `add`
 
 
 def build_agent(args, obs_dim, action_dim, device, buffer_size=None):

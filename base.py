@@ -117,14 +117,18 @@ class BaseAgent:
         for name in self.networks:
             self.optimizers[name].found_inf = self.nonfinite[name]
         self.info = {}
-        self.replay = ReplayBuffer(obs_dim, action_dim, buffer_size, config.horizon, config.prioritized, device=self.device)
+        self.replay = self.make_replay(obs_dim, action_dim, buffer_size)
+
+    def make_replay(self, obs_dim, action_dim, buffer_size):
+        return ReplayBuffer(obs_dim, action_dim, buffer_size, self.config.horizon, self.config.prioritized,
+                            device=self.device)
 
     @torch.no_grad()
     def check_networks(self, obs_dim):
         """ValueError, in one line, for an overridden network whose methods or output shapes do not fit. `network_calls`
         yields (module, what is called, its output, the shape it must have), with None for any size."""
         try:
-            for name, call, output, shape in self.network_calls(torch.zeros(2, obs_dim, device=self.device),
+            for name, call, output, shape in self.network_calls(torch.zeros(2, *np.atleast_1d(obs_dim), device=self.device),
                                                                 torch.zeros(2, self.action_dim, device=self.device)):
                 found = tuple(output.shape) if torch.is_tensor(output) else type(output).__name__
                 if not torch.is_tensor(output) or len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape)):

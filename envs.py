@@ -174,13 +174,13 @@ class Evaluator:
         process. Their number changes no result.
     """
 
-    def __init__(self, name, episodes=10, seed=0, action_repeat=2, workers=0):
+    def __init__(self, name, episodes=10, seed=0, action_repeat=None, workers=0, make=Env):
         if workers is None:
             workers = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 4
         self.seed, self.episodes = seed, episodes
         parts = np.array_split(np.arange(episodes), min(max(workers, 1), episodes))
-        make = _WorkerEnvs if workers else _LocalEnvs
-        self.groups = [(part, make(name, len(part), seed, action_repeat)) for part in parts]
+        group, repeat = _WorkerEnvs if workers else _LocalEnvs, [] if action_repeat is None else [action_repeat]
+        self.groups = [(part, group(make, len(part), name, seed, *repeat)) for part in parts]
 
     def __call__(self, act, step):
         """act: (episodes, obs_dim) -> (episodes, action_dim). Returns the episodes' returns, (episodes,)."""
@@ -204,8 +204,8 @@ class Evaluator:
 class _LocalEnvs:
     """Some of the evaluation's episodes. `send` asks for a method's result, `receive` waits for it."""
 
-    def __init__(self, name, count, seed, action_repeat):
-        self.envs = [Env(name, seed, action_repeat) for _ in range(count)]
+    def __init__(self, make, count, *arguments):
+        self.envs = [make(*arguments) for _ in range(count)]
 
     def send(self, method, argument):
         self._result = getattr(self, method)(argument)

@@ -85,19 +85,20 @@ def run(args):
     folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
     run_args, state = load(folder)
     seed = run_args.seed + FRESH_SEEDS if args.seed is None else args.seed
-    device = fast.resolve_device(args.device)
+    device = torch.device("cpu") if run_args.algo == "stream" else fast.resolve_device(args.device)
     torch.set_num_threads(args.threads or fast.usable_cores())
-    env = Env(run_args.env, run_args.seed)
+    make_env = getattr(run_args.agent, "make_env", Env)
+    env = make_env(run_args.env, run_args.seed)
     if args.video:
         check_drawing(env)
-    run_args = dataclasses.replace(run_args, device=args.device, compile="off", cuda_graphs="off")
+    run_args = dataclasses.replace(run_args, device=str(device), compile="off", cuda_graphs="off")
     agent = build_agent(run_args, env.obs_dim, env.action_dim, device, buffer_size=2 * run_args.agent.horizon + 2)
     restore(agent, state, folder)
 
     def act(obs):
         return agent.act(obs, explore=False)
 
-    returns = Evaluator(run_args.env, args.episodes, seed, workers=args.eval_workers)(act, state["step"])
+    returns = Evaluator(run_args.env, args.episodes, seed, workers=args.eval_workers, make=make_env)(act, state["step"])
     print(f"{folder}, step {state['step']:,}: return {returns.mean():.1f} ± {returns.std():.1f} (mean ± sd of {len(returns)} "
           f"episodes, seed {seed}): {', '.join(f'{value:.1f}' for value in returns)}")
     if args.video:

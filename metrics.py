@@ -173,15 +173,15 @@ def module_metrics(module, features, activations, losses, masks=None):
     row = {}
     for name, values in features.items():
         row[f"srank_{name}"] = srank(values)
-        row[f"srank_{name}_cap"] = min(values.shape)  # the rank that this batch could show at most
-    row["dormant"], per_layer = dormant_ratio(activations)
+        row[f"srank_{name}_max"] = min(values.shape)  # the rank that this batch could show at most
+    row["dormant_ratio"], per_layer = dormant_ratio(activations)
     parameters = dict(module.named_parameters())
     gram = gradient_gram(losses, list(parameters.values()), [(masks or {}).get(name) for name in parameters])
-    row["interference"], row["interference_negative"] = interference_summary(cosines(gram))
+    row["grad_cosine"], row["grad_cosine_negative"] = interference_summary(cosines(gram))
     row["parameter_norm"] = parameter_norm(module)
     # Of the mean loss, from the same inner products: |Σ g_i / n|² = Σ_ij g_i·g_j / n². Masked, and before clipping.
-    row["gradient_norm"] = gram.mean().clamp(min=0).sqrt().item()
-    return row | {f"dormant/{layer}": ratio for layer, ratio in per_layer.items()}
+    row["grad_norm"] = gram.mean().clamp(min=0).sqrt().item()
+    return row | {f"dormant_ratio/{layer}": ratio for layer, ratio in per_layer.items()}
 
 
 def _norm(tensors):

@@ -119,7 +119,8 @@ def defaults(algo):
     """The flags' defaults for this algorithm."""
     config = CONFIGS[algo]
     sparsity = config.presets["default"]["critic"].sparsity
-    return Args(algo=algo, learning_starts=config.learning_starts, sparse=SparsityArgs(sparsity=sparsity), agent=config())
+    return Args(algo=algo, learning_starts=config.learning_starts, sparse=SparsityArgs(sparsity=sparsity), agent=config(),
+                **getattr(config, "defaults", {}))
 
 
 def parse(arguments=None, description=None):
@@ -261,7 +262,9 @@ def diff_settings(before, now):
 
 EPISODE_STEPS = 500  # agent steps: 1,000 frames of two each
 RANGES = {  # allowed numbers; default: [1, 1e12] for whole numbers and [0, inf) for others
-    "seed": "[0, 4294967295]", "eval_workers": "[0, 1000]", "threads": "[0, 1024]", "eval_episodes": "[1, 10000]",
+    "seed": "[0, 4294967295]", "learning_starts": "[0, 1e12]", "trace_decay": "[0, 1]", "step_size": "(0, inf)",
+    "actor_kappa": "(0, inf)", "critic_kappa": "(0, inf)", "sparse_init": "[0, 1)", "reward_clip": "(0, inf]",
+    "eval_workers": "[0, 1000]", "threads": "[0, 1024]", "eval_episodes": "[1, 10000]",
     "reward_bins": "[2, 100000]",
     "discount": "(0, 1]", "tau": "(0, 1]", "updates_per_step": "[1, 1000]", "initial_temperature": "(0, inf)", "critic_grad_clip": "(0, inf)",
     "reward_symlog_limit": "(0, 80]", "target_entropy": "(-inf, inf)", "sparsity": "[0, 1)", "encoder_sparsity": "[0, 1)",
@@ -281,7 +284,7 @@ def check(args):
     if args.sparse.schedule_start > args.sparse.schedule_end:
         raise ValueError(f"--schedule-start ({args.sparse.schedule_start}) must not exceed --schedule-end "
                          f"({args.sparse.schedule_end})")
-    if args.learning_starts <= args.agent.horizon:
+    if args.agent.updates_per_step and args.learning_starts <= args.agent.horizon:
         raise ValueError(f"--learning-starts must be at least {args.agent.horizon + 1}, not {args.learning_starts}: the "
                          "longest subtrajectory must fit into what is stored by then")
     if args.total_steps <= args.learning_starts:
@@ -306,7 +309,8 @@ def _check_range(name, value, interval):
 def _check_modules(args):
     """Refuses flags that could not have an effect."""
     presets = args.agent.presets["mst" if args.mst else "default"]
-    simba = presets["critic"].arch_type == "simba"
+    simba = presets["critic"].arch_type in ("simba", "stream")  # networks without the six types
+    family = {"simba": "SimBa", "stream": "LayerNorm"}.get(presets["critic"].arch_type)
     scales = ["scale"] if args.scale != 1.0 else []
     for name in ("encoder", "critic", "actor"):
         own = own_settings(args, name)
@@ -314,20 +318,37 @@ def _check_modules(args):
         if name not in presets and given:
             raise ValueError(f"--{name}-{given[0]}: {args.algo} has no {name}, only {' and '.join(presets)}")
         if simba and own["type"] is not None:
-            raise ValueError(f"--{name}-type: {args.algo} uses SimBa networks; the six types are for mrq and mrsac")
+            raise ValueError(f"--{name}-type: {args.algo} uses {family} networks; the six types are for mrq and mrsac")
         scales += [f"{name}-scale"] if own["scale"] is not None else []
     if scales and args.width_scale is not None and args.depth_scale is not None:
         raise ValueError(f"--{scales[0]} has no effect with both --width-scale and --depth-scale: drop one of the three")
     if args.residual != "pre" and simba:
-        raise ValueError(f"--residual: {args.algo} uses SimBa networks, whose residual connections are fixed")
+        raise ValueError(f"--residual: {args.algo} uses {family} networks, whose residual connections are fixed")
     if args.residual != "pre" and not any(m.has_residual() for m in module_configs(args).values()):
         raise ValueError(f"--residual {args.residual} has no effect: no module has residual connections; choose types 5 or 6, "
                          "or --mst")
-    if simba and not args.agent.twin_critics:
+    if args.algo == "stream":
+        _check_stream(args)
+    elif simba and not args.agent.twin_critics:
         for name in ("target_q_reduce", "actor_q_reduce"):
             if (reduction := getattr(args.agent, name)) != "min":
                 raise ValueError(f"--{name.replace('_', '-')} {reduction} combines two Q networks, but there is only one: "
                                  "add --twin-critics")
+
+
+def _check_stream(args):
+    """Refuses flags without a meaning for an agent that keeps no transition."""
+    usual = defaults("stream")
+    for name in ("buffer_size", "learning_starts"):
+        if getattr(args, name) != getattr(usual, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect: stream learns from each transition at once, from the "
+                             "first step, and stores none")
+    for name, off in (("compile", ("auto", "off")), ("cuda_graphs", ("auto", "off")), ("precision", ("auto", "fp32"))):
+        if getattr(args, name) not in off:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: stream computes one sample per step in float32 "
+                             "with numpy; drop the flag")
+    if args.device not in ("auto", "cpu"):
+        raise ValueError(f"--device {args.device}: stream takes one sample per step, for which a GPU is slower; use --device cpu")
 
 
 def plan_notes(args):
@@ -337,6 +358,8 @@ def plan_notes(args):
         if module.regime in ("dst", "s2d", "d2s") and total_updates(args) < args.sparse.update_interval:
             lines.append(f"note: the {name}'s topology never changes ({module.regime}): it gets {total_updates(args):,} updates, "
                          f"and --update-interval is {args.sparse.update_interval:,}")
+    if args.algo == "stream":
+        return lines
     if args.buffer_size < args.agent.batch_size:
         lines.append(f"note: --buffer-size {args.buffer_size:,} is smaller than one batch ({args.agent.batch_size:,})")
     elif args.buffer_size <= EPISODE_STEPS:

@@ -282,12 +282,13 @@ class SparseTraining:
     # ---- each training step, after loss.backward() ----
 
     @torch.no_grad()
-    def update_topology(self, step):
+    def update_topology(self, step, scores=None):
         """Drops and grows when `step` has crossed a multiple of the update interval; returns whether it did.
 
         step: the number of this module's updates, this one included: 1, 2, ... It need not hit the multiples (a
         delayed or bursting module does not). Call it right after `backward`: growth is ranked by the dense gradients
         then in `.grad`, so those must come from the module's own loss and from nothing else.
+        scores: weight's name -> dense tensor of its shape, to rank growth by |score| instead of the gradient.
         """
         if not self.is_update_step(step):
             self.last_step = max(step, self.last_step)
@@ -300,11 +301,12 @@ class SparseTraining:
         moving = [(name, weight) for name, weight in self._weights()
                   if not self.active[name] == counts[name] == weight.numel()]
         for name, weight in moving:  # all of them before any changes
-            if self.grow == "gradient" and weight.grad is None:
+            if self.grow == "gradient" and scores is None and weight.grad is None:
                 raise RuntimeError(f"{name} has no gradient: call update_topology after loss.backward()")
         for number, (name, weight) in enumerate(moving):
             mask = self.masks[name]
-            new_mask = _drop_and_grow(weight, weight.grad, mask, zeta, self.active[name], counts[name], self.grow,
+            score = weight.grad if scores is None else scores[name]
+            new_mask = _drop_and_grow(weight, score, mask, zeta, self.active[name], counts[name], self.grow,
                                       self._generator(step, number, weight.device))
             # Algorithm 1, line 12. A weight that was dropped and came back at once is in both masks: it keeps its
             # value and its moments. All others start anew.

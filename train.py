@@ -127,7 +127,7 @@ class Monitor:
             except ChildProcessError:
                 self.signals.check()  # a signal to all processes ended the workers too
                 raise
-            self.log.write("eval", {"agent_step": step, "frames": self.env.frames, "return": returns.mean(),
+            self.log.write("eval", {"agent_step": step, "env_frames": self.env.frames, "return": returns.mean(),
                                     "return_std": returns.std(), "returns": " ".join(f"{value:.6g}" for value in returns),
                                     "seconds": self.saved.seconds()} | measure(agent, measured))
         self.bar.show(step, "learning", **{"return": f"{returns.mean():.1f}"})
@@ -139,8 +139,8 @@ class Monitor:
         info = {name: value.mean().item() for name, value in self.agent.info.items()}
         speed = (step - run.logged_step) / (now - run.logged_seconds)  # evaluations included
         run.logged_step, run.logged_seconds = step, now
-        self.log.write("train", {"agent_step": step, "frames": self.env.frames, "episode_return": run.last_return} | info
-                       | {f"{name}_density": sparse.density() for name, sparse in self.agent.sparse.items()}
+        self.log.write("train", {"agent_step": step, "env_frames": self.env.frames, "episode_return": run.last_return} | info
+                       | {f"{name}/density": sparse.density() for name, sparse in self.agent.sparse.items()}
                        | {"steps_per_second": speed, "seconds": now})
         self.saved.check_health()
 
@@ -171,14 +171,16 @@ def build(args):
     if source and not os.path.exists(folder):
         copy_run(source, folder)
     started = check_same_run(args, folder)
-    device = fast.resolve_device(args.device)
-    torch.set_num_threads(args.threads or fast.usable_cores())
+    stream = args.algo == "stream"  # a GPU and further threads would only slow it down
+    device = torch.device("cpu") if stream else fast.resolve_device(args.device)
+    torch.set_num_threads(args.threads or (1 if stream else fast.usable_cores()))
     modules = module_configs(args)
     torch.manual_seed(args.seed)
-    env = Env(args.env, seed=args.seed)
+    make_env = getattr(args.agent, "make_env", Env)
+    env = make_env(args.env, args.seed)
     compiled, speed_notes = resolve_compile(args, device, started)
     agent = build_agent(dataclasses.replace(args, compile="on" if compiled else "off"), env.obs_dim, env.action_dim, device)
-    evaluator = Evaluator(args.env, args.eval_episodes, args.seed, workers=args.eval_workers)
+    evaluator = Evaluator(args.env, args.eval_episodes, args.seed, workers=args.eval_workers, make=make_env)
     config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | provenance()
     config |= {"device_used": str(device), "threads_used": torch.get_num_threads(), "compiled": compiled,
                "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.stats import norm, t
 
+from runtime.log import current_name
 from settings import diff_settings, from_config
 
 RESAMPLES = 5000
@@ -101,7 +102,9 @@ class Run:
 
 def parse_rows(lines, header, columns):
     """({column: array}, rows that are no whole rows). Later rows of one step replace earlier ones."""
-    wanted = [(name, header.index(name)) for name in ("agent_step", "frames", *columns) if name in header]
+    header = [current_name("eval", name) for name in header]
+    wanted = [(name, header.index(current_name("eval", name))) for name in ("agent_step", "frames", *columns)
+              if current_name("eval", name) in header]
     rows, bad = {}, 0
     for line in lines:
         cells = line.rstrip("\r\n").split(",")
@@ -122,8 +125,8 @@ def read_run(folder, columns):
     path = os.path.join(folder, "eval.csv")
     with open(path, newline="") as file:
         header = file.readline().rstrip("\r\n").split(",")
-        if not {"agent_step", "frames"} <= set(header):
-            raise ValueError(f"{path} has no columns agent_step and frames: not a run's")
+        if not {"agent_step", "env_frames"} <= {current_name("eval", name) for name in header}:
+            raise ValueError(f"{path} has no columns agent_step and env_frames: not a run's")
         table, bad = parse_rows(file, header, columns)
     run = Run(os.path.basename(os.path.normpath(folder)), table)
     if bad:
@@ -140,7 +143,7 @@ def read_saved(path, columns):
     """What --save wrote: one CSV of many runs, name -> Run."""
     with open(path, newline="") as file:
         header = file.readline().rstrip("\r\n").split(",")
-        if header[:3] != ["run", "agent_step", "frames"]:
+        if [current_name("eval", name) for name in header[:3]] != ["run", "agent_step", "env_frames"]:
             raise ValueError(f"{path} is no file that --save wrote: its columns must begin with run, agent_step, frames")
         lines = {}
         for line in file:

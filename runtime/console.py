@@ -22,6 +22,7 @@ def before_imports():
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # respect nohup
             signal.signal(getattr(signal, name), exit_early)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's and scipy's: stream.py multiplies small matrices only
     # A thread that waits for another one spins. Without a limit, an agent step takes 15 to 70 times as long while a
     # neighbor has one of two cores; with this one, 3 to 6 times. Alone it is as fast as before.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -110,7 +111,7 @@ class Bar:
     def __init__(self, args, agent, start):
         from tqdm import tqdm
         self.agent, self.lines, self.format_interval = agent, {}, tqdm.format_interval
-        self.all_updates = len(agent.updates) * (args.total_steps - args.learning_starts) * agent.updates_per_step
+        self.all_updates = len(agent.updates) * (args.total_steps - args.learning_starts) * (agent.updates_per_step or 1)
         self.bar = tqdm(total=args.total_steps, initial=start, dynamic_ncols=True,
                         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
         self.interval = 0.5 if sys.stderr.isatty() else 60  # seconds between two drawings

@@ -5,9 +5,9 @@ line of the program runs, in whole rows; a full disk stops nothing; and rows wri
 
     log = RunLog("runs/walker-walk__seed=0", config={"seed": 0})
     log.start()
-    log.write("eval", {"agent_step": 0, "frames": 0, "return": 31.5})
+    log.write("eval", {"agent_step": 0, "env_frames": 0, "return": 31.5})
     where = log.positions()                                         # into a checkpoint
-    log.write("eval", {"agent_step": 5000, "frames": 10000, "return": 71.5})
+    log.write("eval", {"agent_step": 5000, "env_frames": 10000, "return": 71.5})
     log.close()                                                     # ... or a kill
 
     log = RunLog("runs/walker-walk__seed=0", config={"seed": 0}, resume=True)
@@ -20,6 +20,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,21 @@ except ImportError:  # Windows: there, nothing keeps two processes from one fold
     fcntl = None
 
 TABLES = ("eval", "train")
+
+# What earlier versions called a column: table -> (pattern of the whole old name, today's name).
+OLD_COLUMNS = {
+    "eval": ((r"frames", "env_frames"), (r"([^/]+)/dormant(/.+)?", r"\1/dormant_ratio\2"),
+             (r"([^/]+)/interference(_negative)?", r"\1/grad_cosine\2"), (r"([^/]+)/gradient_norm", r"\1/grad_norm"),
+             (r"([^/]+)/srank_(.+)_cap", r"\1/srank_\2_max")),
+    "train": ((r"frames", "env_frames"), (r"([^/]+)_density", r"\1/density"), (r"([^/]+)_grad_norm", r"\1/grad_norm"))}
+
+
+def current_name(table, column):
+    """Today's name of a column of `<table>.csv`, whichever version wrote it; a current or unknown name comes back unchanged."""
+    for pattern, name in OLD_COLUMNS[table]:
+        if match := re.fullmatch(pattern, column):
+            return match.expand(name)
+    return column
 
 
 class RunLocked(Exception):
@@ -80,7 +96,7 @@ class RunLog:
                 raise ValueError(f"{path} has {size} bytes, and had {end} when the checkpoint was written: rows are missing")
         for name in TABLES:
             if name in positions:
-                self.tables[name] = Table(self._path(name), **positions[name])
+                self.tables[name] = self._open(name, **positions[name])
             elif os.path.exists(self._path(name)):
                 os.remove(self._path(name))
         if self._tensorboard:
@@ -93,7 +109,7 @@ class RunLog:
     def write(self, table, row):
         """One row of `<table>.csv`; the first one sets the columns."""
         if table not in self.tables:
-            self.tables[table] = Table(self._path(table))
+            self.tables[table] = self._open(table)
         try:
             self.tables[table].write(row)
             self.failure = None
@@ -111,6 +127,9 @@ class RunLog:
         return {name: table.position() for name, table in self.tables.items()} | {"step": step} | (
             {"wandb": self.wandb.run.id} if self.wandb else {})
 
+    def _open(self, table, **position):
+        return Table(self._path(table), lambda column: current_name(table, column), **position)
+
     def _path(self, table):
         return os.path.join(self.folder, f"{table}.csv")
 
@@ -127,10 +146,12 @@ class RunLog:
 class Table:
     """One CSV file that holds whole rows only: what the disk does not take is kept, for the next attempt."""
 
-    def __init__(self, path, end=0, waiting=""):
-        """end: bytes of what is there already that are to stay. waiting: rows that were kept."""
+    def __init__(self, path, rename=str, end=0, waiting=""):
+        """end: bytes already in the file that stay. waiting: rows that were kept. rename: a column of the file's header ->
+        the column of a row that continues it: a run keeps the header that it started with."""
         self.file = open(path, "r+b" if end else "wb", buffering=0)
-        self.columns = next(csv.reader([self.file.readline().decode()])) if end else None
+        header = next(csv.reader([self.file.readline().decode()])) if end else None
+        self.columns = header and [rename(column) for column in header]
         self.waiting = waiting.encode()
         self.file.truncate(end)
         self.file.seek(end)

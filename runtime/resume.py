@@ -21,6 +21,8 @@ import time
 import numpy as np
 import torch
 
+from runtime.log import current_name
+
 KEPT_BYTES = 1e8  # a finished run keeps its last checkpoint up to this size
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGUSR1: what SLURM is usually asked to warn by
 
@@ -138,7 +140,7 @@ class SavedRun:
             if difference := differs(state["config"]):
                 raise ValueError(f"it belongs to another run: {difference}")
             self.agent.load_state_dict(state["agent"])
-            self.agent.info = {name: value.to(self.device) for name, value in state["info"].items()}
+            self.agent.info = {current_name("train", name): value.to(self.device) for name, value in state["info"].items()}
             for first, rows in self.checkpoints.rows():
                 self.agent.replay.load_rows(first, rows)
             self.agent.replay.load_state_dict(state["replay"])

@@ -34,6 +34,7 @@ from base import ModuleConfig
 from mrq import MRQConfig, MR_MST
 from settings import parse, run_name
 
+REPLAY_AGENTS = [name for name, agent in AGENTS.items() if agent.Config.updates_per_step]  # the others learn in `add`
 HERE = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # tiny networks: threads would only wait for one another
 property_test = settings(max_examples=40, deadline=None, derandomize=True)

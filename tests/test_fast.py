@@ -19,7 +19,7 @@ from agents import AGENTS
 from replay import ReplayBuffer
 from mrq import MR_DEFAULT
 from settings import parse, run_name
-from tests.helpers import filled, regimes_dense, tiny, tiny_of
+from tests.helpers import REPLAY_AGENTS, filled, regimes_dense, tiny, tiny_of
 
 
 class NoSynchronisation(TorchDispatchMode):
@@ -107,7 +107,7 @@ def test_an_agent_step_stays_small():
     assert 300 < operations.count <= 700
 
 
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_recorded_updates_equal_plain_ones(algo):
     """The host's side of graph capture, with a stand-in for the device's. Recording runs the function and then puts the
     device's state back; replaying runs it and puts the host's counts back, and writes where it was recorded."""
@@ -193,7 +193,7 @@ def distance(one, other):
 
 @needs_cuda
 @pytest.mark.parametrize("precision, compile", [("fp32", False), ("tf32", False), ("bf16", False), ("tf32", True), ("bf16", True)])
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_cuda_captured_updates_equal_eager_ones(algo, precision, compile):
     """1,000 updates, 16 topology changes among them, in rounds of 50 that begin alike, so that rounding does not add up. The
     same noise and draws at every update, what a frozen generator would give, end 0.5 to 2 times that way apart."""
@@ -213,7 +213,7 @@ def test_cuda_captured_updates_equal_eager_ones(algo, precision, compile):
 
 
 @needs_cuda
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_cuda_loop_waits_for_nothing_but_the_action(algo):
     agent, buffer = on_gpu(algo)
     obs = np.ones(4, np.float32)
@@ -238,7 +238,7 @@ def test_cuda_loop_waits_for_nothing_but_the_action(algo):
 
 
 @needs_cuda
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_cuda_memory_stands_still(algo):
     agent, buffer = on_gpu(algo)
     seen = []
@@ -251,7 +251,7 @@ def test_cuda_memory_stands_still(algo):
 
 
 @needs_cuda
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_cuda_resume_and_evaluation_between_replays_change_nothing(algo):
     (plain, one), (watched, other) = on_gpu(algo), on_gpu(algo)
     for step in range(70):
@@ -487,7 +487,7 @@ def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
     assert all(p.dtype == p.grad.dtype == torch.float32 for network in agent.networks.values() for p in network.parameters())
 
 
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_every_head_is_computed_in_float32(algo):
     """Every Q, of targets too, and a Gaussian policy's mean and spread; MR.Q's and DDPG's action has no such head."""
     agent, _ = tiny_of(algo)
@@ -514,7 +514,7 @@ def test_a_compiled_product_reads_nothing_beside_its_rows():
         torch.testing.assert_close(out.flatten(0, -2).double(), expected, rtol=0.02, atol=0.05)
 
 
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 @pytest.mark.slow
 def test_compiled_bfloat16_losses_take_that_product_and_equal_plain_ones(algo, monkeypatch):
     compile = torch.compile
@@ -544,7 +544,7 @@ def test_compiled_bfloat16_losses_take_that_product_and_equal_plain_ones(algo, m
             assert (a - b).norm() <= 0.02 * b.norm() + 1e-3
 
 
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 @pytest.mark.slow
 def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
     """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is

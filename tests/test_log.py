@@ -12,7 +12,7 @@ import types
 
 import pytest
 from runtime import log as runlog
-from runtime.log import RunLocked, RunFinished, RunLog
+from runtime.log import RunLocked, RunFinished, RunLog, current_name
 
 import train
 from settings import parse, run_name
@@ -47,6 +47,31 @@ def test_a_full_disk_leaves_whole_rows_and_loses_none(tmp_path):
         log.write("train", {"agent_step": 1})
     with pytest.raises(ValueError, match="rows are missing"):
         log.start({"eval": {"end": 10, "waiting": ""}})
+
+
+def test_old_column_names_are_known():
+    for table, old, new in (
+            ("eval", "frames", "env_frames"), ("train", "frames", "env_frames"), ("eval", "actor/dormant", "actor/dormant_ratio"),
+            ("eval", "critic/dormant/q1.activation", "critic/dormant_ratio/q1.activation"),
+            ("eval", "critic/interference", "critic/grad_cosine"),
+            ("eval", "critic/interference_negative", "critic/grad_cosine_negative"),
+            ("eval", "critic/gradient_norm", "critic/grad_norm"), ("eval", "critic/srank_q1_cap", "critic/srank_q1_max"),
+            ("train", "critic_density", "critic/density"), ("train", "my_net_grad_norm", "my_net/grad_norm")):
+        assert current_name(table, old) == new == current_name(table, new)
+    for same in ("agent_step", "return", "critic/srank_q1", "critic/parameter_norm", "critic/density"):
+        assert current_name("eval", same) == current_name("train", same) == same
+
+
+def test_a_resumed_run_keeps_the_columns_of_the_version_that_started_it(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    start = b"agent_step,frames,critic/dormant,critic/srank_q1_cap,return\r\n0,0,nan,8,1.5\r\n"
+    (folder / "eval.csv").write_bytes(start + b"5,10,0.5,8,2\r\n")  # the second row is newer than the checkpoint
+    log = RunLog(str(folder), {}, resume=True)
+    log.start({"eval": {"end": len(start), "waiting": ""}})
+    log.write("eval", {"agent_step": 5, "env_frames": 10, "return": 2.5, "critic/dormant_ratio": 0.25, "critic/srank_q1_max": 8})
+    log.close()
+    assert (folder / "eval.csv").read_bytes() == start + b"5,10,0.25,8,2.5\r\n"
 
 
 def test_a_full_disk_is_told_once(monkeypatch, capsys):

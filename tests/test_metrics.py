@@ -162,13 +162,13 @@ def test_norms_and_interference_against_naive_forms():
     assert all(math.isnan(value) for value in metrics.interference_summary(torch.full((3, 3), float("nan"))))
     for nothing in (model.requires_grad_(False), nn.ReLU(), mlp(5, 7, 3)):  # frozen; without parameters; not in the graph
         row = metrics.module_metrics(nothing, {"z": torch.zeros(0, 4)}, {}, losses)
-        assert all(math.isnan(row[key]) for key in ("srank_z", "dormant", "interference", "gradient_norm"))
+        assert all(math.isnan(row[key]) for key in ("srank_z", "dormant_ratio", "grad_cosine", "grad_norm"))
         assert math.isnan(row["parameter_norm"]) == (nothing.__class__ is nn.ReLU)
 
 
 def test_an_srank_is_capped_by_samples_and_by_features():
     row = metrics.module_metrics(nn.ReLU(), {"wide": torch.randn(5, 8), "tall": torch.randn(8, 5)}, {}, torch.ones(2))
-    assert row["srank_wide_cap"] == row["srank_tall_cap"] == 5
+    assert row["srank_wide_max"] == row["srank_tall_max"] == 5
 
 
 def test_dormant_scores_of_bfloat16_activations_are_means_in_float32():

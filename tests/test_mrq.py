@@ -15,7 +15,7 @@ from mrq import symexp, two_hot, two_hot_cross_entropy
 from replay import Batch, ReplayBuffer
 from base import ModuleConfig
 from mrq import MR_DEFAULT, MR_MST
-from tests.helpers import dense_two_hot, filled, play, regimes_dense, tiny, tiny_of
+from tests.helpers import REPLAY_AGENTS, dense_two_hot, filled, play, regimes_dense, tiny, tiny_of
 
 
 def double(agent):
@@ -107,7 +107,7 @@ def test_no_nan_enters_the_priorities():
 def test_the_reward_scale_waits_for_a_reward():
     agent = tiny()
     agent.replay = buffer = ReplayBuffer(4, 2, 400, 5)
-    for step in range(60):
+    for _ in range(60):
         buffer.add(np.ones(4), np.zeros(2), 0.0, np.ones(4), False, False)
     agent.refresh_targets()
     assert agent.reward_scale == agent.target_reward_scale == 1
@@ -130,8 +130,7 @@ def test_the_done_loss_waits_for_a_termination():
 
 
 def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
-    agent = tiny(modules=MR_DEFAULT)
-    buffer = agent.replay
+    agent, buffer = tiny(modules=MR_DEFAULT), filled()
     agent.refresh_targets()
     agent.update()
     before = {name: [p.clone() for p in network.parameters()] for name, network in agent.networks.items()}
@@ -153,8 +152,8 @@ def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
 
 def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
     agent = tiny()
-    buffer = agent.replay
-    drawn, gather = [], buffer.gather
+    buffer, drawn = agent.replay, []
+    gather = buffer.gather
     buffer.gather = lambda index, horizon: drawn.append(index) or gather(index, horizon)
     agent.refresh_targets()
     burst = agent.encoder_indices.clone()
@@ -176,8 +175,7 @@ def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
 @pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s")])
 def test_every_regime_on_every_module(regimes):
     modules = {name: ModuleConfig(preset.arch_type, regime) for (name, preset), regime in zip(MR_MST.items(), regimes)}
-    agent = tiny(modules)
-    buffer = agent.replay
+    agent, buffer = tiny(modules), filled()
     for _ in range(40):
         agent.update()
     for name, regime in zip(agent.networks, regimes):
@@ -207,7 +205,7 @@ def test_acting():
     assert np.abs(noisy + np.tile(expected, (700, 1))).max() <= 1 and 0.15 < inside.std() < 0.22
 
 
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
     agent, buffer = tiny_of(algo)
     for _ in range(5):

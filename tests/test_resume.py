@@ -15,7 +15,7 @@ from runtime.resume import SavedRun
 
 from agents import AGENTS
 from sparsity import REGIMES
-from tests.helpers import MOMENTS, flags_to_args, in_process, play, timeless, tiny_of, tiny_run
+from tests.helpers import REPLAY_AGENTS, MOMENTS, flags_to_args, in_process, play, timeless, tiny_of, tiny_run
 
 
 def killed_again_and_again(algo, regimes, kills, folder, random, moments=MOMENTS):
@@ -60,7 +60,7 @@ def test_a_killed_run_ends_as_one_that_never_was(algo, regimes, tmp_path):
 @pytest.mark.slow
 def test_a_hundred_kills_over_all_algorithms_and_regimes(tmp_path, capsys):
     random, all_lost = Random(0), []
-    for algo, turn in itertools.product(AGENTS, range(5)):
+    for algo, turn in itertools.product(REPLAY_AGENTS, range(5)):
         regimes, lost = [REGIMES[(turn + shift) % 5] for shift in range(3)], []
         while len(lost) < 6:  # a run may end before its kill
             lost += killed_again_and_again(algo, regimes, 8, tmp_path / f"{algo}{turn}-{len(lost)}-{random.random()}", random)

@@ -8,7 +8,7 @@ import torch
 
 from agents import AGENTS
 from sac import reduce_q, tanh_gaussian
-from tests.helpers import regimes_dense, tiny_of
+from tests.helpers import REPLAY_AGENTS, regimes_dense, tiny_of
 
 
 def exact_log_prob(mean, raw, noise):
@@ -87,7 +87,7 @@ def test_raw_observations_are_stored_and_normalised_when_drawn():
     assert torch.equal(before, agent.normalizer.mean)  # only `update_obs_stats` teaches it
     agent.update_obs_stats(obs)
     assert not torch.equal(before, agent.normalizer.mean)
-    for algo in AGENTS:
+    for algo in REPLAY_AGENTS:
         with pytest.raises(FloatingPointError, match="nan"):
             tiny_of(algo)[0].update_obs_stats(np.array([1.0, float("nan"), 0, 0], np.float32))
 

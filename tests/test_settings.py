@@ -14,7 +14,7 @@ from agents import AGENTS, build_agent
 from base import ModuleConfig
 from settings import check, defaults, diff_settings, flag_names, module_configs, run_name
 from sparsity import SparseTraining
-from tests.helpers import flags_to_args, play
+from tests.helpers import REPLAY_AGENTS, flags_to_args, play
 
 
 READ_ELSEWHERE = {"eval_every", "eval_episodes", "metrics_every", "log_every", "buffer_size"}  # by the loop and what is built around it
@@ -74,7 +74,7 @@ def what_it_does(agent):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_every_setting_does_something_and_does_it_in_its_own_place(algo):
     """Changed alone, by its type alone, it shows in what is built or in what an update does; and in the run's name."""
     own = ("--twin-critics",) if algo in ("sac", "ddpg") else ("--encoder-regime", "s2d", "--target-update-freq", "4")

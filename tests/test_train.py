@@ -64,15 +64,15 @@ def test_a_run_from_the_command_line(tmp_path):
     (folder,) = tmp_path.iterdir()
     rows = table(folder, "eval.csv")
     assert [int(row["agent_step"]) for row in rows] == [0, 50, 100, 130]
-    assert [int(row["frames"]) for row in rows] == [0, 100, 200, 260]
+    assert [int(row["env_frames"]) for row in rows] == [0, 100, 200, 260]
     for module in ("encoder", "critic", "actor"):
         columns = [c for c in rows[0] if c.startswith(module)]
-        assert all(any(key in c for c in columns) for key in ("srank", "dormant/", "interference", "parameter_norm", "gradient_norm"))
-        assert math.isnan(float(rows[0][f"{module}/dormant"])) and math.isnan(float(rows[0][f"{module}/gradient_norm"]))
+        assert all(any(key in c for c in columns) for key in ("srank", "dormant_ratio/", "grad_cosine", "parameter_norm", "grad_norm"))
+        assert math.isnan(float(rows[0][f"{module}/dormant_ratio"])) and math.isnan(float(rows[0][f"{module}/grad_norm"]))
         assert all(float(rows[-1][c]) == float(rows[-1][c]) for c in columns)  # nothing is NaN by the end
     assert float(rows[-1]["critic/density"]) == pytest.approx(0.4, abs=1e-3) and float(rows[-1]["encoder/density"]) == 1
     training = table(folder, "train.csv")
-    assert [(int(row["agent_step"]), int(row["frames"])) for row in training] == [(90, 180), (120, 240), (130, 260)]
+    assert [(int(row["agent_step"]), int(row["env_frames"])) for row in training] == [(90, 180), (120, 240), (130, 260)]
     assert all(math.isfinite(float(row[c])) for row in training for c in row if c != "episode_return")
     config = json.load(open(folder / "config.json"))
     assert config["mst"] and config["modules"]["critic"]["regime"] == "dst" and config["versions"]["torch"] == torch.__version__
@@ -105,7 +105,7 @@ def test_every_algorithm_runs_from_the_command_line(tmp_path, algo):
     assert [int(row["agent_step"]) for row in rows] == [0, 50, 100, 130]
     for module in names:
         columns = [c for c in rows[0] if c.startswith(module + "/")]
-        assert all(any(key in c for c in columns) for key in ("srank", "dormant/", "interference", "parameter_norm", "gradient_norm"))
+        assert all(any(key in c for c in columns) for key in ("srank", "dormant_ratio/", "grad_cosine", "parameter_norm", "grad_norm"))
         assert all(math.isfinite(float(rows[-1][c])) for c in columns)
     assert any(c.startswith("encoder/") for c in rows[0]) == (algo == "mrsac")
     assert ("temperature" in training[0]) == (algo != "ddpg")
@@ -238,8 +238,8 @@ def test_the_order_of_events_in_a_run(monkeypatch, capsys):
     rows = {table: [row for name, row in run.rows if name == table] for table in ("eval", "train")}
     timeless = lambda row: {key: value for key, value in row.items() if "second" not in key}
     assert [timeless(row) for row in rows["eval"]] == [
-        {"agent_step": t, "frames": 2 * t, "return": 2.5, "return_std": 1.5, "returns": "1 4", "metric": 0.5} for t in (0, 5, 10, 11)]
-    assert [(row["agent_step"], row["frames"], row["episode_return"]) for row in rows["train"]] == [
+        {"agent_step": t, "env_frames": 2 * t, "return": 2.5, "return_std": 1.5, "returns": "1 4", "metric": 0.5} for t in (0, 5, 10, 11)]
+    assert [(row["agent_step"], row["env_frames"], row["episode_return"]) for row in rows["train"]] == [
         (6, 12, 110.0), (9, 18, 10.0), (11, 22, 10.0)]  # of the last episode that has ended
     assert all(row["loss"] == 1 + max(i for i, event in enumerate(run.events[:mark]) if event == ("update",))  # of the last update
                for row, mark in zip(rows["train"], [i for i, event in enumerate(run.events) if event == ("write", "train")]))
@@ -597,7 +597,7 @@ def test_densities_and_the_first_speed_of_a_run_are_those_of_its_learning(monkey
     monkeypatch.setattr(SavedRun, "seconds", lambda saved: float(len(run.events)))  # a clock that events alone move
     recorded_run(monkeypatch, run)
     rows = [row for name, row in run.rows if name == "train"]
-    assert [row["net_density"] for row in rows] == [0.25] * 3
+    assert [row["net/density"] for row in rows] == [0.25] * 3
     began = [i for i, event in enumerate(run.events) if event[0] == "observe"][4]  # the first step that learns
     assert rows[0]["steps_per_second"] == (6 - 4) / (rows[0]["seconds"] - began)
 

@@ -14,7 +14,7 @@ import networks
 from agents import AGENTS
 from replay import Batch
 import evaluate
-from tests.helpers import (dense_two_hot, layer_norm, naive_activation, naive_block_mlp, naive_counts, naive_simba,
+from tests.helpers import (REPLAY_AGENTS, dense_two_hot, layer_norm, naive_activation, naive_block_mlp, naive_counts, naive_simba,
                            naive_update_mask, play, tiny_of)
 
 
@@ -337,7 +337,7 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
         np.testing.assert_allclose(action, naive.act(obs.double(), explore).detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("algo, regimes, settings", [WHOLE_UPDATES[0], WHOLE_UPDATES[1], WHOLE_UPDATES[3], WHOLE_UPDATES[5]], ids=AGENTS)
+@pytest.mark.parametrize("algo, regimes, settings", [WHOLE_UPDATES[0], WHOLE_UPDATES[1], WHOLE_UPDATES[3], WHOLE_UPDATES[5]], ids=REPLAY_AGENTS)
 def test_every_column_of_measure_against_a_naive_computation(algo, regimes, settings, monkeypatch):
     """On the second implementation's networks: its activations, its losses, and gradients of one sample after the other."""
     agent, modules, buffer, _ = unequal_agent(algo, regimes, **settings)
@@ -373,25 +373,25 @@ def test_every_column_of_measure_against_a_naive_computation(algo, regimes, sett
         for key, values in features[name].items():
             singular = np.linalg.svd(values.numpy(), compute_uv=False)
             columns[f"srank_{key}"] = 1 + sum(singular[:k].sum() < 0.99 * singular.sum() for k in range(1, len(singular)))
-            columns[f"srank_{key}_cap"] = min(2048, values.shape[1])
+            columns[f"srank_{key}_max"] = min(2048, values.shape[1])
         dormant = [[score <= 0.025 * np.mean(scores) for score in scores] for scores in (v.abs().mean(0).numpy() for v in seen[name])]
-        columns["dormant"] = np.mean(np.concatenate(dormant))
+        columns["dormant_ratio"] = np.mean(np.concatenate(dormant))
         gradients = [torch.cat([(g * naive.masks[name].get(n, 1)).flatten() for n, g in zip(
             parameters, torch.autograd.grad(loss, list(parameters.values()), retain_graph=True))]) for loss in losses[name]]
         cosines = [(a @ b / (a.norm() * b.norm())).item() for i, a in enumerate(gradients) for j, b in enumerate(gradients) if i != j]
         cosines = [cosine for cosine in cosines if cosine == cosine]  # a gradient of zeros has no direction
-        columns["interference"], columns["interference_negative"] = np.mean(cosines), np.mean(np.array(cosines) < 0)
+        columns["grad_cosine"], columns["grad_cosine_negative"] = np.mean(cosines), np.mean(np.array(cosines) < 0)
         columns["parameter_norm"] = math.sqrt(sum((p ** 2).sum().item() for p in parameters.values()))
-        columns["gradient_norm"] = (sum(gradients) / 32).norm().item()
+        columns["grad_norm"] = (sum(gradients) / 32).norm().item()
         masks = torch.cat([m.flatten() for m in naive.masks[name].values()])
         columns["density"] = masks.double().mean().item()
-        layers = [column for column in row if column.startswith(f"{name}/dormant/")]
+        layers = [column for column in row if column.startswith(f"{name}/dormant_ratio/")]
         assert [row.pop(layer) for layer in layers] == pytest.approx([np.mean(layer) for layer in dormant])
         expected |= {f"{name}/{key}": value for key, value in columns.items()}
     assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_no_loss_computes_a_gradient_for_another_modules_weights(algo):
     """Between two optimiser steps, gradients arrive at the weights of the module that steps next, and at no other's."""
     agent, buffer = tiny_of(algo)
@@ -413,7 +413,7 @@ def test_no_loss_computes_a_gradient_for_another_modules_weights(algo):
     assert all(parameter.requires_grad for network in agent.networks.values() for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_what_a_captured_graph_reads_changes_in_place(algo):
     """Every tensor of agent, buffer, optimisers, masks and targets lies where it lay, whatever happens; and most have changed."""
     agent, buffer = tiny_of(algo)

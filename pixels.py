@@ -1,0 +1,282 @@
+"""Learning from pixels: image encoder, random shift, a replay buffer that stores each frame once, and rendering.
+
+Guarantees: no stack holds a frame of another episode or an overwritten one; each frame is stored once, as uint8 (a
+million frames of 84×84 take 21.2 GB); the frames of a stack share one random shift; and losses, settings and masks are
+those of states, convolutions included.
+
+MR.Q from pixels (Fujimoto et al., 2025) has the losses and hyperparameters of MR.Q from states. It replaces the state
+MLP by four convolutions and a linear layer, and shifts each stack of frames at random (Yarats et al., 2021).
+
+    choose_renderer()                                          # before dm_control is imported
+    env = PixelEnv(Env("walker-walk", seed=0))                 # envs.Env; obs: (9, 84, 84) uint8, three RGB frames
+    agent = PixelMRQ(env.obs_shape, env.action_dim, buffer_size=100_000)
+    obs = env.reset()
+    action = agent.act(obs, explore=True)
+    next_obs, reward, terminated, truncated = env.step(action)
+    agent.add(obs, action, reward, next_obs, terminated, truncated)
+    env.close()
+"""
+
+import ctypes.util
+import os
+from collections import deque
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from mrq import MRQ
+from mrsac import MRSAC
+from networks import ACTIVATIONS, WIDTH, Encoder, arch_config
+from replay import ReplayBuffer, free_memory, to_device
+
+CHANNELS, KERNEL, STRIDES = 32, 3, (2, 2, 2, 1)  # the published MR.Q's, at scale 1: 84 -> 41 -> 20 -> 9 -> 7
+FRAME_CHANNELS = 3  # RGB
+PIECE = 32  # images that pass the convolutions together without gradients: their activations stay in the CPU's cache
+CAMERAS = {"quadruped": 2}  # other domains: camera 0
+
+
+# ---- encoder ----
+
+def conv_size(size):
+    """Height of the last convolution's output. ValueError for an image that is too small."""
+    for stride in STRIDES:
+        size = (size - KERNEL) // stride + 1
+    if size < 1:
+        raise ValueError("images must have at least 31 pixels per side: the convolutions leave nothing of smaller ones")
+    return size
+
+
+class ImageLayers(nn.Module):
+    """Four convolutions, each with an activation, and a linear layer: (..., channels, size, size) -> (..., zs_dim).
+
+    obs: uint8. No normalization between them, as published. Activations are modules: metrics see channels as units.
+    """
+
+    def __init__(self, obs_shape, zs_dim, channels, activation):
+        super().__init__()
+        layers, inputs = [], obs_shape[0]
+        for stride in STRIDES:
+            layers += [nn.Conv2d(inputs, channels, KERNEL, stride), ACTIVATIONS[activation]()]
+            inputs = channels
+        self.convs = nn.Sequential(*layers)
+        self.linear = nn.Linear(channels * conv_size(obs_shape[1]) * conv_size(obs_shape[2]), zs_dim)
+        for layer in (*self.convs, self.linear):
+            if hasattr(layer, "weight"):  # Table 2: Xavier uniform with ReLU's gain, biases 0
+                nn.init.xavier_uniform_(layer.weight, gain=nn.init.calculate_gain("relu"))
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, obs):
+        images = obs.reshape(-1, *obs.shape[-3:])
+        hooked = any(layer._forward_hooks for layer in self.convs)  # the metrics read whole batches
+        if torch.is_grad_enabled() or hooked or images.device.type != "cpu":
+            zs = self._embed(images)
+        else:
+            zs = torch.cat([self._embed(piece) for piece in images.split(PIECE)])
+        return zs.unflatten(0, obs.shape[:-3]) if obs.ndim > 3 else zs.squeeze(0)
+
+    def _embed(self, images):
+        x = images.to(torch.float32, memory_format=torch.channels_last) / 255 - 0.5
+        return self.linear(self.convs(x).flatten(1))
+
+
+class PixelEncoder(Encoder):
+    """MR.Q's encoder on stacks of frames. Width scales the channels; depth scales only z_sa's blocks.  Eq. (7)"""
+
+    def __init__(self, obs_shape, action_dim, arch_type=4, **options):
+        super().__init__(1, action_dim, arch_type, **options)
+        channels = max(1, round(CHANNELS * self.zs_dim / WIDTH))
+        # In the place of the state MLP, under its name: `zs` then needs no change.
+        self.zs_mlp = ImageLayers(obs_shape, self.zs_dim, channels, arch_config(arch_type)["activation"])
+
+
+# ---- augmentation ----
+
+def random_shift(obs, pad):
+    """Moves each stack of frames by up to `pad` pixels in x and y, and repeats the edge pixels (DrQ).
+
+    obs: (..., channels, height, width) uint8. All channels of a stack move alike. Same shape, channels last in memory.
+    """
+    if not pad:
+        return obs
+    images = obs.reshape(-1, *obs.shape[-3:])
+    count, _, height, width = images.shape
+    shift = torch.randint(-pad, pad + 1, (2, count, 1), device=images.device)
+    rows = (torch.arange(height, device=images.device) + shift[0]).clamp(0, height - 1)  # (count, height)
+    columns = (torch.arange(width, device=images.device) + shift[1]).clamp(0, width - 1)  # (count, width)
+    each = torch.arange(count, device=images.device).view(-1, 1, 1)
+    moved = images.permute(0, 2, 3, 1)[each, rows.unsqueeze(2), columns.unsqueeze(1)]  # (count, height, width, c)
+    return moved.permute(0, 3, 1, 2).unflatten(0, obs.shape[:-3])
+
+
+# ---- experience ----
+
+class FrameReplayBuffer(ReplayBuffer):
+    """A ReplayBuffer of frame stacks that stores each frame once. Stacks are built when drawn, and shifted at random.
+
+    obs_shape: (3 · number of frames, height, width); the newest frame is last, and a reset repeats its first frame.
+    shift: pixels of the random shift; 0 for none. Frames are kept on the device if they fit there, else on the host.
+    """
+
+    def __init__(self, obs_shape, action_dim, *arguments, shift=4, **options):
+        if len(obs_shape) != 3 or obs_shape[0] % FRAME_CHANNELS:
+            raise ValueError(f"a stack of RGB frames has shape (3 · frames, height, width), not {tuple(obs_shape)}")
+        self.stack, self.shift = obs_shape[0] // FRAME_CHANNELS, shift
+        self.history = self.stack - 1
+        super().__init__(obs_shape, action_dim, *arguments, obs_dtype=torch.uint8, **options)
+
+    def _check_memory(self, padded):
+        needed = self.stored_bytes + 8 * padded
+        on_host = self.device.type == "cuda" and needed > free_memory(self.device)
+        self.frame_device = torch.device("cpu") if on_host else self.device
+        if needed > (free := free_memory(self.frame_device)):
+            raise MemoryError(f"a buffer of {self.capacity:,} frames of {self.obs_shape[1]}×{self.obs_shape[2]} takes "
+                              f"{needed / 1e9:.2f} GB, but {self.frame_device} has {free / 1e9:.2f} GB: use a smaller "
+                              "--buffer-size or --image-size")
+
+    def _obs_bytes(self):
+        return FRAME_CHANNELS * self.obs_shape[1] * self.obs_shape[2] + 8
+
+    def _allocate_obs(self):
+        self.frames = torch.zeros(self.capacity, FRAME_CHANNELS, *self.obs_shape[1:], dtype=torch.uint8,
+                                  device=self.frame_device)
+        # Steps since the episode began, up to stack - 1: how many earlier rows the stack of this row reaches.
+        self.age = torch.zeros(self.capacity, dtype=torch.long, device=self.device)
+        self.lags = torch.arange(self.stack - 1, -1, -1, device=self.device)  # oldest frame first
+
+    def _saved(self):
+        return {"frames": self.frames, "age": self.age, "rows": self.rows}
+
+    def _write_obs(self, row, following, obs, next_obs):
+        if self.episode_length == 0:
+            self._write_frame(row, obs, 0)
+        self._write_frame(following, next_obs, min(self.episode_length + 1, self.stack - 1))
+
+    def _write_frame(self, row, obs, age):
+        self.frames[row].copy_(to_device(obs[-FRAME_CHANNELS:], self.frame_device))
+        self.age[row].fill_(age)
+
+    def _gather_obs(self, rows):
+        return random_shift(self._stacks(rows), self.shift)
+
+    def _stacks(self, rows):
+        """(...) rows -> (..., 3 · stack, height, width)"""
+        lags = torch.minimum(self.lags, self.age[rows].unsqueeze(-1))  # (..., stack) an episode's first frame repeats
+        index = (rows.unsqueeze(-1) - lags) % self.capacity
+        if self.frame_device.type == "cpu":  # numpy's take is four times as fast as index_select
+            frames = torch.from_numpy(np.take(self.frames.numpy(), index.flatten().cpu().numpy(), axis=0))
+            frames = to_device(frames, self.device)
+        else:
+            frames = self.frames.index_select(0, index.flatten())
+        return frames.view(*rows.shape, *self.obs_shape)
+
+
+# ---- agents ----
+
+class FromPixels:
+    """Mixin for MR.Q's agents: obs_dim is the shape of a stack of frames. The losses are unchanged."""
+
+    metric_samples = 256  # 2,048 stacks would take gigabytes of activations
+    shift = 4  # pixels of the random shift, on inputs and targets
+
+    def make_encoder(self, obs_shape, action_dim, module):
+        return PixelEncoder(obs_shape, action_dim, num_bins=self.config.reward_bins, **module.size())
+
+    def make_replay(self, obs_shape, action_dim, buffer_size):
+        return FrameReplayBuffer(obs_shape, action_dim, buffer_size, self.config.horizon, self.config.prioritized,
+                                 device=self.device, shift=self.shift)
+
+    def metric_batch(self, size):
+        """As drawn, without the shift."""
+        self.replay.shift = 0
+        try:
+            return super().metric_batch(min(size, self.metric_samples))
+        finally:
+            self.replay.shift = self.shift
+
+
+class PixelMRQ(FromPixels, MRQ):
+    """MR.Q from pixels."""
+
+
+class PixelMRSAC(FromPixels, MRSAC):
+    """MR.SAC from pixels."""
+
+
+# ---- environment ----
+
+def choose_renderer():
+    """Sets MUJOCO_GL, unless it is set, before dm_control is imported: EGL, or OSMesa where EGL is missing.
+
+    EGL renders headless, with a GPU or by Mesa. Returns the choice. ImportError, in one line, if there is neither.
+    """
+    if "MUJOCO_GL" not in os.environ:
+        found = [name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if ctypes.util.find_library(library)]
+        if not found:
+            raise ImportError("nothing can draw here, and --pixels needs OpenGL: install Mesa's EGL (Debian: apt-get "
+                              "install libegl1 libgl1-mesa-dri), or set MUJOCO_GL")
+        os.environ["MUJOCO_GL"] = found[0]
+    return os.environ["MUJOCO_GL"]
+
+
+class PixelEnv:
+    """A DeepMind Control task whose observation is a stack of its newest frames: (3 · stack, size, size) uint8.
+
+    env: an environment of envs.py. One frame per agent step, drawn after its last repeat. The rest is as in `env`.
+    """
+
+    obs_dtype = np.dtype(np.uint8)
+
+    def __init__(self, env, size=84, stack=3):
+        conv_size(size)  # refuses images that are too small
+        self.env, self.size, self.stack = env, size, stack
+        self.obs_shape = self.obs_dim = (FRAME_CHANNELS * stack, size, size)
+        self.camera = CAMERAS.get(env.name.split("-")[0], 0)
+        self._frames = deque(maxlen=stack)
+        self._refill()  # where nothing can be drawn, it fails here
+
+    def __getattr__(self, name):
+        if name == "env":  # not there yet: unpickling
+            raise AttributeError(name)
+        return getattr(self.env, name)
+
+    def reset(self, seed=None):
+        """Starts an episode: its first frame fills the stack."""
+        self.env.reset(seed)
+        return self._refill()
+
+    def step(self, action):
+        """action: (action_dim,) in [-1, 1]. Returns (obs, reward summed over the repeat, terminated, truncated)."""
+        _, *rest = self.env.step(action)
+        self._frames.append(self._draw())
+        return self._stacked(), *rest
+
+    def restore(self, state):
+        """Returns to where `state` was taken. Replays the episode, and draws only the frames of the last stack."""
+        actions, undrawn = state["actions"], max(0, len(state["actions"]) - self.stack + 1)
+        self.env.restore({key: value for key, value in state.items() if key != "obs"} | {"actions": actions[:undrawn]})
+        obs = self._refill()
+        for action in actions[undrawn:]:
+            obs = self.step(action)[0]
+        self.env.frames = state["frames"]
+        return obs
+
+    def close(self):
+        """Frees the drawing context."""
+        self.env._env.close()
+
+    def _refill(self):
+        self._frames.extend([self._draw()] * self.stack)
+        return self._stacked()
+
+    def _stacked(self):
+        return np.concatenate(self._frames)  # (3 · stack, size, size), the newest last
+
+    def _draw(self):
+        try:
+            frame = self.env._env.physics.render(self.size, self.size, camera_id=self.camera)
+        except Exception as error:  # each OpenGL fails in its own way
+            chosen = os.environ.get("MUJOCO_GL", "")
+            raise ValueError(f"{self.env.name} cannot be drawn with MUJOCO_GL={chosen} ({type(error).__name__}): set "
+                             "MUJOCO_GL=egl or MUJOCO_GL=osmesa before the start") from error
+        return frame.transpose(2, 0, 1)

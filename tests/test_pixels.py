@@ -1,0 +1,369 @@
+"""Tests of pixels: stacks against a plain queue, the shift by hand, the encoder against naive convolutions, masks."""
+
+import dataclasses
+import os
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import metrics
+import pixels
+from envs import Env
+from networks import Encoder
+from pixels import FrameReplayBuffer, PixelEncoder, PixelMRQ, PixelMRSAC, random_shift
+from sparsity import SparseTraining
+from tests.helpers import layer_norm, naive_activation, naive_block_mlp, property_test
+
+AGENTS = {"mrq": PixelMRQ, "mrsac": PixelMRSAC}
+
+
+class Queue:
+    """Frames as an environment stacks them; each frame is one number."""
+
+    def __init__(self, stack):
+        self.frames, self.count = deque(maxlen=stack), 0
+
+    def frame(self):
+        self.count += 1
+        return np.full((3, 2, 2), self.count % 251, np.uint8)
+
+    def reset(self):
+        first = self.frame()
+        self.frames.extend([first] * self.frames.maxlen)
+        return np.concatenate(self.frames)
+
+    def step(self):
+        self.frames.append(self.frame())
+        return np.concatenate(self.frames)
+
+
+def play_frames(seed, capacity, horizon, steps, stack):
+    """A buffer of random episodes, and the same episodes as plain lists: (row, obs, next_obs, terminated)."""
+    rng, queue = np.random.RandomState(seed), Queue(stack)
+    buffer = FrameReplayBuffer((3 * stack, 2, 2), 1, capacity, horizon, shift=0)
+    episodes, row, obs = [[]], 0, queue.reset()
+    for _ in range(steps):
+        next_obs, terminated, truncated = queue.step(), rng.rand() < 0.08, rng.rand() < 0.08
+        buffer.add(obs, [0], 0.0, next_obs, terminated, truncated)
+        episodes[-1].append((row, obs, next_obs, terminated))
+        row, obs = row + 1, next_obs
+        if terminated or truncated:
+            episodes.append([])
+            row, obs = row + 1, queue.reset()
+    return buffer, episodes
+
+
+@property_test
+@given(st.integers(0, 10**6), st.integers(24, 90), st.integers(1, 5), st.integers(1, 250), st.integers(1, 4))
+def test_every_stack_equals_the_queue(seed, capacity, horizon, steps, stack):
+    buffer, episodes = play_frames(seed, capacity, horizon, steps, stack)
+    latest = max(step[0] for episode in episodes for step in episode) + 1
+    expected = {}
+    for episode in episodes:
+        for start in range(len(episode)):
+            part = episode[start:start + horizon]
+            # Not overwritten, nor any frame of its first stack, whatever the length of its history.
+            if (len(part) == horizon or part[-1][3]) and part[0][0] - (stack - 1) > latest - capacity:
+                expected[part[0][0] % capacity] = part
+    assert set(buffer.priority.nonzero().flatten().tolist()) == set(expected)
+    if not expected:
+        return
+    batch = buffer.gather(torch.tensor(sorted(expected)), horizon)
+    for number, row in enumerate(sorted(expected)):
+        for t, (_, obs, next_obs, _) in enumerate(expected[row]):
+            np.testing.assert_array_equal(batch.obs[number, t], obs)
+            np.testing.assert_array_equal(batch.obs[number, t + 1], next_obs)
+
+
+@pytest.mark.parametrize("steps", [60, 200])
+def test_a_frame_buffer_comes_back_from_what_it_saved(steps):
+    buffer, _ = play_frames(3, 90, 3, steps, 3)
+    other = FrameReplayBuffer((9, 2, 2), 1, 90, 3, shift=0)
+    other.load_rows(*buffer.rows_since(0))
+    other.load_state_dict(buffer.state_dict())
+    rows = buffer.priority.nonzero().flatten()
+    assert len(rows) > 10
+    for one, two in zip(buffer.gather(rows), other.gather(rows)):
+        assert torch.equal(one, two)
+    assert buffer.rows_since(buffer.position - 4)[1]["frames"].shape == (5, 3, 2, 2)  # only the new frames
+
+
+def test_frames_are_stored_once_and_what_cannot_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(pixels, "free_memory", lambda device: 22e9)
+    buffer = FrameReplayBuffer((9, 84, 84), 6, 1_000_000, device="meta")
+    size = sum(value.numel() * value.element_size() for value in vars(buffer).values() if torch.is_tensor(value))
+    assert 21.1e9 < buffer.stored_bytes < size < 21.3e9
+    monkeypatch.setattr(pixels, "free_memory", lambda device: 1e9)
+    with pytest.raises(MemoryError, match="1,000,000 frames of 84×84 takes 21.22 GB, but cpu has 1.00 GB: use"):
+        FrameReplayBuffer((9, 84, 84), 6, 1_000_000)
+    with pytest.raises(ValueError, match="not \\(8, 84, 84\\)"):
+        FrameReplayBuffer((8, 84, 84), 6, 1000)
+
+
+def test_shift_by_hand(monkeypatch):
+    image = torch.arange(25, dtype=torch.uint8).view(1, 1, 5, 5)
+    for down, right, corner in ((0, 0, 0), (-2, -2, 0), (2, 2, 12), (2, -2, 10), (-2, 2, 2)):
+        monkeypatch.setattr(torch, "randint", lambda low, high, shape, device: torch.tensor([down, right]).view(shape))
+        moved = random_shift(image, 2)
+        padded = np.pad(image[0, 0].numpy(), 2, mode="edge")
+        np.testing.assert_array_equal(moved[0, 0], padded[2 + down:7 + down, 2 + right:7 + right])
+        assert moved[0, 0, 0, 0] == corner
+
+
+def test_shift_moves_the_frames_of_a_stack_alike_and_stacks_apart():
+    torch.manual_seed(0)
+    frame = torch.randint(0, 256, (12, 12), dtype=torch.uint8)
+    obs = frame.expand(40, 6, 9, 12, 12)
+    moved = random_shift(obs, 4)
+    assert moved.shape == obs.shape and moved.dtype == torch.uint8
+    assert (moved == moved[:, :, :1]).all()
+    found = {moved[i, t, 0].numpy().tobytes() for i in range(40) for t in range(6)}
+    every = np.pad(frame.numpy(), 4, mode="edge")
+    every = {np.ascontiguousarray(every[y:y + 12, x:x + 12]).tobytes() for y in range(9) for x in range(9)}
+    assert found <= every and len(found) > 70  # of 81; 240 draws miss 4 on average
+    assert random_shift(obs, 0) is obs
+
+
+def naive_convolution(x, layer):
+    """Loops over outputs. x: (channels, height, width) float64."""
+    weight, bias = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
+    stride, size = layer.stride[0], (x.shape[1] - 3) // layer.stride[0] + 1
+    out = np.zeros((len(weight), size, size))
+    for i in range(size):
+        for j in range(size):
+            out[:, i, j] = (weight * x[:, stride * i:stride * i + 3, stride * j:stride * j + 3]).sum((1, 2, 3)) + bias
+    return out
+
+
+@pytest.mark.parametrize("arch_type", [1, 2, 3, 4, 5, 6])
+def test_encoder_against_naive_convolutions(arch_type):
+    torch.manual_seed(0)
+    encoder = PixelEncoder((6, 36, 36), 2, arch_type, width_scale=1 / 16)
+    for layer in encoder.zs_mlp.convs[::2]:
+        torch.nn.init.normal_(layer.bias)
+    obs = torch.randint(0, 256, (2, 6, 36, 36), dtype=torch.uint8)
+    config = pixels.arch_config(arch_type)
+    activation = naive_activation(config)
+    rows = []
+    for image in obs:
+        x = image.double().numpy() / 255 - 0.5
+        for layer in encoder.zs_mlp.convs[::2]:
+            x = activation(torch.from_numpy(naive_convolution(x, layer))).numpy()
+        rows.append(x.ravel())
+    x = torch.from_numpy(np.stack(rows)).float() @ encoder.zs_mlp.linear.weight.T + encoder.zs_mlp.linear.bias
+    expected = activation(layer_norm(x) if config["use_layer_norm"] else x)
+    torch.testing.assert_close(encoder.zs(obs), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():  # in pieces, with any leading shape, and of one observation
+        many = obs.repeat(40, 1, 1, 1)
+        torch.testing.assert_close(encoder.zs(many)[-2:], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder.zs(many.unflatten(0, (8, 10)))[-1, -2:], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder.zs(obs[0]), expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_sizes():
+    for scale, channels in ((1, 32), (3, 96), (0.5, 16), (1 / 512, 1)):
+        encoder = PixelEncoder((9, 84, 84), 6, scale=scale)
+        convs = encoder.zs_mlp.convs[::2]
+        assert [layer.out_channels for layer in convs] == [channels] * 4
+        assert encoder.zs_mlp.linear.in_features == 49 * channels
+    plain, count = Encoder(1, 6), lambda module: sum(p.numel() for p in module.parameters())
+    encoder = PixelEncoder((9, 84, 84), 6)
+    stem = (9 * 9 + 1) * 32 + 3 * (9 * 32 + 1) * 32 + (1568 + 1) * 512
+    assert count(encoder) == count(plain) - count(plain.zs_mlp) + stem
+    for size in range(31, 130):  # the formula against PyTorch's own shapes
+        x = torch.empty(1, 9, size, size, device="meta")
+        assert encoder.zs_mlp.convs.to("meta")(x).shape[2:] == (pixels.conv_size(size),) * 2
+    with pytest.raises(ValueError, match="at least 31 pixels"):
+        PixelEncoder((9, 30, 30), 6)
+
+
+def test_densities_of_the_published_er():
+    """visual.md's figures, from the function that agrees with RigL's ERK: the first convolution stays dense at 0.8."""
+    for sparsity, first, rest, linear in ((0.6, 1, 0.90, 0.31), (0.8, 1, 0.45, 0.15), (0.9, 0.54, 0.22, 0.08)):
+        encoder = PixelEncoder((9, 84, 84), 6)
+        sparse = SparseTraining(encoder, torch.optim.AdamW(encoder.parameters()), "sst", sparsity, total_steps=100)
+        densities = sparse.layer_densities()
+        found = [densities[f"zs_mlp.{name}.weight"] for name in ("convs.0", "convs.2", "linear")]
+        assert found == pytest.approx([first, rest, linear], abs=0.006)
+
+
+@pytest.mark.parametrize("regime", ["sst", "dst", "s2d", "d2s"])
+def test_masked_convolutions_stay_zero(regime):
+    torch.manual_seed(0)
+    encoder = PixelEncoder((9, 36, 36), 2, arch_type=6, width_scale=1 / 16)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-2)
+    sparse = SparseTraining(encoder, optimizer, regime, 0.9, total_steps=20, update_interval=3)
+    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+    obs, action = torch.randint(0, 256, (8, 9, 36, 36), dtype=torch.uint8), torch.randn(8, 2)
+    convs = dict(encoder.zs_mlp.convs.named_children())
+    for step in range(1, 16):
+        optimizer.zero_grad()
+        encoder.predict(encoder(encoder.zs(obs), action))[1].square().sum().backward()
+        sparse.update_topology(step)
+        sparse.mask_gradients()
+        optimizer.step()
+        for number in ("2", "4", "6"):
+            pruned = ~sparse.masks[f"zs_mlp.convs.{number}.weight"]
+            assert pruned.any() or regime in ("s2d", "d2s")
+            assert not convs[number].weight[pruned].any() and not convs[number].weight.grad[pruned].any()
+    assert regime == "s2d" or pruned.any()
+    moved = any(not torch.equal(before[name], mask) for name, mask in sparse.masks.items() if "convs" in name)
+    assert moved == (regime != "sst")
+
+
+def test_dormant_channels_by_hand():
+    encoder = PixelEncoder((9, 36, 36), 2, arch_type=1, width_scale=1 / 4)
+    with torch.no_grad():
+        encoder.zs_mlp.convs[0].weight[:3] = 0  # three channels of eight whose ReLU stays at 0
+        encoder.zs_mlp.convs[0].bias[:3] = -1
+        with metrics.record_activations(encoder) as activations:
+            encoder.zs(torch.randint(0, 256, (70, 9, 36, 36), dtype=torch.uint8))
+    assert activations["zs_mlp.convs.1"].shape == (70 * 17 * 17, 8)  # all images, not the last piece of 32
+    assert metrics.dormant_ratio(activations)[1]["zs_mlp.convs.1"] >= 3 / 8
+
+
+def tiny_agent(algo, seed=0, **modules):
+    agent_class = AGENTS[algo]
+    torch.manual_seed(seed)
+    presets = agent_class.Config.presets["mst"]
+    modules = {name: dataclasses.replace(m, width_scale=1 / 32, sparse_options={"update_interval": 3},
+                                         **modules.get(name, {})) for name, m in presets.items()}
+    config = agent_class.Config(batch_size=16, target_update_freq=4)
+    agent = agent_class((9, 36, 36), 2, modules, config, 40, "cpu", seed, buffer_size=200)
+    rng = np.random.RandomState(seed)
+    obs = rng.randint(0, 256, (9, 36, 36), np.uint8)
+    for t in range(60):
+        next_obs = np.concatenate([obs[3:], rng.randint(0, 256, (3, 36, 36), np.uint8)])
+        agent.add(obs, rng.randn(2), rng.rand(), next_obs, False, t % 20 == 19)
+        obs = next_obs
+    return agent
+
+
+@pytest.mark.parametrize("algo", AGENTS)
+@pytest.mark.parametrize("regime", ["dense", "sst", "dst", "s2d", "d2s"])
+def test_agents_learn_from_pixels(algo, regime):
+    agent = tiny_agent(algo, encoder={"regime": regime})
+    before = {name: parameter.clone() for name, parameter in agent.encoder.named_parameters()}
+    for _ in range(9):
+        agent.update()
+    assert agent.nonfinite_report() is None
+    assert all(not torch.equal(before[name], p) for name, p in agent.encoder.named_parameters() if "bias" not in name)
+    if regime != "dense":
+        for name, mask in agent.sparse["encoder"].masks.items():
+            assert not dict(agent.encoder.named_parameters())[name][~mask].any()
+    obs = np.random.RandomState(0).randint(0, 256, (3, 9, 36, 36), np.uint8)
+    actions = agent.act(obs, explore=False)
+    np.testing.assert_allclose(agent.act(obs[1], explore=False), actions[1], atol=1e-5)
+    assert actions.shape == (3, 2) and np.abs(actions).max() <= 1
+
+
+def test_training_shifts_and_metrics_do_not():
+    agent = tiny_agent("mrq")
+    rows = torch.arange(5)
+    plain = agent.replay._stacks((rows.unsqueeze(1) + torch.arange(6)) % 200)
+    assert not torch.equal(agent.replay.gather(rows).obs, plain)
+    drawn, ready = agent.metric_batch(2048)
+    assert ready and drawn.obs.shape == (256, 6, 9, 36, 36)
+    assert torch.equal(drawn.obs, agent.replay._stacks((drawn.index.unsqueeze(1) + torch.arange(6)) % 200))
+    assert agent.replay.shift == 4
+
+
+def test_one_whole_update_against_a_second_implementation(monkeypatch):
+    """The encoder's loss on the shifted stacks, written out in plain steps: Eqs. (7)-(10) from pixels."""
+    agent = tiny_agent("mrq", encoder={"regime": "sst"})
+    agent.update()
+    batch = agent.replay.gather(torch.arange(16), 5)
+    agent.replay.termination_seen.fill_(1.0)
+
+    def zs(encoder, images):
+        x = images.float() / 255 - 0.5
+        for layer in encoder.zs_mlp.convs[::2]:
+            x = torch.nn.functional.elu(torch.nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride))
+        return torch.nn.functional.elu(layer_norm(x.reshape(len(x), -1) @ encoder.zs_mlp.linear.weight.T
+                                                  + encoder.zs_mlp.linear.bias))
+
+    config, total = pixels.arch_config(6), torch.zeros(16)
+    z = zs(agent.encoder, batch.obs[:, 0])
+    for t in range(5):
+        za = batch.action[:, t] @ agent.encoder.za_linear.weight.T + agent.encoder.za_linear.bias
+        zsa = naive_block_mlp(agent.encoder.zsa_mlp, torch.cat([z, torch.nn.functional.elu(za)], 1), config, "pre")
+        out = zsa @ agent.encoder.model.weight.T + agent.encoder.model.bias
+        done, z, logits = out[:, :1], out[:, 1:-65], out[:, -65:]
+        target = zs(agent.targets["encoder"], batch.obs[:, t + 1])
+        alive = (1 - batch.terminated[:, :t]).prod(1)
+        two_hot = torch.zeros(16, 65)
+        for i, reward in enumerate(batch.reward[:, t]):
+            upper = int((agent.bins <= reward).sum())
+            share = (reward - agent.bins[upper - 1]) / (agent.bins[upper] - agent.bins[upper - 1])
+            two_hot[i, upper - 1], two_hot[i, upper] = 1 - share, share
+        total = total + alive * (-0.1 * (two_hot * logits.log_softmax(1)).sum(1) + (z - target).square().mean(1)
+                                 + 0.1 * (done[:, 0] - batch.terminated[:, t]).square())
+    losses, _ = agent.encoder_loss(batch, agent.replay.termination_seen)
+    torch.testing.assert_close(losses, total, rtol=1e-4, atol=1e-5)
+    parameters = list(agent.encoder.parameters())
+    for one, two in zip(torch.autograd.grad(losses.mean(), parameters), torch.autograd.grad(total.mean(), parameters)):
+        torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-6)
+
+
+# ---- rendering ----
+
+@pytest.fixture
+def walker():
+    """A walker that can be drawn, in this process; skipped where nothing can draw."""
+    if os.environ.get("MUJOCO_GL") != "egl":
+        pytest.skip("drawing is tested under MUJOCO_GL=egl")
+    env = pixels.PixelEnv(Env("walker-walk", seed=3), size=36, stack=3)
+    yield env
+    env.close()
+
+
+@pytest.mark.slow
+def test_env_stacks_one_frame_per_step(walker):
+    drawn, draw = [], walker._draw
+    walker._draw = lambda: drawn.append(draw()) or drawn[-1]
+    plain = Env("walker-walk", seed=3)
+    plain.reset()
+    obs = walker.reset()
+    assert obs.shape == walker.obs_shape == (9, 36, 36) and obs.dtype == np.uint8 and obs.std() > 5
+    assert (obs[:3] == obs[3:6]).all() and (obs[:3] == obs[6:]).all()
+    for step in range(4):
+        action = walker.random_action()
+        obs, *rest = walker.step(action)
+        assert rest == list(plain.step(action)[1:])  # drawing does not touch the physics
+        np.testing.assert_array_equal(obs, np.concatenate([drawn[max(0, k)] for k in range(step - 1, step + 2)]))
+    assert len(drawn) == 5 and walker.frames == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 1, 2, 7])
+def test_restore_is_exact_and_draws_only_the_last_stack(walker, steps):
+    other = pixels.PixelEnv(Env("walker-walk", seed=3), size=36, stack=3)
+    obs = walker.reset()
+    for _ in range(steps):
+        obs = walker.step(walker.random_action())[0]
+    drawn, draw = [], other._draw
+    other._draw = lambda: drawn.append(draw()) or drawn[-1]
+    np.testing.assert_array_equal(other.restore(walker.state()), obs)
+    assert len(drawn) == min(steps, 2) + 1 and other.frames == walker.frames
+    action = walker.random_action()
+    np.testing.assert_array_equal(other.random_action(), action)
+    for one, two in zip(walker.step(action), other.step(action)):
+        np.testing.assert_array_equal(one, two)
+    other.close()
+
+
+def test_renderer_is_egl_then_osmesa_then_one_line(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    assert pixels.choose_renderer() == "glfw"  # the user's choice
+    for libraries, chosen in ((("EGL", "OSMesa"), "egl"), (("OSMesa",), "osmesa")):
+        monkeypatch.delenv("MUJOCO_GL")
+        monkeypatch.setattr(pixels.ctypes.util, "find_library", lambda name: name if name in libraries else None)
+        assert pixels.choose_renderer() == chosen == os.environ["MUJOCO_GL"]
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setattr(pixels.ctypes.util, "find_library", lambda name: None)
+    with pytest.raises(ImportError, match="--pixels needs OpenGL: install Mesa's EGL"):
+        pixels.choose_renderer()
