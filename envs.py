@@ -1,15 +1,19 @@
-"""DeepMind Control tasks as a researcher writes them: `dog-run`, `ball_in_cup-catch`, `cartpole-swingup_sparse`.
+"""DeepMind Control tasks and Gymnasium environments behind one interface.
 
-What it claims: actions in [-1, 1], flat float32 observations, action repeat 2 with rewards summed (it stops at the
-episode's last step), time limits told apart from terminations, evaluation episodes that depend on their seed alone,
-and an exact way back to any moment of an episode.
+Guarantees:
+- `dog-run` is a DeepMind Control task; `Hopper-v5` and `my_package:MyEnv-v0` are registered with Gymnasium.
+- Observations are flat float32 vectors. Actions lie in [-1, 1] and are rescaled to the environment's bounds.
+- Rewards are summed over the action repeat, which stops at the episode's last step. An episode ends terminated (a
+  terminal state) or truncated (a time limit), never both.
+- `restore` returns exactly to a saved moment of an episode; where the environment is not repeatable, it says so.
+- Evaluation episodes depend only on their seeds.
 
-Paper: Section 3 (Setup); MR.Q's protocol of 500 agent steps, 1,000 frames, an episode. This file needs dm_control and
-numpy; copy it into your project.
+Paper: Section 3 (Setup). MR.Q's protocol: action repeat 2 on DeepMind Control (500 agent steps, 1,000 frames per
+episode), 1 on Gymnasium. This file needs numpy, and dm_control or Gymnasium; copy it into your project.
 
-    from envs import Env, Evaluator
+    from envs import Evaluator, make_env
 
-    env = Env("cartpole-swingup", seed=0)
+    env = make_env("cartpole-swingup", seed=0)
     obs, done = env.reset(), False
     while not done:
         obs, reward, terminated, truncated = env.step(env.random_action())
@@ -20,185 +24,491 @@ numpy; copy it into your project.
 
 import contextlib
 import difflib
+import importlib
 import multiprocessing
+import numbers
 import os
+import pickle
+import re
 import signal
 import sys
+import traceback
 import warnings
 
 import numpy as np
 
-UNLIMITED_EPISODE = 1000  # frames, for the LQR tasks, which have no time limit of their own
+UNLIMITED_EPISODE = 1000  # frames, for the LQR tasks, which have no time limit
+EVALUATION_LIMIT = 100_000  # agent steps after which an evaluation episode that does not end is an error
+UNBOUNDED = 1e6  # actions with a wider range than this have no usable bounds
+GYMNASIUM = 'pip install "gymnasium[mujoco]>=1.0,<2"'
+DRAWING = "set MUJOCO_GL=egl (a GPU or Mesa) or MUJOCO_GL=osmesa (needs libOSMesa)"
 
 
-def task_names():
-    """Every task of the suite, `domain-task`. ImportError, in one line, if dm_control is missing or broken."""
-    return [f"{domain}-{task}" for domain, task in _suite().ALL_TASKS]
+class PhysicsError(FloatingPointError):
+    """The simulation diverged within an episode. Discard that step, and call `reset` for the next episode."""
+
+
+def make_env(name, seed=0, action_repeat=None):
+    """The environment of that name: a DMCEnv or a GymEnv. action_repeat: None is 2 on DeepMind Control, 1 on Gymnasium.
+
+    ValueError or ImportError, in one line: an unknown name, a missing package, spaces that agents here cannot use.
+    """
+    return check_task(name)(name, seed, action_repeat)
 
 
 def check_task(name):
-    """ValueError, in one line and with the nearest names, for a task that the suite does not have."""
-    if name not in (known := task_names()):
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-        raise ValueError(f"unknown environment {name!r}: did you mean {' or '.join(near) or 'dog-run'}?")
+    """The class that plays an environment of that name. ValueError, with the nearest names, if it is unknown."""
+    if not isinstance(name, str):
+        raise ValueError(f"the name of an environment is text such as 'dog-run' or 'Hopper-v5', not {name!r}")
+    like_gym = re.search(r"[:/]|-v\d+$", name)  # no DeepMind Control task is named so: neither kind needs the other
+    if not like_gym and name in task_names():
+        return DMCEnv
+    known = []
+    with contextlib.nullcontext() if like_gym else contextlib.suppress(ImportError):
+        known = _gym_names(name)
+    if name.rpartition(":")[2] in known:
+        return GymEnv
+    with contextlib.suppress(ImportError):
+        known = [*task_names(), *known]
+    nearest = _nearest(name.rpartition(":")[2], known)
+    raise ValueError(f"unknown environment {name!r}: did you mean {' or '.join(nearest) or 'dog-run or Hopper-v5'}?")
+
+
+def task_names():
+    """Every task of the DeepMind Control suite, `domain-task`. ImportError, in one line, without dm_control."""
+    return [f"{domain}-{task}" for domain, task in _suite().ALL_TASKS]
+
+
+def _nearest(name, known):
+    """Up to two names of each kind."""
+    found = []
+    for kind in ([n for n in known if not re.search(r"-v\d+$", n)], [n for n in known if re.search(r"-v\d+$", n)]):
+        lower = {n.lower(): n for n in kind}
+        found += [lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.5)]
+    return found
 
 
 def _suite():
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about displays, on machines that have none: nothing is drawn here
+            warnings.simplefilter("ignore")  # about displays, on machines without one: nothing is drawn here
             from absl import logging
             from dm_control import suite
         logging.set_verbosity("error")
         return suite
     except Exception as error:  # a broken install fails in many ways: missing parts, shared libraries, versions
-        raise ImportError(f"dm_control does not import ({type(error).__name__}: {str(error).splitlines()[0]}); install "
-                           "it as the README says: pip install -r requirements.txt") from error
+        raise _gl_error(error) or ImportError(f"dm_control does not import ({_line(error)}); install it as the README "
+                                              "says: pip install -r requirements.txt") from error
 
 
-class Env:
-    """One task. `step` counts as one agent step and up to `action_repeat` frames; `frames` adds them up.
+def _gymnasium():
+    try:
+        import gymnasium
+        return gymnasium
+    except Exception as error:
+        raise ImportError(f"Gymnasium does not import ({_line(error)}); install it: {GYMNASIUM}") from error
 
-    Raises ValueError, in one line, for an unknown task (with the nearest names) or one that cannot run here.
+
+def _gym_names(name):
+    """The ids in Gymnasium's registry, after importing the package in front of the name's colon."""
+    registry, (package, _, _) = _gymnasium().registry, name.rpartition(":")
+    if package:
+        try:
+            importlib.import_module(package)
+        except Exception as error:
+            raise ImportError(f"{name}: importing {package} failed ({_line(error)}); the package must be installed, or "
+                              "its folder on PYTHONPATH") from error
+    return list(registry)
+
+
+def _gl_error(error):
+    """An ImportError in one line if a MUJOCO_GL that does not work here is the cause, else None."""
+    chosen = os.environ.get("MUJOCO_GL")
+    if chosen is not None and _in_opengl(error):
+        return ImportError(f"MUJOCO_GL={chosen} does not work here ({_line(error)}): unset it, {DRAWING}, or set "
+                           "MUJOCO_GL=disable where nothing is drawn")
+
+
+def _in_opengl(error):
+    places = traceback.extract_tb(error.__traceback__)
+    return any(re.search(r"_render|gl_context|OpenGL", place.filename) for place in places)
+
+
+def _line(error):
+    """Type and first line of an exception, some of which cannot even be printed."""
+    try:
+        first = next(iter(str(error).splitlines()), "")
+    except Exception:
+        first = ""
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+class BaseEnv:
+    """What both kinds of environment share. After construction it stands at the start of an episode.
+
+    obs_dim, obs_shape (obs_dim,), obs_dtype float32; action_dim
+    frames: simulator steps over all episodes
+    episode_steps: agent steps up to the time limit, or None if no limit is known
+    step_seconds: simulated time of an agent step
+    restore_warning: None, or one line if the last `restore` could not return exactly
+
+    ValueError, in one line: a bad seed, action repeat or action, or a step after an episode's end.
     """
 
-    def __init__(self, name, seed=0, action_repeat=2):
-        check_task(name)
-        domain, task = name.split("-", 1)
-        self.name, self.action_repeat = name, action_repeat
-        self._env = _suite().load(domain, task, task_kwargs={"random": seed})
-        spec = self._env.action_spec()
-        if not np.issubdtype(spec.dtype, np.floating):
-            raise ValueError(f"{name} has discrete actions: agents here choose continuous ones")
-        # LQR's actions are bounded at ±1e10: there a unit action stays a unit.
-        bounded = (spec.maximum - spec.minimum) < 1e6
-        self._low = np.where(bounded, spec.minimum, -1.0)
-        self._high = np.where(bounded, spec.maximum, 1.0)
-        self._frame_limit = UNLIMITED_EPISODE if np.isinf(self._env._step_limit) else None
-        # Random actions have a stream of their own, and not the one that the task draws its resets from.
-        self._random = np.random.RandomState(np.random.SeedSequence([seed, 1]).generate_state(1))
-        self.frames = 0  # control steps over all episodes
-        self.action_dim = spec.shape[0]
-        try:
-            self.obs_dim = self.reset().shape[0]
-        except Exception as error:  # quadruped-escape draws its terrain through OpenGL
-            sys.unraisablehook = lambda _: None  # the half-made drawing context complains again as it goes
-            raise ValueError(f"{name} cannot start here ({str(error).splitlines()[0][:80]}...): it needs OpenGL; with a "
-                             "GPU or Mesa try MUJOCO_GL=egl, or choose another task") from None
+    obs_dtype = np.dtype(np.float32)
+
+    def __init__(self, name, seed, action_repeat):
+        for what, value, least in (("seed", seed, 0), ("action_repeat", action_repeat, 1)):
+            if not isinstance(value, numbers.Integral) or value < least:
+                raise ValueError(f"{what} must be a whole number of at least {least}, not {value!r}")
+        self.name, self.seed, self.action_repeat = name, int(seed), int(action_repeat)
+        self.frames, self.restore_warning = 0, None
+        # Random actions have a stream of their own, apart from the one that the resets draw from.
+        self._random = np.random.RandomState(np.random.SeedSequence([self.seed, 1]).generate_state(1))
+
+    @property
+    def obs_shape(self):
+        return (self.obs_dim,)
 
     def reset(self, seed=None):
-        """Starts an episode; with a seed, one that depends on that alone. Returns obs (obs_dim,) float32.
+        """Starts an episode; with a seed, one that depends only on that. Returns obs (obs_dim,) float32."""
+        return self._begin(self._choose_start(seed))
 
-        The LQR tasks also draw their springs, once, from the seed of the Env.
-        """
-        if seed is not None:
-            self._env.task.random.seed(seed)
-        self._start, self._actions = self._env.task.random.get_state(), []
-        self._frame = 0  # of this episode
-        return self._observed(self._env.reset())
+    def _begin(self, start):
+        self._start, self._actions, self._ended = start, [], False
+        return self._observe(self._reset(start))
 
     def step(self, action):
-        """action: (action_dim,) in [-1, 1]. Returns (obs, reward summed over the repeat, terminated, truncated)."""
-        action = np.asarray(action, np.float32)
+        """action: (action_dim,) in [-1, 1], clipped to it. Returns (obs, reward, terminated, truncated).
+
+        PhysicsError if the simulation diverges; FloatingPointError for an action, reward or observation that is not
+        finite. After either, only `reset` or `restore` continues.
+        """
+        action = np.array(action, np.float32)  # a copy: the caller may change its own
+        if action.shape != (self.action_dim,):
+            raise ValueError(f"{self.name} takes actions of shape ({self.action_dim},), not {action.shape}")
         if not np.isfinite(action).all():
-            raise FloatingPointError(f"{self.name} was given the action {action}: the network that chose it has diverged")
-        self._actions.append(action)
+            raise FloatingPointError(f"{self.name} was given the action {action}: the network that chose it diverged")
+        if self._ended:
+            raise ValueError(f"this episode of {self.name} has ended: call reset() before the next step")
         control = self._low + (np.clip(action, -1.0, 1.0) + 1.0) / 2.0 * (self._high - self._low)
-        reward, terminated, truncated = 0.0, False, False
+        reward, self._ended = 0.0, True  # unless all goes well
         for _ in range(self.action_repeat):
-            timestep = self._env.step(control)
-            self._frame += 1
+            raw, frame_reward, terminated, truncated = self._step(control)
             self.frames += 1
-            reward += timestep.reward
+            reward += frame_reward
             if not np.isfinite(reward):
                 raise FloatingPointError(f"the reward of {self.name} is {reward} at frame {self.frames}")
-            terminated = timestep.last() and timestep.discount == 0.0
-            truncated = not terminated and (timestep.last() or self._frame == self._frame_limit)
-            if terminated or truncated:  # discount 0: a terminal state; 1: only the time was up
+            if terminated or truncated:
                 break
-        return self._observed(timestep), float(reward), bool(terminated), bool(truncated)
+        obs = self._observe(raw)
+        self._actions.append(action)
+        self._ended = bool(terminated or truncated)
+        return obs, float(reward), bool(terminated), bool(truncated and not terminated)
 
-    def _observed(self, timestep):
-        obs = _flat(timestep.observation)
-        if not np.isfinite(obs).all():  # once in a normaliser or a network, it would never leave
+    def _observe(self, raw):
+        obs = self._flatten(raw)
+        if not np.isfinite(obs).all():  # it would never leave a normalizer or a network
             raise FloatingPointError(f"the observation of {self.name} holds {obs[~np.isfinite(obs)][0]} at frame "
                                      f"{self.frames}: the physics has diverged")
+        self._obs = obs.copy()
         return obs
 
     def random_action(self):
         """Uniform in [-1, 1], (action_dim,) float32."""
         return self._random.uniform(-1.0, 1.0, self.action_dim).astype(np.float32)
 
-    @property
-    def step_seconds(self):
-        """How long an agent step lasts in the simulated world."""
-        return self._env.control_timestep() * self.action_repeat
-
-    def render(self, height=480, width=640):
-        """What the task's first camera sees: (height, width, 3) uint8. Needs OpenGL."""
-        return self._env.physics.render(height, width, camera_id=0)
-
     def state(self):
-        """What `restore` needs to come back to this very moment.
+        """What `restore` needs to return to this moment, as plain values: numbers, lists and strings.
 
-        The physics state alone does not do it: some tasks move the model itself at each reset, and solvers keep warm
-        starts. Replaying the episode from the random state before its reset is exact on every task.
-        Plain values: numbers, lists and strings.
+        The physics state is not enough: some tasks change the model at each reset, and solvers keep warm starts.
+        Replaying the episode's actions from its start is exact.
         """
-        plain = lambda state: [part.tolist() if isinstance(part, np.ndarray) else part for part in state]
-        return {"start": plain(self._start), "actions": [action.tolist() for action in self._actions],
-                "frames": self.frames, "random": plain(self._random.get_state())}
+        return {"start": _plain(self._start), "actions": [action.tolist() for action in self._actions],
+                "frames": self.frames, "random": _plain(self._random.get_state()), "obs": self._obs.tolist()}
 
     def restore(self, state):
-        """Back to where `state` was taken, in an Env of the same name and seed; returns the observation there."""
-        self._env.task.random.set_state(tuple(state["start"]))
-        obs = self.reset()
-        for action in state["actions"]:
-            obs = self.step(action)[0]
+        """Returns to where `state` was taken, in an environment of the same name and seed; returns obs there.
+
+        Sets `restore_warning` if the environment is not repeatable. Then the episode continues from where its actions
+        led this time, or, if it ended before they did, with a new one.
+        """
+        obs, left, saved = self._begin(state["start"]), len(state["actions"]), state.get("obs")  # older: without obs
+        with contextlib.suppress(PhysicsError):
+            for action in state["actions"]:
+                if self._ended:
+                    break
+                obs, left = self.step(action)[0], left - 1
         self.frames = state["frames"]
         self._random.set_state(tuple(state["random"]))
+        self.restore_warning = None
+        if left or saved is not None and not np.array_equal(obs, np.asarray(saved, obs.dtype)):
+            self.restore_warning = (f"{self.name} is not repeatable: replaying its episode led to another observation. "
+                                    "This run continues, but not exactly as an uninterrupted one would")
+            if self._ended:
+                obs = self.reset()
         return obs
+
+    def render(self, height=480, width=640):
+        """The current frame, (height, width, 3) uint8. ValueError, in one line, where OpenGL is missing."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about displays
+                return self._render(height, width)
+        except Exception as error:  # each OpenGL fails in its own way
+            sys.unraisablehook = lambda _: None  # the half-made drawing context complains again when it is deleted
+            raise ValueError(f"{self.name} cannot be drawn here ({_line(error)}): {DRAWING}") from error
+
+
+class DMCEnv(BaseEnv):
+    """A task of the DeepMind Control suite, such as `dog-run`."""
+
+    def __init__(self, name, seed=0, action_repeat=None):
+        super().__init__(name, seed, 2 if action_repeat is None else action_repeat)
+        if name not in task_names():
+            check_task(name)  # names the nearest ones
+            raise ValueError(f"{name!r} is not a DeepMind Control task: use make_env")
+        domain, task = name.split("-", 1)
+        self._env = _suite().load(domain, task, task_kwargs={"random": seed})
+        spec = self._env.action_spec()
+        if not np.issubdtype(spec.dtype, np.floating):
+            raise ValueError(f"{name} has discrete actions: agents here choose continuous ones")
+        # LQR's actions are bounded at ±1e10: there a unit action stays a unit.
+        bounded = (spec.maximum - spec.minimum) < UNBOUNDED
+        self._low = np.where(bounded, spec.minimum, -1.0)
+        self._high = np.where(bounded, spec.maximum, 1.0)
+        limit = self._env._step_limit
+        self._frame_limit = UNLIMITED_EPISODE if np.isinf(limit) else int(np.ceil(limit))
+        self.episode_steps = -(-self._frame_limit // self.action_repeat)
+        self.step_seconds = self._env.control_timestep() * self.action_repeat
+        self.action_dim = spec.shape[0]
+        try:
+            self.obs_dim = self.reset().shape[0]
+        except Exception as error:  # quadruped-escape draws its terrain through OpenGL
+            if not _in_opengl(error):
+                raise
+            sys.unraisablehook = lambda _: None  # the half-made drawing context complains again when it is deleted
+            raise ValueError(f"{name} cannot start here ({_line(error)[:80]}...): it needs OpenGL; {DRAWING}, or "
+                             "choose another task") from error
+
+    def _choose_start(self, seed):
+        """The task's random state. The LQR tasks also draw their springs, once, from the seed of the environment."""
+        if seed is not None:
+            self._env.task.random.seed(seed)
+        return self._env.task.random.get_state()
+
+    def _reset(self, start):
+        self._env.task.random.set_state(tuple(start))
+        self._frame = 0  # of this episode
+        with self._diverging():
+            return self._env.reset().observation
+
+    def _step(self, control):
+        with self._diverging():
+            timestep = self._env.step(control)
+        self._frame += 1
+        terminated = timestep.last() and timestep.discount == 0.0  # discount 0: a terminal state; 1: the time is up
+        return timestep.observation, timestep.reward, terminated, timestep.last() or self._frame == self._frame_limit
+
+    @contextlib.contextmanager
+    def _diverging(self):
+        from dm_control.rl import control
+        try:
+            yield
+        except control.PhysicsError as error:
+            raise PhysicsError(f"{self.name} diverged at frame {self.frames}: {_line(error)}") from error
+
+    def _flatten(self, raw):
+        return np.concatenate([np.ravel(part) for part in raw.values()]).astype(np.float32)
+
+    def _render(self, height, width):
+        return self._env.physics.render(height, width, camera_id=0)  # the task's first camera
+
+
+class GymEnv(BaseEnv):
+    """An environment registered with Gymnasium, such as `Hopper-v5`.
+
+    Observations: a Box, or a Dict or Tuple of them, flattened in its order (Gymnasium sorts a Dict's keys), each
+    part in row-major order. Actions: one Box with finite bounds. Each episode starts from a seed drawn from (seed,
+    number of the episode), so that it can be replayed.
+    """
+
+    def __init__(self, name, seed=0, action_repeat=None):
+        super().__init__(name, seed, 1 if action_repeat is None else action_repeat)
+        self._env, self._episode = self._make(), 0
+        self.obs_dim = sum(int(np.prod(box.shape)) for box in self._boxes(self._env.observation_space))
+        actions = self._env.action_space
+        if not isinstance(actions, _gymnasium().spaces.Box) or not np.issubdtype(actions.dtype, np.floating):
+            raise ValueError(f"{name} has {type(actions).__name__} actions: agents here choose a Box of floats")
+        self._low, self._high = (bound.ravel().astype(np.float64) for bound in (actions.low, actions.high))
+        if not (self._high - self._low < UNBOUNDED).all():  # `not`: the difference may be NaN
+            raise ValueError(f"{name} has unbounded actions: give them bounds, for example with "
+                             "gymnasium.wrappers.RescaleAction")
+        self.action_dim = self._low.size
+        limit = self._env.spec.max_episode_steps if self._env.spec else None
+        self.episode_steps = limit and -(-limit // self.action_repeat)
+        world = self._env.unwrapped
+        frame_seconds = getattr(world, "dt", None) or 1 / (world.metadata.get("render_fps") or 30)
+        self.step_seconds = frame_seconds * self.action_repeat
+        self.reset()
+
+    def _make(self, **options):
+        gym = _gymnasium()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about versions
+                return gym.make(self.name, disable_env_checker=True, **options)
+        except Exception as error:
+            if isinstance(error, (ImportError, gym.error.Error)):
+                raise _gl_error(error) or ImportError(f"{self.name} cannot start ({_line(error)})") from error
+            raise _gl_error(error) or RuntimeError(f"{self.name} failed in its constructor: {_line(error)}") from error
+
+    def _choose_start(self, seed):
+        """The seed of an episode: the given one, or the next of this environment's own."""
+        if seed is not None:
+            return int(seed)
+        self._episode += 1
+        return int(np.random.SeedSequence(self.seed, spawn_key=(self._episode,)).generate_state(1)[0])
+
+    def _reset(self, start):
+        with self._failing("reset"):
+            return self._env.reset(seed=start)[0]
+
+    def _step(self, control):
+        space = self._env.action_space
+        with self._failing("step"):
+            action = np.clip(control, self._low, self._high).reshape(space.shape).astype(space.dtype)
+            raw, reward, terminated, truncated, _ = self._env.step(action)
+            reward = float(reward)
+        # After a bad state MuJoCo resets itself, without a word and within the episode.
+        number = getattr(getattr(getattr(self._env.unwrapped, "data", None), "warning", None), "number", None)
+        if number is not None and any(number[int(w)] for w in _bad_states()):
+            raise PhysicsError(f"{self.name} diverged at frame {self.frames}: MuJoCo found a bad state")
+        return raw, reward, terminated, truncated
+
+    @contextlib.contextmanager
+    def _failing(self, where):
+        """Names the environment in an error of its own code, and keeps the traceback."""
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(f"{self.name} failed in {where}: {_line(error)}") from error
+
+    def _boxes(self, space):
+        """The Box spaces in an observation space, in its order. ValueError for what is not a vector."""
+        spaces = _gymnasium().spaces
+        if isinstance(space, (spaces.Dict, spaces.Tuple)):
+            return [box for key in _keys(space) for box in self._boxes(space[key])]
+        if not isinstance(space, spaces.Box):
+            raise ValueError(f"{self.name} observes a {type(space).__name__} space: agents here take a Box, or a Dict "
+                             "or Tuple of them")
+        if len(space.shape) > 2 or len(space.shape) == 2 and space.dtype == np.uint8:
+            raise ValueError(f"{self.name} observes images, {space.shape} {space.dtype}: agents here take vectors")
+        return [space]
+
+    def _flatten(self, raw):
+        with self._failing("its observation"):
+            obs = np.concatenate(_leaves(self._env.observation_space, raw)).astype(np.float32)
+        if obs.shape != self.obs_shape:
+            raise ValueError(f"{self.name} observed {obs.size} numbers, and its observation space holds {self.obs_dim}")
+        return obs
+
+    def state(self):
+        return super().state() | {"episode": self._episode}
+
+    def restore(self, state):
+        self._episode = state["episode"]
+        return super().restore(state)
+
+    def _render(self, height, width):
+        if self._env.render_mode is None:  # made without drawing: made again with it, and replayed to this moment
+            if "rgb_array" not in self._env.metadata.get("render_modes", ()):
+                raise ValueError("it has no render mode rgb_array")
+            state, env = self.state(), self._make(render_mode="rgb_array")
+            self._env.close()
+            self._env = env
+            self.restore(state)
+        frame = np.asarray(self._env.render())
+        rows, columns = (np.arange(size) * old // size for size, old in zip((height, width), frame.shape))
+        return frame[rows][:, columns]  # nearest pixels: environments draw in sizes of their own
+
+
+Env = DMCEnv
+
+
+def _keys(space):
+    return list(space.spaces) if hasattr(space.spaces, "keys") else range(len(space.spaces))
+
+
+def _leaves(space, value):
+    """The parts of an observation as flat arrays, in the order of its space."""
+    if not hasattr(space, "spaces"):
+        return [np.ravel(value)]
+    return [leaf for key in _keys(space) for leaf in _leaves(space[key], value[key])]
+
+
+def _bad_states():
+    """MuJoCo's warnings about positions, velocities, accelerations and controls."""
+    return [warning for name, warning in sys.modules["mujoco"].mjtWarning.__members__.items() if "BAD" in name]
+
+
+def _plain(value):
+    """A RandomState's state without arrays; a seed as it is."""
+    if isinstance(value, tuple):
+        return [part.tolist() if isinstance(part, np.ndarray) else part for part in value]
+    return value
 
 
 def episode_seed(seed, step, episode):
-    """What an evaluation's episode depends on, as one number."""
+    """The seed of an evaluation episode, as one number."""
     return int(np.random.SeedSequence([seed, step, episode]).generate_state(1)[0])
 
 
 class Evaluator:
-    """Plays whole episodes side by side: one call of the policy a step, for all of them.
+    """Plays whole episodes in lockstep: one call of the policy per step, for all of them.
 
-    episode e of the evaluation at agent step t is seeded by (seed, t, e) and by nothing else. Observations of episodes
-    that have ended stay in the batch, so that its shape, and with it the others' rounding, never changes.
-    workers: processes that step MuJoCo, and do nothing else; 0 steps it here; None: one for every four cores of this
-        process. Their number changes no result.
+    make(name, seed), or make(name, seed, action_repeat) if that is given: makes each environment. Workers pickle it.
+    workers: processes that only step the simulator; 0 steps it here; None: one for every four cores of this process.
+        Their number changes no result.
+    diverged: episodes of the last evaluation that ended because their physics diverged; they keep their return so far.
+
+    Episode e of the evaluation at agent step t is seeded only by (seed, t, e). Observations of episodes that have ended
+    stay in the batch, so that its shape, and with it the others' rounding, never changes.
     """
 
-    def __init__(self, name, episodes=10, seed=0, action_repeat=None, workers=0, make=Env):
+    def __init__(self, name, episodes=10, seed=0, action_repeat=None, workers=0, make=make_env):
         if workers is None:
             workers = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 4
-        self.seed, self.episodes = seed, episodes
+        self.name, self.seed, self.episodes, self.diverged = name, seed, episodes, 0
         parts = np.array_split(np.arange(episodes), min(max(workers, 1), episodes))
         group, repeat = _WorkerEnvs if workers else _LocalEnvs, [] if action_repeat is None else [action_repeat]
         self.groups = [(part, group(make, len(part), name, seed, *repeat)) for part in parts]
 
     def __call__(self, act, step):
-        """act: (episodes, obs_dim) -> (episodes, action_dim). Returns the episodes' returns, (episodes,)."""
+        """act: (episodes, *obs_shape) -> (episodes, action_dim). Returns the episodes' returns, (episodes,)."""
         seeds = [episode_seed(self.seed, step, episode) for episode in range(self.episodes)]
         for part, group in self.groups:
             group.send("reset", [seeds[episode] for episode in part])
-        obs, _, running = self._receive()
-        returns = np.zeros(self.episodes)
-        while running.any():
+        obs, _, running, _ = self._receive()
+        returns, self.diverged = np.zeros(self.episodes), 0
+        for _ in range(EVALUATION_LIMIT):
+            if not running.any():
+                return returns
             actions = act(obs)
             for part, group in self.groups:
                 group.send("step", actions[part])
-            obs, rewards, running = self._receive()
+            obs, rewards, running, diverged = self._receive()
             returns += rewards
-        return returns
+            self.diverged += int(diverged.sum())
+        raise ValueError(f"an evaluation episode of {self.name} has not ended after {EVALUATION_LIMIT:,} steps: give "
+                         "it a time limit (max_episode_steps, where it is registered)")
 
     def _receive(self):
-        return tuple(np.concatenate(columns) for columns in zip(*(group.receive() for _, group in self.groups)))
+        answers = [group.receive() for _, group in self.groups]  # of all, so that no pipe keeps one after an error
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return tuple(np.concatenate(columns) for columns in zip(*answers))
 
 
 class _LocalEnvs:
@@ -214,62 +524,73 @@ class _LocalEnvs:
         return self._result
 
     def reset(self, seeds):
-        """Returns obs (count, obs_dim), rewards (count,), running (count,)."""
+        """Returns obs (count, *obs_shape), rewards (count,), and whether each is running and has diverged, (count,)."""
         self.obs = np.stack([env.reset(seed) for env, seed in zip(self.envs, seeds)])
         self.running = np.ones(len(self.envs), bool)
-        return self.obs.copy(), np.zeros(len(self.envs)), self.running.copy()
+        return self.obs.copy(), np.zeros(len(self.envs)), self.running.copy(), np.zeros(len(self.envs), bool)
 
     def step(self, actions):
-        rewards = np.zeros(len(self.envs))
+        rewards, diverged = np.zeros(len(self.envs)), np.zeros(len(self.envs), bool)
         for i in np.flatnonzero(self.running):
-            self.obs[i], rewards[i], terminated, truncated = self.envs[i].step(actions[i])
-            self.running[i] = not (terminated or truncated)
-        return self.obs.copy(), rewards, self.running.copy()
+            try:
+                self.obs[i], rewards[i], terminated, truncated = self.envs[i].step(actions[i])
+                self.running[i] = not (terminated or truncated)
+            except PhysicsError:
+                self.running[i], diverged[i] = False, True
+        return self.obs.copy(), rewards, self.running.copy(), diverged
 
 
 class _WorkerEnvs:
-    """The same, in a process of its own."""
+    """The same, in a process of its own. `receive` returns an exception instead of raising it."""
 
     def __init__(self, *arguments):
+        try:
+            arguments = pickle.dumps(arguments)
+        except Exception as error:
+            raise ValueError(f"evaluation workers cannot make this environment ({_line(error)}): `make` must be a "
+                             "function of a module, or functools.partial of one; workers=0 needs none") from error
         context = multiprocessing.get_context("spawn")  # a forked process would inherit CUDA, and break
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, arguments), daemon=True)
         self._process.start()
 
     def send(self, method, argument):
-        with self._told_in_a_line():
+        with contextlib.suppress(OSError):  # a dead worker: `receive` reports it
             self._pipe.send((method, argument))
 
     def receive(self):
-        with self._told_in_a_line():
-            result = self._pipe.recv()
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    @contextlib.contextmanager
-    def _told_in_a_line(self):
         try:
-            yield
-        except (EOFError, BrokenPipeError, ConnectionResetError):  # out of memory, or killed by somebody
+            return self._pipe.recv()
+        except (EOFError, OSError):  # out of memory, or killed
             self._process.join(timeout=1)
-            raise ChildProcessError(f"an evaluation worker (process {self._process.pid}) died with exit status "
-                                    f"{self._process.exitcode}; --eval-workers 0 does without") from None
+            return ChildProcessError(f"an evaluation worker (process {self._process.pid}) died with exit status "
+                                     f"{self._process.exitcode}; --eval-workers 0 does without")
 
 
 def _serve(pipe, arguments):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: it is the run's to answer
-    group = _LocalEnvs(*arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the run answers it
+    group = failure = None
+    try:
+        group = _LocalEnvs(*pickle.loads(arguments))
+    except Exception as error:
+        failure = _portable(error)
     while True:
         try:
             method, argument = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+            try:
+                answer = failure or getattr(group, method)(argument)
+            except Exception as error:
+                answer = _portable(error)
+            pipe.send(answer)
+        except (EOFError, OSError, KeyboardInterrupt):
             return  # the run has ended
-        try:
-            pipe.send(getattr(group, method)(argument))
-        except Exception as error:
-            pipe.send(error)
 
 
-def _flat(observation):
-    return np.concatenate([np.ravel(part) for part in observation.values()]).astype(np.float32)
+def _portable(error):
+    """An exception that survives the pipe and is one line: as it is where this file raised it, else with its place."""
+    if type(error) in (ValueError, FloatingPointError, ImportError, PhysicsError):
+        return type(error)(str(error))
+    error = error.__cause__ or error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return ChildProcessError(f"an evaluation worker failed with {_line(error)} ({os.path.basename(place.filename)}, "
+                             f"line {place.lineno}); --eval-workers 0 shows all of it")
