@@ -76,7 +76,7 @@ def main():
 def run(args):
     """Prints the returns, and writes the video if it is asked for. ValueError, OSError or ImportError, in one line."""
     from agents import build_agent
-    from envs import Env, Evaluator, episode_seed
+    from envs import Evaluator, episode_seed, make_env
     if args.episodes < 1:
         raise ValueError(f"--episodes must be at least 1, not {args.episodes}")
     if args.video and not args.video.endswith(".mp4"):
@@ -87,8 +87,8 @@ def run(args):
     seed = run_args.seed + FRESH_SEEDS if args.seed is None else args.seed
     device = torch.device("cpu") if run_args.algo == "stream" else fast.resolve_device(args.device)
     torch.set_num_threads(args.threads or fast.usable_cores())
-    make_env = getattr(run_args.agent, "make_env", Env)
-    env = make_env(run_args.env, run_args.seed)
+    make = getattr(run_args.agent, "make_env", make_env)
+    env = make(run_args.env, run_args.seed, run_args.action_repeat)
     if args.video:
         check_drawing(env)
     run_args = dataclasses.replace(run_args, device=str(device), compile="off", cuda_graphs="off")
@@ -98,7 +98,8 @@ def run(args):
     def act(obs):
         return agent.act(obs, explore=False)
 
-    returns = Evaluator(run_args.env, args.episodes, seed, workers=args.eval_workers, make=make_env)(act, state["step"])
+    evaluator = Evaluator(run_args.env, args.episodes, seed, run_args.action_repeat, args.eval_workers, make=make)
+    returns = evaluator(act, state["step"])
     print(f"{folder}, step {state['step']:,}: return {returns.mean():.1f} ± {returns.std():.1f} (mean ± sd of {len(returns)} "
           f"episodes, seed {seed}): {', '.join(f'{value:.1f}' for value in returns)}")
     if args.video:

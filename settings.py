@@ -79,8 +79,9 @@ class SparsityArgs:
 @dataclass
 class Args:
     algo: Literal[tuple(AGENTS)] = "mrq"  # the algorithm; each has its own flags: --algo sac --help
-    env: str = "dog-run"  # a DeepMind Control task, domain-task
+    env: str = "dog-run"  # a DeepMind Control task (domain-task), or an id registered with Gymnasium (Hopper-v5)
     seed: int = 0  # of environment, exploration, networks and masks
+    action_repeat: int | None = None  # environment frames per agent step; default: 2 for DeepMind Control, 1 otherwise
     total_steps: int = 500_000  # agent steps of the whole run
     learning_starts: int = 10_000  # random steps before learning; 5,000 for sac and ddpg
     eval_every: int = 5_000  # agent steps between two evaluations

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from agents import build_agent, compiling_pays
-from envs import Env, Evaluator
+from envs import Evaluator, make_env
 from evaluate import measure
 from runtime import fast
 from runtime.checkpoint import Checkpoints
@@ -176,11 +176,11 @@ def build(args):
     torch.set_num_threads(args.threads or (1 if stream else fast.usable_cores()))
     modules = module_configs(args)
     torch.manual_seed(args.seed)
-    make_env = getattr(args.agent, "make_env", Env)
-    env = make_env(args.env, args.seed)
+    make = getattr(args.agent, "make_env", make_env)
+    env = make(args.env, args.seed, args.action_repeat)
     compiled, speed_notes = resolve_compile(args, device, started)
     agent = build_agent(dataclasses.replace(args, compile="on" if compiled else "off"), env.obs_dim, env.action_dim, device)
-    evaluator = Evaluator(args.env, args.eval_episodes, args.seed, workers=args.eval_workers, make=make_env)
+    evaluator = Evaluator(args.env, args.eval_episodes, args.seed, args.action_repeat, args.eval_workers, make=make)
     config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | provenance()
     config |= {"device_used": str(device), "threads_used": torch.get_num_threads(), "compiled": compiled,
                "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
