@@ -264,15 +264,22 @@ class ReplayBuffer:
             tensor[index.to(tensor.device)] = rows[name][-self.capacity:].to(tensor.device)
 
     def load_state_dict(self, state):
-        """Restores what `state_dict` returned. ValueError, before anything changes, for another capacity."""
-        priority = state["priority"]
+        """Restores what `state_dict` returned. ValueError, before anything changes, for another capacity.
+
+        A larger buffer takes the state of a smaller one whose ring has not come round yet: its rows are the same.
+        """
+        priority = state["priority"].to(self.device)
         # Older code saved no capacity, only whole blocks of priorities: rows beyond this buffer's end give it away.
         saved = state.get("capacity", self.capacity)
-        if saved != self.capacity or priority.shape != self.priority.shape or priority[self.capacity:].any():
+        grows = saved < self.capacity and state["position"] < saved and len(priority) <= len(self.priority)
+        if grows:
+            priority = F.pad(priority, (0, len(self.priority) - len(priority)))
+        elif saved != self.capacity or priority.shape != self.priority.shape or priority[self.capacity:].any():
             size = f"{saved:,} rows" if saved != self.capacity else "another number of rows"
             raise ValueError(f"the saved buffer has {size}, this one {self.capacity:,}")
         self.position, self.episode_length = state["position"], state["episode_length"]
-        for name in ("priority", "max_priority", "termination_seen"):
+        self.priority.copy_(priority)
+        for name in ("max_priority", "termination_seen"):
             getattr(self, name).copy_(state[name])
         valid = self.priority[:self.capacity] > 0
         self._valid_cpu, self.num_valid = bytearray(valid.cpu().numpy()), int(valid.sum())

@@ -70,10 +70,10 @@ class StreamConfig(Choices):
     defaults = {"total_steps": 2_000_000, "eval_every": 100_000, "log_every": 10_000, "save_every": 200_000}
 
     @staticmethod
-    def make_env(name, seed=0, action_repeat=1):
+    def make_env(name, seed=0, action_repeat=None):
         """As published: one frame per agent step, and the time in the observation."""
-        from envs import Env
-        return TimedEnv(Env(name, seed, action_repeat))
+        from envs import make_env
+        return TimedEnv(make_env(name, seed, action_repeat or 1))
 
 
 # ---- the optimizer and the initialization: copy them alone ----
