@@ -148,7 +148,7 @@ def test_killed_sweeps_are_continued(sweep):
     sweep.wait_for(lambda: sweep.record("finished"))
     os.killpg(first.pid, signal.SIGINT)  # Ctrl-C
     output = first.communicate(timeout=60)[0]
-    assert first.returncode == 75 and "save" in output and "failed:" not in output
+    assert first.returncode == 75 and "saving" in output and "failed:" not in output
     saved = sweep.record("saved")
     assert sweep.names[0] in dict(saved) and all(rest[1:] == [str(int(signal.SIGTERM))] for _, rest in saved)  # told once
 
