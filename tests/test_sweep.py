@@ -191,7 +191,7 @@ def test_a_sweep_without_the_packages_says_so(sweep):
 
 @pytest.mark.slow
 def test_a_sweep_prints_plain_commands(sweep):
-    for flags, more in (((), ""), (("--runs", "some where"), r" --runs some\ where")):
+    for flags, more in (((), " --runs runs/smoke"), (("--runs", "some where"), r" --runs some\ where")):
         assert sweep(*GRID, "--print", *flags)[1].splitlines() == [f"python train.py {command}{more}" for command in sweep.commands]
     assert not sweep.runs.exists()
 
