@@ -1,22 +1,24 @@
-"""Draws the paper's figures from whatever runs are there.
+"""Draws any runs, or compares them in a table.
 
-What it claims: what a figure shows is in the CSV files, and nothing else is on it; runs that are missing, unfinished or of
-other settings are named under the picture and on the terminal, and the rest is drawn.
+Guarantees: what a picture shows is in the CSV files, and nothing else is on it. What is asked for and cannot be done ends
+in one line and a non-zero status. Runs that are missing, unfinished or unreadable are named, and the rest is drawn.
 
-    python plot.py fig6 runs/                              # writes fig6.png and fig6.pdf
-    python plot.py fig11 runs/ --laptop --statistic mean-sd
-    python plot.py fig11 runs/ --laptop --save fig11.csv   # ... and all that was drawn; read again in place of runs/
-    python plot.py curves runs/walker-walk__* --columns return critic/dormant --reference published.csv
+    python plot.py runs/                                        # every run there; writes curves.png and curves.pdf
+    python plot.py runs/A__seed=0 runs/A__seed=1 others.csv     # single runs, and a CSV of runs (--save)
+    python plot.py regimes.toml runs/ --table                   # your own grid (runtime/grid.py): a table, no picture
+    python plot.py runs/ --columns return critic/dormant_ratio train:critic/grad_norm --only mst=true
+    python plot.py runs/ --reference published.csv --out figure.png
 
-Statistics: aggregate.py. Layout, markers and axes are the paper's; colours are Okabe and Ito's, which the colour-blind can
-tell apart, and in grey the markers and lines do.
+Runs that differ in more than the seed are different arms, labeled by the flags and values that differ. Statistics are in
+runtime/aggregate.py. The paper's figures: ./sweep.sh plot fig6 runs/. Colors are Okabe and Ito's, which the color-blind
+can tell apart; in grey, markers and lines differ.
 """
 
 import argparse
 import csv
-import dataclasses
 import math
 import os
+import re
 import sys
 import textwrap
 
@@ -25,20 +27,16 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
-from paper import figures
-from runtime.aggregate import STATISTICS, Run, curve, difference, final, gather, plainly, read_run, save
-from paper.estimate import millions
-from settings import from_config
+from runtime.aggregate import STATISTICS, curve
+from runtime.compare import check_columns, format_table, label_arms, select, table_rows, task_of, unfinished
+from runtime.grid import add_filters, make_jobs, read_grid
+from runtime.results import RunData, error_line, find_runs, gather, save
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no display)
 
-BOTH = "all tasks"
-SAVED = ("return", "seconds", "encoder/srank_zsa", "critic/srank_q1", "critic/srank_q2", "actor/srank_pi",
-         *(f"{module}/{metric}" for metric in ("dormant", "parameter_norm", "gradient_norm", "interference")
-           for module in ("encoder", "critic", "actor")))  # of --save, beside what the figure shows
 REFERENCE_LINES = ((0, (1, 1)), (0, (4, 2)), (0, (4, 1, 1, 1)))
-STYLES = {  # colour (Okabe and Ito's, and grey), marker (the paper's), line
+STYLES = {  # color (Okabe and Ito's, and grey), marker (the paper's), line
     "dense": ("#7f7f7f", "o", "-"), "sst": ("#0072B2", "s", "--"), "dst": ("#009E73", "D", "-"),
     "s2d": ("#E69F00", "<", ":"), "d2s": ("#D55E00", ">", "-."),
     "plain": ("#7f7f7f", "o", "--"), "MST": ("#009E73", "D", "-"),  # Figs. 13, 26: plain scaling is dashed
@@ -50,35 +48,34 @@ OTHERS = [("#0072B2", "s", "--"), ("#E69F00", "<", ":"), ("#7f7f7f", "o", "-"), 
           ("#CC79A7", "v", "--"), ("#56B4E9", "^", "-"), ("#000000", "P", ":"), ("#009E73", "D", "-")]
 
 
-# ---- drawing ----
 
 def style(series, number):
-    """(colour, marker, line)"""
-    again, number = divmod(number, len(OTHERS))  # the second time round, a colour comes with another marker and line
+    """(color, marker, line)"""
+    again, number = divmod(number, len(OTHERS))  # the second time, a color comes with another marker and line
     other = OTHERS[(number + again) % len(OTHERS)]
     return STYLES.get(series, (OTHERS[number][0], *other[1:]))
 
 
-def shown(series):
+def display_name(series):
     return {"dense": "Dense", "sst": "SST", "dst": "DST", "s2d": "S2D", "d2s": "D2S"}.get(series, series)
 
 
 def draw_curves(axes, lines, published):
-    """lines: [(series, number, _, frames, centre, low, high)]; published: [(label, frames, centre, low, high)], drawn no
+    """lines: [(series, number, _, frames, center, low, high)]; published: [(label, frames, center, low, high)], drawn no
     further than ours."""
     furthest = max((line[3][-1] for line in lines), default=np.inf)
     for number, (_, x, *values) in enumerate(published):
-        x, centre, low, high = (part[x <= furthest] for part in (x, *values))
+        x, center, low, high = (part[x <= furthest] for part in (x, *values))
         axes.fill_between(x, low, high, color="black", alpha=0.08, linewidth=0)
-        axes.plot(x, centre, color="black", linewidth=1, linestyle=REFERENCE_LINES[number % 3])
+        axes.plot(x, center, color="black", linewidth=1, linestyle=REFERENCE_LINES[number % 3])
         if len(x) <= 10:
-            axes.scatter(x, centre, color="black", s=8)  # between so few points nothing was measured
-    for series, number, _, x, centre, low, high in lines:
-        colour, marker, line = style(series, number)
+            axes.scatter(x, center, color="black", s=8)  # few points: nothing was measured between them
+    for series, number, _, x, center, low, high in lines:
+        color, marker, line = style(series, number)
         every = max(1, len(x) // 6)
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(x, centre, color=colour, linestyle=line, linewidth=1.6, marker=marker, markersize=4.5,
-                  markevery=(number % every, every))  # not on one another
+        axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(x, center, color=color, linestyle=line, linewidth=1.6, marker=marker, markersize=4.5,
+                  markevery=(number % every, every))  # markers apart from one another
     if lines:
         axes.set_xlim(-0.04 * furthest, 1.04 * furthest)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -86,16 +83,16 @@ def draw_curves(axes, lines, published):
 
 
 def draw_points(axes, points, ticks, joined, count):
-    """points: [(series, number, place, centre, low, high)]; ticks: label of every place; joined: a line a series."""
+    """points: [(series, number, place, center, low, high)]; ticks: label of every place; joined: a line a series."""
     by_series = {}
     for series, number, *point in points:
         by_series.setdefault((series, number), []).append(point)
     for (series, number), rows in by_series.items():
-        place, centre, low, high = np.array(rows, float).T
-        colour, marker, line = style(series, number)
+        place, center, low, high = np.array(rows, float).T
+        color, marker, line = style(series, number)
         spread = (number - (count - 1) / 2) * min(0.14, 0.7 / count)
-        intervals = np.nan_to_num([centre - low, high - centre])
-        axes.errorbar(place + spread, centre, np.maximum(intervals, 0), color=colour, marker=marker, markersize=5,
+        intervals = np.nan_to_num([center - low, high - center])
+        axes.errorbar(place + spread, center, np.maximum(intervals, 0), color=color, marker=marker, markersize=5,
                       linestyle=line if joined else "none", linewidth=1.4, elinewidth=1.1, capsize=1.5)
     axes.set_xticks(range(len(ticks)), ticks, fontsize=7.5)
     axes.set_xlim(-0.5, len(ticks) - 0.5)
@@ -123,7 +120,7 @@ def sheet(rows, columns, width, height, room, caption, legend, title_lines, tick
 
 
 def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
-    """panels: [(title, y label)]; rows: names; draw(axes, panel's number, row) says whether there was anything to draw.
+    """panels: [(title, y label)]; rows: names; draw(axes, panel's number, row) returns whether there was anything to draw.
     With one panel, the rows go across, three beside one another at most or in a square. Panels of one row and one y label
     share their scale."""
     across, title_lines = len(panels) == 1, 1 + max(title.count("\n") for title, _ in panels)
@@ -136,8 +133,8 @@ def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
     if across:
         for axes in grid.flat[len(rows):]:
             axes.remove()
-        grid = grid.reshape(-1, 1)  # below, each panel is a row's only one
-    lowest = len(rows) - (shape[1] if across else 1)  # from here on nothing stands below
+        grid = grid.reshape(-1, 1)  # from here on, one column
+    lowest = len(rows) - (shape[1] if across else 1)  # from here on nothing is below
     for number, row in enumerate(rows):
         tops, bottoms = {}, {}
         for column, (title, y_label) in enumerate(panels):
@@ -172,128 +169,17 @@ def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
 def legend_of(series, labels, published, joined=True):
     """[(label, handle)] of our lines, then of the published ones."""
     ours = [(labels(name), style(name, number)) for number, name in enumerate(series)]
-    return [(label, Line2D([], [], color=colour, marker=marker, markersize=5, linestyle=line if joined else "none"))
-            for label, (colour, marker, line) in ours] + [
+    return [(label, Line2D([], [], color=color, marker=marker, markersize=5, linestyle=line if joined else "none"))
+            for label, (color, marker, line) in ours] + [
         (label, Line2D([], [], color="black", linestyle=REFERENCE_LINES[number % 3], linewidth=1))
         for number, label in enumerate(dict.fromkeys(label for lines in published for label, *_ in lines))]
 
 
-# ---- a figure of the paper ----
-
-def draw_figure(name, options):
-    """Reads, aggregates and draws one figure. Returns (the page, lines to tell)."""
-    figure, found = figures.selected(name, options)
-    statistic, _ = STATISTICS[options.statistic]
-    columns = sorted({column for measure in figure.measures for column in measure.columns})
-    columns += ["returns"] * options.episodes
-    columns += [column for column in SAVED if options.save and column not in columns]
-    runs, wrong, told = gather({run.name: run.args for run in found}, options.paths, columns)
-    if not runs:
-        raise ValueError(f"{' '.join(options.paths)}: none of the {len(wrong)} runs of {name} is there; their commands: "
-                         f"python figures.py commands {name}")
-    if options.save:
-        save(options.save, runs.values(), columns)
-
-    tasks = list(dict.fromkeys(run.task for run in found))
-    of_return = figure.kind == "curves" and figures.RETURN in figure.measures
-    published = references(options.reference, statistic) if of_return else {}
-    laid = [published[task] for task in tasks if task in published]
-    rows = [BOTH, *tasks] if len(tasks) > 1 and not laid else tasks  # nothing is published of all tasks together
-    series = list(dict.fromkeys(cell.series for cell in figure.cells))
-    places = dict.fromkeys(cell.panel for cell in figure.cells)
-    panels = [(panel, measure) for panel in places for measure in figure.measures]
-    cells, ticks = {}, {}  # (panel, series, x) -> task -> runs; panel -> x -> label
-    for run in found:
-        cell = run.cell
-        if cell.x not in ticks.setdefault(cell.panel, {}):
-            ticks[cell.panel][cell.x] = tick(figure, cell)
-        if run.name in runs:
-            cells.setdefault((cell.panel, cell.series, cell.x), {}).setdefault(run.task, []).append(runs[run.name])
-    total_steps = found[0].args.total_steps
-
-    def draw(axes, column, row):
-        panel, measure = panels[column]
-        drawn = []
-        for (place, label, x), by_task in cells.items():
-            if place == panel:
-                chosen = [by_task.get(task, []) for task in (tasks if row == BOTH else [row])]
-                result = (curve(chosen, measure.columns, statistic, options.episodes) if figure.kind == "curves" else
-                          final(chosen, measure.columns, total_steps, statistic, options.episodes))
-                if result is not None:
-                    drawn.append((label, series.index(label), list(ticks[panel]).index(x), *result))
-        if figure.kind == "curves":
-            draw_curves(axes, drawn, published.get(row, []) if measure == figures.RETURN else [])
-        else:
-            draw_points(axes, drawn, list(ticks[panel].values()), figure.joined, len(series))
-        return bool(drawn)
-
-    several = len(figure.measures) > 1
-    titles = [(f"{panel}\n{measure.label}" if several and panel else panel or measure.label * several, measure.label)
-              for panel, measure in panels]
-    text = caption(name, figure, options, found, wrong, BOTH in rows) + reference_note(options, laid)
-    page = lay_out(titles, rows, draw, text,
-                   legend_of(series, shown, laid, figure.kind == "curves" or figure.joined), x_label(figure),
-                   1 + max(label.count("\n") for labels in ticks.values() for label in labels.values()))
-    if options.reference and not laid:
-        told.append(f"--reference: {name} shows no curves of return, or none of the file's tasks; left out")
-    return page, told + [f"{name}: {line}" for line in listed(found, wrong)]
-
-
-def tick(figure, cell):
-    """The label of a cell's place: its type, or its scale and the size that the figure is about."""
-    return f"{cell.x}\n{millions(figures.size(figure, cell))}" if cell.x.startswith("×") else cell.x
-
-
-def x_label(figure):
-    if figure.kind == "curves":
-        return "environment frames"
-    return f"scale, and parameters of the {figure.sized}" if figure.joined else f"architecture of the {figure.sized}"
-
-
-def listed(found, wrong):
-    """What is missing, unfinished or refused: a line a cell and task, with its seeds."""
-    groups = {}
-    for run in found:
-        if run.name in wrong:
-            parts = (run.cell.panel, shown(run.cell.series), run.cell.x)
-            said = ", ".join(part.replace("\n", " ") for part in parts if part)
-            groups.setdefault((wrong[run.name], said, run.task), []).append(run.seed)
-    return [f"{what}: {said}, {task}, seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
-            for (what, said, task), seeds in groups.items()]
-
-
-def caption(name, figure, options, found, wrong, together):
-    total, seeds = (len({getattr(run, part) for run in found}) for part in ("name", "seed"))
-    size = {"smoke": "A smoke test, which shows nothing but that all runs. ", "laptop": figures.LAPTOP_NOTE + " "}
-    title = name.replace("fig", "Figure ") if name.startswith("fig") else f"The study {name!r}"
-    lines = [f"{title}: {figure.shows}. " + "".join(size[s] for s in size if getattr(options, s))
-             + f"{STATISTICS[options.statistic][1]}, {'up to ' * bool(wrong)}{seeds} seed{'s' * (seeds > 1)} a task"
-             + (", all their runs together in the panels of all tasks." if together else ".")
-             + (" One seed has no interval." if seeds == 1 else "")]
-    if figure.kind == "points":
-        lines[0] += " Last evaluation of the run."
-        if figure.joined:
-            lines[0] += f" Parameters: dense, on {figure.tasks[-1]}."
-    lines += [measure.note for measure in figure.measures]
-    lines += [figure.choice] if figure.choice else []
-    if wrong:
-        shown_lines, names = [], listed(found, wrong)
-        while names and sum(map(len, shown_lines)) < 500:
-            shown_lines.append(names.pop(0))
-        lines.append(f"NOT SHOWN OR NOT WHOLE, {len(wrong)} of {total} runs: {'; '.join(shown_lines)}"
-                     + (f"; and {len(names)} groups more, named on the terminal." if names else "."))
-    return lines
-
-
-def reference_note(options, laid):
-    return [f"Published: {os.path.basename(options.reference)}, the same statistic over its seeds."] if laid else []
-
+# ---- published curves ----
 
 def references(path, statistic):
     """Published curves: task -> [(label, frames, centre, low, high)]. Columns env, seed, return, agent_step (of two
     frames) or env_step (a frame), and, if there are several, algo."""
-    if path is None:
-        return {}
     runs = {}
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
@@ -307,96 +193,132 @@ def references(path, statistic):
             seeds.setdefault(row["seed"], []).append((frames / 2, frames, float(row["return"])))
     lines = {}
     for (task, label), seeds in runs.items():
-        names = ("agent_step", "frames", "return")
-        tables = [Run(label, dict(zip(names, np.array(sorted(rows)).T))) for rows in seeds.values()]
+        names = ("agent_step", "env_frames", "return")
+        tables = [RunData(label, dict(zip(names, np.array(sorted(rows)).T))) for rows in seeds.values()]
         lines.setdefault(task, []).append((label, *curve([tables], ("return",), statistic, False)))
     return lines
 
 
 # ---- any runs ----
 
-def draw_runs(options):
-    """Compares run folders: seeds of one name are one line. Returns (the page, lines to tell)."""
-    groups, firsts, told = {}, {}, []
-    for folder in options.paths:
-        try:
-            run = read_run(folder, [*options.columns, *["returns"] * options.episodes])
-            own = from_config(run.config) if run.config else None
-            label = run.name.partition("__seed=")[0]
-            task = own.env if own else label.partition("__")[0]
-            first = firsts.setdefault(label, own)
-            differs = difference(run.config, dataclasses.replace(first, seed=own.seed)) if own and first else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            told.append(f"{folder}: left out: {plainly(error)}")
-            continue
-        told += run.notes
-        if differs:
-            told.append(f"{folder}: {differs}, as another run of its name; left out")
-        else:
-            groups.setdefault(task, {}).setdefault(label.removeprefix(task).removeprefix("__"), []).append(run)
-    if not groups:
-        raise ValueError("; ".join(told))
-    names = list(dict.fromkeys(name for by_name in groups.values() for name in by_name))
-    common = set.intersection(*(set(name.split("__")) for name in names))
-    plain = "default" if len(names) > 1 else "these runs"
-    labels = {name: ", ".join(part for part in name.split("__") if part not in common) or plain for name in names}
-    statistic, said = STATISTICS[options.statistic]
-    published = references(options.reference, statistic)
+def load(options):
+    """({label: runs}, lines of the caption, notes): of a grid's file, or of whatever runs are there."""
+    columns = [*options.columns, *["returns"] * options.episodes]
+    grids = [path for path in options.paths if path.endswith((".toml", ".json")) and os.path.basename(path) != "config.json"]
+    if not grids:
+        runs, notes = find_runs(options.paths or ["runs"], columns)
+        arms, common = label_arms(select(runs, options))
+        notes += [f"{run.name}: unfinished, step {run.last_step:.0f} of {run.args.total_steps}"
+                  for of_arm in arms.values() for run in of_arm if unfinished(run)]
+        return arms, [f"All: {', '.join(common)}."] if common else [], notes
+    if len(grids) > 1:
+        raise ValueError(f"one grid at a time, not {' and '.join(grids)}")
+    grid = read_grid(grids[0])
+    jobs = list(make_jobs(grid.arms, grid.tasks, grid.seeds))
+    paths = [path for path in options.paths if path not in grids] or ["runs"]
+    runs, wrong, notes = gather({job.name: job.args for job in jobs}, paths, columns)
+    if not runs:
+        raise ValueError(f"none of the {len(wrong)} runs of {grids[0]} is in {' '.join(paths)}: ./sweep.sh {grids[0]}")
+    kept, arms = set(map(id, select(list(runs.values()), options))), {}
+    for job in jobs:
+        if job.name in runs and id(runs[job.name]) in kept:
+            arms.setdefault(job.arm.series, []).append(runs[job.name])
+    lines = [f"{grid.title}."] if grid.title else []
+    if wrong:
+        lines.append(f"{len(wrong)} of {len(jobs)} runs are missing or unfinished.")
+    return arms, lines, notes + [f"{name}: {what}" for name, what in wrong.items()]
+
+
+def draw_runs(arms, lines, options):
+    """A page with one row per task and one panel per column."""
+    runs = [run for of_arm in arms.values() for run in of_arm]
+    tasks, names = list(dict.fromkeys(map(task_of, runs))), list(arms)
+    statistic, what = STATISTICS[options.statistic]
+    published = references(options.reference, statistic) if options.reference else {}
+    shown = [published[task] for task in tasks if task in published]
+    if options.reference and (not shown or "return" not in options.columns):
+        raise ValueError(f"--reference {options.reference}: " + ("it has none of the tasks " + ", ".join(tasks) if not shown
+                                                                  else "it is drawn beside --columns return only"))
 
     def draw(axes, column, row):
         drawn = []
-        for name, runs in groups[row].items():
-            result = curve([runs], (options.columns[column],), statistic, options.episodes)
+        for number, (name, of_arm) in enumerate(arms.items()):
+            found = [run for run in of_arm if task_of(run) == row]
+            result = curve([found], (options.columns[column],), statistic, options.episodes) if found else None
             if result is not None:
-                drawn.append((name, names.index(name), 0, *result))
+                drawn.append((name, number, 0, *result))
         draw_curves(axes, drawn, published.get(row, []) if options.columns[column] == "return" else [])
         return bool(drawn)
 
-    counts = sorted({len(runs) for by_name in groups.values() for runs in by_name.values()})
-    text = [f"{said}, over {' to '.join(map(str, sorted({counts[0], counts[-1]})))} run{'s' * (counts[-1] > 1)} a line."
-            + (f" All: {', '.join(sorted(common - {''}))}." if common - {""} else "")]
-    laid = [published[task] for task in groups if task in published]
+    counts = sorted({len([run for run in of_arm if task_of(run) == task]) for of_arm in arms.values() for task in tasks} - {0})
+    text = [f"{what}, over {' to '.join(map(str, sorted({counts[0], counts[-1]})))} run{'s' * (counts[-1] > 1)} per line.", *lines]
     titles = [(column if len(options.columns) > 1 else "", column) for column in options.columns]
-    page = lay_out(titles, list(groups), draw,
-                   text + reference_note(options, laid), legend_of(names, labels.get, laid), "environment frames")
-    return page, told
+    return lay_out(titles, tasks, draw, text + reference_note(options.reference) if shown else text,
+                   legend_of(names, str, shown), "environment frames")
 
+
+def reference_note(path):
+    return [f"Published: {os.path.basename(path)}, the same statistic over its seeds."]
+
+
+# ---- the command line ----
 
 def command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", help="fig2 ... fig26, all, or curves")
-    parser.add_argument("paths", nargs="*", default=["runs"], help="folders of runs, or files that --save wrote; "
-                        "after curves: the runs themselves")
-    parser.add_argument("--statistic", choices=STATISTICS, default="iqm")
-    parser.add_argument("--episodes", action="store_true",
-                        help="pool single episodes' returns in the IQM, not their means")
-    parser.add_argument("--columns", nargs="+", default=["return"], help="curves: columns of eval.csv")
-    parser.add_argument("--reference", metavar="FILE.csv", help="published curves to lay under ours, task by task")
-    parser.add_argument("--save", metavar="FILE.csv", help="also write the values that were drawn")
-    parser.add_argument("--out", default=".", help="folder of the pictures")
-    return figures.options(parser)
+    parser.add_argument("paths", nargs="*", metavar="PATH",
+                        help="run folders, folders of runs, CSVs of runs; at most one grid's file. Default: runs")
+    parser.add_argument("--columns", nargs="+", default=["return"],
+                        help="columns of eval.csv or train.csv; train:NAME for one that both have")
+    parser.add_argument("--only", action="append", default=[], metavar="FLAG=VALUE", help="only runs with this setting")
+    parser.add_argument("--table", nargs="?", const="text", choices=("text", "csv", "markdown"),
+                        help="print a table of the last values instead of drawing; with --out, do both")
+    add_output(parser)
+    return add_filters(parser)
+
+
+def add_output(parser):
+    """How it is drawn and where it goes: here and in ./sweep.sh plot."""
+    parser.add_argument("--statistic", choices=STATISTICS, default="iqm", help="center and interval over seeds")
+    parser.add_argument("--episodes", action="store_true", help="pool single episodes' returns in the IQM, not their means")
+    parser.add_argument("--reference", metavar="FILE.csv", help="published curves to draw below ours: columns env, seed, "
+                        "return, agent_step or env_step, and, if you like, algo")
+    parser.add_argument("--save", metavar="FILE.csv", help="also write the runs as one CSV, which can be drawn again")
+    parser.add_argument("--out", metavar="PATH", help="folder of the pictures, or one .png, .pdf or .svg file; default: here")
+
+
+def write_page(page, name, out):
+    """Writes NAME.png and NAME.pdf into the folder `out`, or the one file that it names. Returns the paths."""
+    one = out is not None and out.endswith((".png", ".pdf", ".svg"))
+    if not one and out:
+        os.makedirs(out, exist_ok=True)
+    paths = [out] if one else [os.path.join(out or ".", f"{name}.{ending}") for ending in ("png", "pdf")]
+    for path in paths:
+        page.savefig(path, dpi=150)
+    plt.close(page)
+    return paths
 
 
 def main():
     options = command_line().parse_args()
-    names = list(figures.chosen(options)) if options.what == "all" else [options.what]
-    failed = False
-    os.makedirs(options.out, exist_ok=True)
-    for name in names:
-        try:
-            page, told = draw_runs(options) if name == "curves" else draw_figure(name, options)
-        except (ValueError, OSError) as error:
-            print(f"plot.py: {plainly(error)}", file=sys.stderr)
-            failed = True
-            continue
-        for line in told:
-            print(f"plot.py: {line}", file=sys.stderr)
-        path = os.path.join(options.out, name + "-smoke" * options.smoke + "-laptop" * options.laptop)
-        for ending in ("png", "pdf"):
-            page.savefig(f"{path}.{ending}", dpi=150)
-        plt.close(page)
-        print(f"{path}.png {path}.pdf")
-    sys.exit(1 if failed else 0)
+    if options.paths and options.paths[0] == "curves":  # the spelling until now
+        options.paths = options.paths[1:]
+    if options.paths and re.fullmatch(r"fig\d+|all", options.paths[0]) and not os.path.exists(options.paths[0]):
+        sys.exit(f"plot.py: the paper's figures are drawn by ./sweep.sh plot {' '.join(sys.argv[1:])}")
+    try:
+        if options.table and options.reference and options.out is None:
+            raise ValueError("--reference is for a picture: add --out, or drop --table")
+        arms, lines, notes = load(options)
+        check_columns([run for of_arm in arms.values() for run in of_arm], options)
+        for note in notes:
+            print(f"plot.py: {note}", file=sys.stderr)
+        if options.table:
+            print(format_table(list(table_rows(arms, options.columns)), options.table))
+        if not options.table or options.out is not None:
+            print(*write_page(draw_runs(arms, lines, options), "curves", options.out), file=sys.stderr if options.table else sys.stdout)
+        if options.save:
+            save(options.save, [run for of_arm in arms.values() for run in of_arm], [*options.columns, *["returns"] * options.episodes])
+    except (ValueError, OSError) as error:
+        sys.exit(f"plot.py: {error_line(error)}")
 
 
 if __name__ == "__main__":

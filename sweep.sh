@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
-# Runs the paper's figures, here or on a SLURM cluster. Started again, it finishes what is unfinished and repeats nothing.
+# Runs, draws and judges the paper's figures, laptop studies and your own grids, here or on a SLURM cluster. Started again,
+# it finishes what is unfinished and repeats nothing.
 #
-#   ./sweep.sh list                                  what each figure shows, its runs, network sizes, hours
-#   ./sweep.sh fig6                                  run it here: one run a GPU, or one a core
+#   ./sweep.sh list                                  figures and laptop studies: runs, network sizes, hours
+#   ./sweep.sh fig6                                  run it here: one run per GPU, or one per core
 #   ./sweep.sh fig6 fig7 --tasks dog-run --seeds 3   a part of two figures; runs that they share are run once
-#   ./sweep.sh all --smoke --jobs 2                  every figure's grid at a toy size, two runs at a time
+#   ./sweep.sh fig11 --laptop                        a study that two cores finish in hours
+#   ./sweep.sh my-grid.toml                          your own arms, tasks and seeds: runtime/grid.py shows such a file
+#   ./sweep.sh all --smoke --jobs 2                  every figure's grid at a toy size, into runs/smoke, two runs at a time
 #   ./sweep.sh fig6 --print                          the plain train.py commands, to run them by other means
-#   ./sweep.sh fig6 -- --precision bf16              what follows -- is given to every train.py
+#   ./sweep.sh fig6 -- --precision bf16              flags after -- are passed to every train.py
 #   ./sweep.sh fig6 --slurm --partition gpu --time 24:00:00 --gres=gpu:1 --jobs 50     a job array, 50 runs at a time
 #
-# --tasks, --seeds, --steps, --smoke and --laptop narrow the grid; --runs DIR is where runs go (runs). With --slurm, any
-# other --option=value is sbatch's. PYTHON is the interpreter (python). Each run's output goes to DIR/logs/NAME.log.
+#   ./sweep.sh plot fig6 runs/                       draw a figure from whatever runs are there (plot --help)
+#   ./sweep.sh claims                                the paper's claims and what the runs say (claims --help)
+#
+# --tasks, --seeds, --steps, --smoke and --laptop narrow the grid; --runs DIR is the folder of the runs (runs). With --slurm,
+# any other --option=value is passed to sbatch. PYTHON is the interpreter (python). Output of a run: DIR/logs/NAME.log.
 #
 # A run is finished if and only if its folder holds final.pt. The rest is train.py --resume: it starts or continues a run;
-# on SIGTERM or SIGUSR1 it saves and ends with status 75; if another process trains that run it ends with 76. Nothing is
-# remembered here, so a sweep that was killed, or started twice, needs no repair.
+# on SIGTERM or SIGUSR1 it saves and ends with status 75; if another process trains that run it ends with 76. The sweep
+# keeps no state of its own, so one that was killed, or started twice, needs no repair.
 #
-# Exit status: 0 all runs are finished (--slurm: submitted), 1 some failed, 2 wrong arguments, 75 stopped, 76 what is left
-# is being trained by other processes.
+# Exit status: 0 all runs are finished (--slurm: submitted), 1 some failed, 2 wrong arguments, 75 stopped, 76 the remaining
+# runs are being trained by other processes.
 
 set -euo pipefail
 
@@ -26,13 +32,13 @@ fail() { echo "sweep.sh: $*" >&2; exit 2; }
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "needs bash 4.4 or newer, not $BASH_VERSION"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
-mode=here runs=runs jobs="" grid=() sbatch_options=() more=()
+mode=here runs="" jobs="" grid=() figures=() sbatch_options=() more=() size=""
 
 read_arguments() {
     while (($#)); do
         case $1 in
             --jobs=* | --runs=* | --partition=* | --time=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-            --jobs | --runs | --partition | --time) (($# > 1)) || fail "$1 wants a value" ;;
+            --jobs | --runs | --partition | --time) (($# > 1)) || fail "$1 needs a value" ;;
         esac
         case $1 in
             --jobs) [[ $2 =~ ^[1-9][0-9]{0,3}$ ]] || fail "--jobs must be from 1 to 9999, not '$2'"; jobs=$2; shift ;;
@@ -41,26 +47,29 @@ read_arguments() {
             --print) mode=print ;;
             --slurm) mode=slurm ;;
             --) more=("${@:2}"); break ;;
-            --tasks* | --seeds* | --steps* | --smoke | --laptop | [!-]*) grid+=("$1") ;;  # figures.py checks them
+            --smoke | --laptop) size+=" $1" grid+=("$1") ;;
+            [!-]*) grid+=("$1"); [[ ${grid[*]} == *--* ]] || figures+=("$1") ;;
+            --tasks* | --seeds* | --steps*) grid+=("$1") ;;  # checked by paper/studies.py
             *) sbatch_options+=("$1") ;;
         esac
         shift
     done
     ((${#grid[@]})) || fail "which figure? ./sweep.sh list names them"
-    [[ $mode == slurm || ${#sbatch_options[@]} == 0 ]] || fail "unknown option ${sbatch_options[0]}: options of sbatch go" \
-        "with --slurm, flags of train.py behind a --"
+    [[ $mode == slurm || ${#sbatch_options[@]} == 0 ]] || fail "unknown option ${sbatch_options[0]}: options of sbatch need" \
+        "--slurm, flags of train.py come after --"
+    [[ $runs ]] || { [[ $size == *--smoke* ]] && runs=runs/smoke || runs=runs; }
     ((${#more[@]} == 0)) || more=("$(printf '%q ' "${more[@]}")")
     grid+=("--more=${more[*]}")
 }
 
 # A run is one line: its folder's name, a tab, and the quoted arguments of train.py.
 list_runs() {
-    local names commands line
-    names=$(env PYTHONPATH="$here" "$python" -m paper.figures names "${grid[@]}") || exit 2
-    commands=$(env PYTHONPATH="$here" "$python" -m paper.figures commands "${grid[@]}") || exit 2
-    while read -r line; do  # again what follows --: figures.py leaves out what does not belong to a run's name, as --device
-        echo "${more[*]}$line"
-    done <<<"$commands" | paste <(echo "$names") -
+    project studies runs "${grid[@]}" || exit 2
+}
+
+# A Python module of paper/, with the arguments that follow.
+project() {
+    env PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "$python" -m "paper.$1" "${@:2}"
 }
 
 finished() { [[ -e $runs/$1/final.pt ]]; }
@@ -85,9 +94,9 @@ run_here() {
     jobs=${jobs:-$((${#gpus[@]} ? ${#gpus[@]} : cores))}
     # Threads beyond the cores wait for one another, and spin meanwhile: each run would take several times as long.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
-    # Linux can tell the runs to save and stop even if this script is killed outright.
+    # Linux can make the runs save and stop even if this script is killed outright.
     ! setpriv --pdeathsig TERM true 2>/dev/null || die_with_me="setpriv --pdeathsig TERM"
-    echo "$done of $total runs are finished already; the rest $jobs at a time on ${#gpus[@]} GPU(s), $cores core(s)," \
+    echo "$done of $total runs are finished; the rest run $jobs at a time on ${#gpus[@]} GPU(s), $cores core(s)," \
         "OMP_NUM_THREADS=$OMP_NUM_THREADS; logs in $runs/logs"
     trap stop INT TERM HUP
     while ((next < ${#list[@]} || ${#pid[@]})); do
@@ -117,12 +126,12 @@ start_in() {
     while ((next < ${#list[@]})); do
         local line=${list[next]}
         next=$((next + 1)) name[$1]=${line%%$'\t'*} since[$1]=$SECONDS
-        if finished "${name[$1]}"; then  # by another sweep, meanwhile
+        if finished "${name[$1]}"; then  # another sweep has finished it
             done=$((done + 1))
             continue
         fi
         ((${#gpus[@]} == 0)) || export CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]}
-        set -m  # a process group of its own: Ctrl-C reaches this script alone, which then tells each run once
+        set -m  # a process group of its own: Ctrl-C reaches only this script, which then signals each run once
         train "$line" &
         pid[$1]=$!
         set +m
@@ -130,7 +139,7 @@ start_in() {
     done
 }
 
-# What became of the run in slot $1.
+# Counts the run in slot $1, which has ended.
 end_of() {
     local status=0 log=$runs/logs/${name[$1]}.log
     wait "${pid[$1]}" || status=$?
@@ -139,7 +148,7 @@ end_of() {
         done=$((done + 1)) ended=$((ended + 1)) spent=$((spent + SECONDS - since[$1]))
     elif ((status == 76)); then
         elsewhere=$((elsewhere + 1))
-    elif ((status != 75)) && [[ ! $stopping || $status != 143 ]]; then  # 143: SIGTERM came before there was anything to save
+    elif ((status != 75)) && [[ ! $stopping || $status != 143 ]]; then  # 143: SIGTERM before there was anything to save
         failed+=("${name[$1]}: status $status, $(tail -c 4000 "$log" | tr '\r' '\n' | grep -v '^ *$' | tail -n 1)")
     fi
 }
@@ -148,16 +157,16 @@ stop() {
     stopping=yes next=${#list[@]}
     ((${#pid[@]} == 0)) || kill -TERM "${pid[@]}" 2>/dev/null || true
     [[ ! -t 1 ]] || echo
-    echo "stopping: ${#pid[@]} run(s) save what they have"
+    echo "stopping: ${#pid[@]} run(s) are saving"
 }
 
-# One line that changes in place; in a file, a line whenever a run has ended.
+# One line that changes in place; in a file, a new line whenever a run has ended.
 show() {
     local line minutes slot went mean took=0 left=$((${#list[@]} - next + ${#pid[@]}))
     line="$done of $total done, ${#pid[@]} running, ${#failed[@]} failed, $elsewhere run elsewhere"
-    if ((ended && left)) && [[ ! $stopping ]]; then  # if each takes as long as those before
+    if ((ended && left)) && [[ ! $stopping ]]; then  # estimated from the mean of the finished runs
         mean=$((spent / ended))
-        for slot in "${!pid[@]}"; do  # less what those that run have done of it
+        for slot in "${!pid[@]}"; do  # minus the time of the current runs so far
             went=$((SECONDS - since[slot])) took=$((took + (went < mean ? went : mean)))
         done
         minutes=$((((mean * left - took) / (jobs < left ? jobs : left) + 59) / 60))
@@ -176,7 +185,7 @@ report() {
     [[ ! -t 1 ]] || echo
     ((${#failed[@]} == 0)) || printf 'failed: %s\n' "${failed[@]}"
     echo "$done of $total runs are finished, ${#failed[@]} failed, $elsewhere run elsewhere, $unfinished are left"
-    ((done == total)) || echo "the same command continues"
+    ((done == total)) && suggest_plot || echo "the same command continues"
     ((${#failed[@]} == 0)) || exit 1
     ((unfinished == 0)) || exit 75
     ((elsewhere == 0)) || exit 76
@@ -186,13 +195,13 @@ report() {
 
 submit() {
     local config limit task job file first id="" rest=() line
-    command -v sbatch >/dev/null || fail "--slurm: no sbatch here; run this on a login node of the cluster, or leave --slurm away"
+    command -v sbatch >/dev/null || fail "--slurm: no sbatch here; run this on a login node of the cluster, or drop --slurm"
     config=$(scontrol show config 2>/dev/null) || fail "--slurm: no SLURM controller answers (scontrol show config)"
     limit=$(sed -n 's/^MaxArraySize *= *//p' <<<"$config")  # of indices from 0
     ((limit > 1)) || fail "--slurm: this cluster allows no job arrays (MaxArraySize = $limit)"
     mkdir -p "$runs/slurm"
     exec {lock}>"$runs/slurm/lock"
-    flock "$lock"  # of two submissions at once the second sees what the first has queued
+    flock "$lock"  # of two simultaneous submissions, the second sees what the first has queued
     declare -A queued=()
     while read -r task job; do
         [[ ! -e $runs/slurm/$job.tsv ]] || queued[$(sed -n "$((task + 1))s/\t.*//p" "$runs/slurm/$job.tsv")]=yes
@@ -206,7 +215,7 @@ submit() {
         printf '%s\n' "${rest[@]:first:limit}" >"$file"
         local options=(--job-name="$(basename "$file" .tsv)" --output="$runs/slurm/%x-%a.log" --open-mode=append --requeue
             --array="0-$(($(wc -l <"$file") - 1))${jobs:+%$jobs}"
-            # The warning goes to the batch shell alone (B), 120 s before the limit: `run_task` passes it to train.py.
+            # The warning goes only to the batch shell (B), 120 s before the limit: `run_task` passes it to train.py.
             --signal=B:USR1@120)
         # One array after the other: the throttle counts within an array.
         [[ ! $jobs || ! $id ]] || options+=(--dependency="afterany:$id")
@@ -228,7 +237,7 @@ run_task() {
     ! finished "${line%%$'\t'*}" || exit 0
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     trap 'cancelled=yes' TERM
-    if [[ $warned ]]; then  # too late to begin
+    if [[ $warned ]]; then  # too late to start
         status=75
     else
         train "$line" &
@@ -239,20 +248,35 @@ run_task() {
         wait "$run" || status=$?
     fi
     echo "$(date '+%F %T') status $status"
-    # By index: the array's last task has the number of the array, and to requeue that would be to requeue all of it.
-    # 138: SIGUSR1 came before train.py could note it, and there was nothing to save.
+    # By index: the last task has the number of the array itself, and requeueing that would requeue the whole array.
+    # 138: SIGUSR1 came before train.py could handle it, and there was nothing to save.
     [[ $status != 75 && $status != 138 || $cancelled ]] || scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
     exit "$status"
 }
 
 # ---- main ----
 
+# The next command: one per figure.
+suggest_plot() {
+    local figure
+    for figure in "${figures[@]}"; do
+        case $figure in
+            *.toml | *.json) echo "compare the arms: python plot.py $figure $runs --table" ;;
+            *) echo "draw it: ./sweep.sh plot $figure $runs$size" ;;
+        esac
+    done
+}
+
 case ${1-} in
     "" | -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
     --task) run_task "${@:2}" ;;
 esac
 "$python" -c "import tyro" 2>/dev/null || fail "$python lacks this project's packages: activate its environment, or set PYTHON"
-[[ $1 != list ]] || exec env PYTHONPATH="$here" "$python" -m paper.figures "$@"
+case $1 in
+    list) project studies "$@"; exit ;;
+    plot) project draw "${@:2}"; exit ;;
+    claims) project tables "${@:2}"; exit ;;
+esac
 read_arguments "$@"
 runs_of_grid=$(list_runs)
 mapfile -t list <<<"$runs_of_grid"
@@ -267,7 +291,7 @@ total=${#list[@]} done=0 unfinished=()
 for line in "${list[@]}"; do
     if finished "${line%%$'\t'*}"; then done=$((done + 1)); else unfinished+=("$line"); fi
 done
-((done < total)) || { echo "all $total runs are finished, in $runs"; exit; }
+((done < total)) || { echo "all $total runs are finished, in $runs"; suggest_plot; exit; }
 list=("${unfinished[@]}")
 mkdir -p "$runs/logs"
 if [[ $mode == slurm ]]; then

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import scipy.stats
-from runtime import aggregate
+from runtime import aggregate, results
 
 from settings import run_name
 from tests.helpers import flags_to_args, write_run
@@ -65,12 +65,12 @@ def test_seeds_are_resampled_within_their_task():
 
 def test_cut_and_repeated_rows(tmp_path):
     folder = write_run(tmp_path, flags_to_args(), [(5000, 20), (0, 1.5), (5000, 30), (10000, "x")], tail="15000,30000,4")
-    run = aggregate.read_run(folder, ["return"])
+    run = results.read_run(folder, ["return"])
     assert run.table["agent_step"].tolist() == [0, 5000] and run.table["return"].tolist() == [1.5, 30]
-    assert run.last_step == 5000 and "2 rows cut short or broken" in run.notes[0]  # "4" may have been "432"
+    assert run.last_step == 5000 and "left out 2 broken or cut rows" in run.notes[0]  # "4" may have been "432"
     (folder / "eval.csv").write_text("")
-    with pytest.raises(ValueError, match="no columns agent_step"):
-        aggregate.read_run(folder, ["return"])
+    with pytest.raises(ValueError, match="it has no columns agent_step"):
+        results.read_run(folder, ["return"])
 
 
 @pytest.mark.slow
@@ -80,14 +80,14 @@ def test_a_run_that_cannot_be_read_is_named_and_the_others_are_not_lost(tmp_path
     write_run(tmp_path, wanted[whole], [(0, 1), (20000, 2)])
     write_run(tmp_path, wanted[broken], [])
     (tmp_path / broken / "eval.csv").write_text("step,value\n1,2\n")
-    runs, wrong, told = aggregate.gather(wanted, [str(tmp_path)], ["return"])
+    runs, wrong, told = results.gather(wanted, [str(tmp_path)], ["return"])
     assert list(runs) == [whole] and wrong == {broken: "not readable", max(wanted): "missing"} and len(told) == 1
-    assert broken in told[0] and "no columns agent_step" in told[0] and told[0].endswith("left out")
+    assert broken in told[0] and "it has no columns agent_step" in told[0] and told[0].endswith("left out")
 
 
 def test_curves_count_the_seeds_that_are_there():
     def run(steps, values):
-        return aggregate.Run("", {"agent_step": np.array(steps), "frames": 2.0 * np.array(steps), "m": np.array(values, float)})
+        return results.RunData("", {"agent_step": np.array(steps), "env_frames": 2.0 * np.array(steps), "m": np.array(values, float)})
 
     one, two, three = run([0, 10, 20], [math.nan, 3, 5]), run([0, 10], [math.nan, 5]), run([0, 10, 20], [math.nan, 100, 7])
     frames, centre, low, high = aggregate.curve([[one, two, three]], ("m",), aggregate.mean_sd, False)
@@ -113,7 +113,7 @@ def test_ten_thousand_runs_aggregate_within_a_minute(tmp_path):
         os.link(source / "eval.csv", folder / "eval.csv")
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(args)))
     began = time.process_time()
-    runs, wrong, told = aggregate.gather(wanted, [str(tmp_path)], ["return"])
+    runs, wrong, told = results.gather(wanted, [str(tmp_path)], ["return"])
     for group in range(25):
         assert len(aggregate.curve([list(runs.values())[8 * group:8 * group + 8]], ("return",), aggregate.iqm, False)[0]) == 101
     assert time.process_time() - began < 60 / 50 * 4 and len(runs) == 200 and not wrong and not told  # four times the room: CI
