@@ -94,7 +94,11 @@ def count_parameters(args, obs_dim, action_dim):
 
 def check_memory(args, obs_dim, action_dim, device):
     """MemoryError before anything is allocated: a huge --scale would otherwise swap for hours before it fails."""
-    weights = sum(count(network)[0] for network in build_on_meta(args, obs_dim, action_dim).values())
+    check_weights(sum(count(network)[0] for network in build_on_meta(args, obs_dim, action_dim).values()), device)
+
+
+def check_weights(weights, device):
+    """MemoryError if the device cannot train this many weights."""
     needed, free = weights * BYTES_PER_WEIGHT, free_memory(device)
     if needed > free:
         raise MemoryError(f"networks of {weights / 1e9:.3g} billion weights need {needed / 1e9:.3g} GB to train, but {device} "

@@ -15,7 +15,9 @@ def test_a_file_runs_alone(name, tmp_path):
     """Its docstring's example, in an empty folder, with everything but torch and numpy out of reach."""
     path = HERE / f"{name}.py" if (HERE / f"{name}.py").exists() else HERE / "runtime" / f"{name}.py"
     source = path.read_text()
-    (tmp_path / f"{name}.py").write_text(source)
+    place = tmp_path / path.relative_to(HERE)
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(source)
     docstring = source.split('"""')[1]
     example = "\n".join(line[4:] for line in docstring.splitlines() if line.startswith("    ") or not line)
     example = example[example.index("import"):]

@@ -65,6 +65,7 @@ def test_all_five_losses_are_needed_and_learn():
     config = MRQConfig(batch_size=64, target_update_freq=50, encoder_lr=1e-3, critic_lr=1e-3, actor_lr=1e-3, discount=0.9)
     agent = MRQ(2, 1, modules, config, total_updates=800)
     replay, env = ReplayBuffer(2, 1, 5000, agent.config.horizon), Corridor()
+    agent.replay = replay
     train_on(env, agent, replay, rng)
     play_out = functools.partial(play_corridor, env, agent)
     # Policy: from the left, go right and stop short of the edge. An agent that learns nothing gets -4 to -20.
@@ -111,6 +112,7 @@ def test_simba_agents_learn_a_small_task(algo):
     agent = agent_class(2, 1, modules, agent_class.Config(batch_size=64, discount=0.9, actor_lr=1e-3, critic_lr=1e-3, tau=0.02),
                         total_updates=1600)
     replay, env = ReplayBuffer(2, 1, 5000, agent.config.horizon, agent.config.prioritized), Corridor()
+    agent.replay = replay
     train_on(env, agent, replay, rng)
     play_out = functools.partial(play_corridor, env, agent)
     returns = [sum(play_out(x)) for x in np.linspace(-1, 0, 5)]

@@ -58,6 +58,7 @@ def what_it_builds(agent):
 def what_it_does(agent):
     """What an update leaves in each module's moments, in the order of the updates; and what acting and two updates leave."""
     buffer = play(0, 400, agent.config.horizon, 120, obs_dim=4, action_dim=2, prioritized=agent.config.prioritized)[0]
+    agent.replay = buffer
     obs = np.random.RandomState(0).randn(5, 4).astype(np.float32)
     for row in obs:
         agent.update_obs_stats(row)

@@ -116,7 +116,7 @@ def test_every_algorithm_runs_from_the_command_line(tmp_path, algo):
 BAD_FLAGS = [
     (("--save-every", "0"), "--save-every must lie in [1, 1e12], not 0"),
     (("--critic-grad-clip", "0"), "--critic-grad-clip must lie in (0, inf)"),
-    (("--reward-range", "81"), "--reward-range must lie in (0, 80]"),
+    (("--reward-range", "81"), "--reward-symlog-limit must lie in (0, 80]"),
     (("--reward-bins", "1"), "--reward-bins must lie in [2, "),
     (("--threads", "-1"), "--threads must lie"),
     (("--eval-workers", "-1"), "--eval-workers must lie"),
@@ -124,30 +124,30 @@ BAD_FLAGS = [
     (("--env", "walker-wlk"), "did you mean walker-walk"),
     (("--algo", "sac", "--encoder-regime", "dst"), "--encoder-regime: sac has no encoder, only critic and actor"),
     (("--algo=ddpg", "--encoder-scale", "2"), "--encoder-scale: ddpg has no encoder"),
-    (("--algo", "sac", "--critic-type", "6"), "--critic-type: sac runs on SimBa networks"),
-    (("--algo", "ddpg", "--residual", "post"), "--residual: ddpg runs on SimBa networks"),
-    (("--algo", "sac", "--target-q", "mean"), "--target-q mean chooses between two Q networks, and there is one: add --twin-critics"),
-    (("--algo", "ddpg", "--actor-q", "mean"), "--actor-q mean chooses between two Q networks"),
+    (("--algo", "sac", "--critic-type", "6"), "--critic-type: sac uses SimBa networks"),
+    (("--algo", "ddpg", "--residual", "post"), "--residual: ddpg uses SimBa networks"),
+    (("--algo", "sac", "--target-q", "mean"), "--target-q-reduce mean combines two Q networks"),
+    (("--algo", "ddpg", "--actor-q", "mean"), "--actor-q-reduce mean combines two Q networks"),
     (("--algo", "ddpg", "--sparsity", "1"), "--sparsity must lie in [0, 1), not 1.0"),
     (("--actor-regime", "sst", "--actor-sparsity", "1.0"), "--actor-sparsity must lie in [0, 1), not 1.0"),
     (("--sparsity", "-0.1"), "--sparsity must lie in [0, 1)"),  # a dense run refuses it as well
     (("--scale", "0"), "--scale must lie in (0, 1e4], not 0.0"),
     (("--depth-scale", "1e9"), "--depth-scale must lie in (0, 1e4]"),
-    (("--encoder-scale", "3", "--width-scale", "1", "--depth-scale", "2"), "--encoder-scale does nothing beside both"),
-    (("--scale", "3", "--width-scale", "1", "--depth-scale", "2"), "--scale does nothing beside both"),
-    (("--residual", "post"), "--residual post does nothing: no module has residual connections"),
+    (("--encoder-scale", "3", "--width-scale", "1", "--depth-scale", "2"), "--encoder-scale has no effect"),
+    (("--scale", "3", "--width-scale", "1", "--depth-scale", "2"), "--scale has no effect"),
+    (("--residual", "post"), "--residual post has no effect"),
     (("--schedule-power", "-1"), "--schedule-power must lie in (0, inf), not -1.0"),
     (("--schedule-power", "nan", "--critic-regime", "s2d"), "--schedule-power must lie in (0, inf), not nan"),
-    (("--schedule-start", "0.9"), "--schedule-start 0.9 lies behind --schedule-end 0.8"),
-    (("--drop-initial", "1.5"), "--drop-initial must lie in [0, 1]"),
+    (("--schedule-start", "0.9"), "--schedule-start (0.9) must not exceed"),
+    (("--drop-initial", "1.5"), "--drop-fraction-start must lie in [0, 1]"),
     (("--q-horizon", "600"), "--q-horizon must lie in [1, 500], not 600"),
     (("--encoder-horizon", "501"), "--encoder-horizon must lie in [1, 500], not 501"),
     (("--seed", "-1"), "--seed must lie in [0, 4294967295], not -1"),
     (("--total-steps", "1" + 29 * "0"), "--total-steps must lie in [1, 1e12]"),
     (("--total-steps", "50"), "--total-steps 50 trains nothing: it must be above --learning-starts 50"),
-    (("--name", "../../x"), "--name '../../x' must be the name of one folder"),
-    (("--name", ".."), "--name '..' must be the name of one folder"),
-    (("--name", ""), "--name '' must be the name of one folder"),
+    (("--name", "../../x"), "--name '../../x' must be a plain folder name"),
+    (("--name", ".."), "--name '..' must be a plain folder name"),
+    (("--name", ""), "--name '' must be a plain folder name"),
     (("--buffer-size", "100000000000", "--total-steps", "100000000000"), "GB"),
     (("--device", "cuda"), "--device cpu"),
     (("--device", "gpu"), "--device"),
@@ -159,7 +159,7 @@ BAD_FLAGS = [
     (("--critic-lr", "-1"), "--critic-lr must lie in [0, inf), not -1.0"),
     (("--algo", "sac", "--initial-temperature", "0"), "--initial-temperature must lie in (0, inf), not 0.0"),
     (("--algo", "sac", "--target-entropy", "nan"), "--target-entropy must lie in (-inf, inf)"),
-    (("--algo", "ddpg", "--target-rate", "-3"), "--target-rate must lie in (0, 1]"),
+    (("--algo", "ddpg", "--target-rate", "-3"), "--tau must lie in (0, 1]"),
     (("--algo", "ddpg", "--exploration-noise", "inf"), "--exploration-noise must lie in [0, inf)"),
     (("--learning-starts", "2"), "--learning-starts must be at least 6, not 2"),
     (("--target-update-freq", "0"), "--target-update-freq must lie in [1, 1e12]"),
@@ -307,10 +307,10 @@ def test_what_a_run_is_built_from(tmp_path):
 @pytest.mark.slow
 def test_workers_and_threads_reach_what_uses_them(tmp_path, monkeypatch):
     asked, threads = [], []
-    monkeypatch.setattr(train, "Evaluator", lambda *of, **named: asked.append((of, named)))
+    monkeypatch.setattr(train, "Evaluator", lambda *of, make: asked.append(of))
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     train.build(flags_to_args("--mst", *SHORT, "--runs", str(tmp_path), "--eval-workers", "3", "--threads", "5", "--seed", "4"))
-    assert asked == [(("cartpole-swingup", 2, 4), {"workers": 3})] and threads == [5]
+    assert asked == [("cartpole-swingup", 2, 4, None, 3)] and threads == [5]
 
 
 def test_metrics_that_are_not_wanted_are_not_computed():
@@ -449,7 +449,7 @@ def test_run_names_tell_runs_apart():
     (("--sparsity", "0.9", "--growth", "random", "--schedule-start", "0.1"), "dog-run__seed=0"),  # nothing is sparse
     (("--critic-sparsity", "0.9",), "dog-run__seed=0"),
     (("--critic-regime", "sst", "--sparsity", "0.9", "--growth", "random"), "dog-run__critic-regime=sst__sparsity=0.9__seed=0"),
-    (("--critic-regime", "dst", "--schedule-end", "0.9", "--growth", "random"), "dog-run__critic-regime=dst__growth=random__seed=0"),
+    (("--critic-regime", "dst", "--schedule-end", "0.9", "--growth", "random"), "dog-run__critic-regime=dst__grow=random__seed=0"),
     (("--scale", "3", "--encoder-scale", "3", "--width-scale", "3"), "dog-run__scale=3__seed=0"),
     (("--mst", "--residual", "post", "--critic-regime", "dst"), "dog-run__mst__residual=post__seed=0")])
 def test_what_changes_nothing_is_no_part_of_the_name(flags, name):
@@ -480,7 +480,7 @@ def test_the_name_grows_by_what_is_needed_and_no_more():
 def test_flags_that_change_nothing_are_told():
     told = lambda *flags: " ".join(unused_flag_notes(flags_to_args(*flags)))
     assert told() == told("--mst", "--sparsity", "0.8") == told("--encoder-type", "4") == ""
-    assert "--sparsity, --growth changes nothing" in told("--sparsity", "0.9", "--growth", "random")
+    assert "--sparsity, --grow changes nothing" in told("--sparsity", "0.9", "--growth", "random")
     assert "--critic-sparsity changes nothing" in told("--critic-sparsity", "0.9")
     assert "--schedule-end changes nothing" in told("--critic-regime", "dst", "--schedule-end", "0.9")
     assert "--scale changes nothing" in told("--scale", "3", "--encoder-scale", "1", "--critic-scale", "1", "--actor-scale", "1")

@@ -31,7 +31,7 @@ import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 from runtime import fast
-from agents import AGENTS, check_memory
+from agents import AGENTS, check_weights, count
 from envs import Env
 from base import frozen
 from mrq import MRQ
@@ -102,6 +102,16 @@ def check_variant(variant, device):
     on = ["on" if option in options else "off" for option in ("compile", "graphs")]
     precision_of(variant, device)  # refuses what this device does not have, as does the next line
     fast.resolve_speed(*on, device)
+
+
+def check_size(scale, args, device):
+    """ValueError for a scale that is not one, MemoryError for networks that do not fit."""
+    env, modules = Env(args.env), module_configs("dense", scale, args)
+    blank = object.__new__(AGENTS[args.algo])
+    blank.config = blank.Config()
+    with torch.device("meta"):
+        networks = blank.make_networks(env.obs_dim, env.action_dim, modules)
+    check_weights(sum(count(network)[0] for network in networks.values()), device)
 
 
 def variant_agent(variant, scale, env, device, args):
@@ -332,7 +342,7 @@ def check(args):
     for variant in args.variants:
         check_variant(variant, device)
     for scale in args.scales:
-        check_memory(module_configs("dense", scale, args), device)  # a scale that is none is refused there, too
+        check_size(scale, args, device)
     if args.csv and os.path.exists(args.csv):
         raise ValueError(f"{args.csv} exists: choose another --csv, or move it away")
     return device
