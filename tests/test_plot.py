@@ -115,9 +115,11 @@ def test_any_runs_are_arms_labeled_by_flag_and_value(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
-def test_a_table_compares_arms_with_the_first(tmp_path, monkeypatch, capsys):
+def test_a_table_compares_finished_runs_with_the_first_arm(tmp_path, monkeypatch, capsys):
     runs = write_arms(tmp_path / "runs")
-    (tmp_path / "grid.json").write_text(json.dumps({"tasks": ["walker-walk"], "seeds": 3, "flags": {"total-steps": 20000},
+    unfinished = flags_to_args("--env", "walker-walk", "--total-steps", "20000", "--critic-regime", "dst", "--seed", "3")
+    write_run(runs, unfinished, [(0, 1), (5000, 999)])
+    (tmp_path / "grid.json").write_text(json.dumps({"tasks": ["walker-walk"], "seeds": 4, "flags": {"total-steps": 20000},
                                                     "arms": {"plain": {}, "dynamic": {"critic-regime": "dst"}}}))
     _, lines, _ = run_main(plot, monkeypatch, capsys, tmp_path / "grid.json", runs, "--table", "csv")
     heading, plain, dynamic = (line.split(",") for line in lines)
