@@ -33,8 +33,10 @@ def _flag_text(name, value):
 
 
 def settings_of(args):
-    """flag -> value: every setting that can be part of a run's name."""
-    return {name: setting(args, group, name) for group, name in flag_names(args)}
+    """flag -> value: every setting that can be part of a run's name and that the run reads."""
+    dense = all(module.regime == "dense" for module in module_configs(args).values())
+    return {name: setting(args, group, name) for group, name in flag_names(args)
+            if not (dense and (group == "sparse" or name.endswith("_sparsity")))}
 
 
 def label_arms(runs):
