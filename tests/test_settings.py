@@ -17,7 +17,7 @@ from sparsity import SparseTraining
 from tests.helpers import REPLAY_AGENTS, flags_to_args, play
 
 
-READ_ELSEWHERE = {"eval_every", "eval_episodes", "metrics_every", "log_every", "buffer_size"}  # by the loop and what is built around it
+READ_ELSEWHERE = {"action_repeat", "eval_every", "eval_episodes", "metrics_every", "log_every", "buffer_size"}  # by the loop and what is built around it
 
 
 IN_PLACES_OF_THEIR_OWN = {"mst", "reward_bins", "twin_critics", "precision"}  # everything else that shows in one module shows in all

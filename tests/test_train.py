@@ -183,7 +183,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, monkeypatch, flags, message)
 
 @pytest.mark.parametrize("flag, wrong, choices", [
     ("--algo", "ppo", "mrq sac ddpg mrsac"), ("--critic-regime", "rigl", "dense sst dst s2d d2s"), ("--critic-type", "7", "1 2 3 4 5 6"),
-    ("--growth", "momentum", "gradient random"), ("--distribution", "erk", "er uniform"), ("--residual", "none", "pre post"),
+    ("--grow", "momentum", "gradient random"), ("--distribution", "erk", "er uniform"), ("--residual", "none", "pre post"),
     ("--precision", "fp16", "auto fp32 tf32 bf16")])
 @pytest.mark.slow
 def test_a_wrong_choice_is_answered_with_the_choices(capsys, flag, wrong, choices):
@@ -287,7 +287,8 @@ def test_a_signal_to_a_broken_run_is_answered_in_a_line(monkeypatch):
 def test_what_a_run_is_built_from(tmp_path):
     """Seeds, sizes and numbers of the settings reach environment, evaluation, buffer, networks and masks."""
     build = lambda *flags: train.build(flags_to_args("--mst", *SHORT[:-2], "--runs", str(tmp_path / "_".join(flags)), *flags))
-    device, env, agent, replay, evaluation, *_ = build("--seed", "7", "--eval-episodes", "3")
+    _, env, agent, evaluation, *_ = build("--seed", "7", "--eval-episodes", "3")
+    device, replay = agent.device, agent.replay
     same = Env("cartpole-swingup", seed=7)
     assert np.array_equal(env.random_action(), same.random_action()) and np.array_equal(env.reset(), same.reset())
     hold = lambda obs: np.sin(7 * obs[:, :1])
@@ -298,7 +299,8 @@ def test_what_a_run_is_built_from(tmp_path):
     masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
     for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
         assert torch.equal(a, b)
-    _, _, agent_of_sac, small, *_ = build("--algo", "sac", "--buffer-size", "90")
+    _, _, agent_of_sac, *_ = build("--algo", "sac", "--buffer-size", "90")
+    small = agent_of_sac.replay
     assert (small.capacity, small.horizon, small.prioritized, agent_of_sac.sparse["critic"].total_steps) == (90, 1, False, 140)
     other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, device)
     assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
