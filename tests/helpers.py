@@ -341,8 +341,8 @@ def in_process(arguments, output, kill=None, record=None):
             record[0] = step
             show(bar, step, *rest, **more)
 
-        def note_start(saved):
-            obs = restore(saved)
+        def note_start(saved, *arguments):
+            obs = restore(saved, *arguments)
             record[1] = saved.progress.step
             return obs
         if record is not None:
