@@ -11,15 +11,20 @@ Guarantees: what stands between `<!-- table:NAME -->` and `<!-- end -->` is what
 
 import argparse
 import csv
+import dataclasses
 import functools
 import glob
+import inspect
+import itertools
 import os
 import re
 import sys
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 
-from agents import count_parameters
+from agents import AGENTS, count_parameters
+from networks import ARCH_CONFIGS
 from paper.claims import (CLAIMS, MIN_SEEDS, NOT_STUDIED, PUBLISHED, compare, finished_runs, measure_claim,
                           read_published, result_paths, values, verdict)
 from paper.figures import FIGURES, RETURN
@@ -27,7 +32,7 @@ from paper.laptop import LAPTOP
 from paper.studies import SHAPES, add_options, get_jobs, hours, table_rows
 from runtime.aggregate import moments
 from runtime.results import error_line
-from settings import parse
+from settings import defaults, format_value, parse
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MARKER = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -45,7 +50,7 @@ def interval(difference, low, high):
 
 
 def markdown(heading, rows):
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *rows))
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (heading, ["---"] * len(heading), *rows))
 
 
 class Results:
@@ -93,6 +98,18 @@ def summary(results):
         yield said, str(len(comparisons)), named if said in ("supported", "contradicted") else counts
     waiting = [claim.text for claim, found in results.of_the_paper.items() if not found]
     yield "not studied", str(len(NOT_STUDIED) + len(waiting)), "; ".join([text for _, text, _ in NOT_STUDIED] + waiting)
+
+
+def readme(results):
+    """The results in six rows."""
+    for algorithm, rows in itertools.groupby(published(results), key=lambda row: row[0]):
+        said = [row[-1] for row in rows]
+        counts = "; ".join(f"{one} in {said.count(one)} of {len(said)}" for one in dict.fromkeys(said))
+        yield f"{algorithm}: final return beside published runs", f"{len(said)} tasks", counts
+    rows = {said: (count, which) for said, count, which in summary(results)}
+    for said in ("supported", "contradicted", "inconclusive"):
+        yield f"the paper's claims: {said}", *rows[said]
+    yield "the paper's claims: no data, or not studied", str(int(rows["no data"][0]) + int(rows["not studied"][0])), "see docs/results.md"
 
 
 def claims_table(results):
@@ -151,13 +168,25 @@ def random_policy(name, results):
         yield "random policy", "", f"({len(returns)} episodes)", number(min(returns)), number(np.median(returns)), number(max(returns))
 
 
+QUICKSTART_STEPS = (0, 9000, 18000, 24000)
+
+
 def quickstart(results):
     """The README's first command, on both processors that it was run on."""
     amd = [file for path in results.paths if os.path.exists(file := os.path.join(path, "quickstart-amd.csv"))]
     for processor, paths in (("Intel Xeon", results.paths), ("AMD EPYC", amd)):
-        for row in spread("quickstart", ("MST",), (0, 9000, 18000, 24000), paths):
+        for row in spread("quickstart", ("MST",), QUICKSTART_STEPS, paths):
             yield processor, *row[1:]
     yield from random_policy("quickstart", results)
+
+
+def quickstart_short(results):
+    """The same for the README: one row per processor."""
+    rows = {}
+    for processor, _, seeds, *returns in quickstart(results):
+        rows.setdefault((processor, seeds), []).append(" / ".join(returns))
+    for (processor, seeds), cells in rows.items():
+        yield processor, seeds, *cells, *[""] * (len(QUICKSTART_STEPS) - len(cells))
 
 
 def quickstart_arms(results):
@@ -200,20 +229,73 @@ def sizes(_):
         yield f"actor, scale-3 encoder, {task}", *(f"{at('actor', scale, task):.3f} M" for scale in (1, 3, 5))
 
 
+# ---- the flags of train.py ----
+
+def help_texts(cls):
+    """Field name -> the comment of its line, which is the flag's help text."""
+    classes = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+    return {name: text for base in classes for name, text in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M)}
+
+
+def flags(*groups):
+    """One row per flag of these groups of settings.Args (None: its own): flag and choices, default of each algorithm, meaning."""
+    for group in groups:
+        owners = {algo: getattr(defaults(algo), group) if group else defaults(algo) for algo in AGENTS}
+        known = {algo: {spec.name: spec for spec in dataclasses.fields(owner)} for algo, owner in owners.items()}
+        texts = {}
+        for owner in owners.values():
+            texts |= {name: text for name, text in help_texts(type(owner)).items() if name not in texts}
+        for name, text in texts.items():
+            algos = ["mrq"] if name == "algo" else [algo for algo in AGENTS if name in known[algo]]
+            by_default = {}
+            for algo in algos:
+                by_default.setdefault(default_text(getattr(owners[algo], name)), []).append(algo)
+            everywhere = name == "algo" or [*by_default.values()] == [list(AGENTS)]
+            default = "; ".join(value if everywhere else f"{value} ({', '.join(which)})" for value, which in by_default.items())
+            allowed = ", ".join(map(str, choices(known[algos[0]][name].type)))
+            yield f"`--{name.replace('_', '-')}`" + (f": {allowed}" if allowed else ""), default, text
+
+
+def choices(kind):
+    """The values that a Literal allows, within a union too."""
+    parts = get_args(kind)
+    return parts if get_origin(kind) is Literal else [value for part in parts for value in choices(part)]
+
+
+def default_text(value):
+    if value is None or isinstance(value, bool):
+        return {None: "", False: "off", True: "on"}[value]
+    return f"{value:,}" if isinstance(value, int) else format_value(value)
+
+
+def types(_):
+    for heading, key in (("activation", "activation"), ("LayerNorm", "use_layer_norm"), ("residual connections", "use_residual")):
+        said = {"relu": "ReLU", "elu": "ELU", True: "yes", False: ""}
+        yield heading, *(said[config[key]] for config in ARCH_CONFIGS.values())
+
+
 FIGURE_HEADING = ("figure", "shows", "runs", "parameters", "hours", "columns of eval.csv")
 SPREAD_HEADING = ("steps", "seeds", "min", "median", "max")
+FLAG_HEADING = ("flag", "default", "meaning")
 TABLES = {
     "published": (("algorithm", "task", "agent steps", "this code, each seed", "published mean", "difference [95 %]", ""), published),
     "summary": (("verdict", "comparisons", "which"), summary),
     "claims": (("the paper claims", "return", "SRank", "dormant neurons", "at full size", "hours"), claims_table),
     "verdicts": (("figure", "claim: A beats B", "measure", "seeds", "A", "B", "A - B [95 %]", "verdict"), verdicts),
     "quickstart": (("processor", *SPREAD_HEADING), quickstart),
+    "quickstart-short": (("min / median / max return", "seeds", *(f"step {step:,}" for step in QUICKSTART_STEPS)), quickstart_short),
     "quickstart-arms": (("arm", *SPREAD_HEADING), quickstart_arms),
     "ball_in_cup": (("arm", *SPREAD_HEADING), ball_in_cup),
     "figures": (FIGURE_HEADING, lambda _: figures_table(False)),
     "studies": (FIGURE_HEADING, lambda _: figures_table(True)),
     "sizes": (("trainable parameters, dense", "scale 1", "scale 3", "scale 5"), sizes),
     "waiting": (("study", "comparisons", "runs", "hours"), waiting),
+    "readme": (("question", "comparisons", "answer"), readme),
+    "flags": (FLAG_HEADING, lambda _: flags(None)),
+    "flags-modules": (FLAG_HEADING, lambda _: flags("encoder", "critic", "actor")),
+    "flags-sparsity": (FLAG_HEADING, lambda _: flags("sparse")),
+    "flags-algorithms": (FLAG_HEADING, lambda _: flags("agent")),
+    "types": (("type", *map(str, ARCH_CONFIGS)), types),
 }
 
 
