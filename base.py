@@ -149,13 +149,13 @@ class BaseAgent:
 
     @property
     def num_updates(self):
-        """Calls of `update` that are complete."""
+        """Completed calls of `update`."""
         return min(self.updates.values())
 
     # ---- experience ----
 
     def update_obs_stats(self, obs):
-        """Takes each observation of training once. FloatingPointError if it is not finite."""
+        """Call once per training observation. FloatingPointError if it is not finite."""
         if not np.isfinite(obs).all():
             raise FloatingPointError(f"the observation contains {np.asarray(obs)[~np.isfinite(obs)][0]}")
 
@@ -209,7 +209,7 @@ class BaseAgent:
         return " and ".join(text for step, text in found if step == first), first
 
     def learning_step(self, name, update):
-        """The agent step, counted from the first that learns, in which a module makes its update of this number."""
+        """The agent step, counted from the first that learns, at which a module makes this update (1, 2, ...)."""
         return (update - 1) // self.updates_per_step
 
     # ---- precision, metrics, state ----

@@ -108,7 +108,7 @@ class MRQ(BaseAgent):
         return Actor(zs_dim, action_dim, **module.size())
 
     def network_calls(self, obs, action):
-        """What the agent asks of its networks, and the shapes it needs."""
+        """Every call that the agent makes to its networks, with the shape it needs."""
         zs = self.encoder.zs(obs)
         yield "encoder", "zs(obs)", zs, (2, self.encoder.zs_dim)
         zsa = self.encoder(zs, action)
@@ -154,7 +154,7 @@ class MRQ(BaseAgent):
 
     @torch.no_grad()
     def refresh_targets(self):
-        """Copies the targets, sets r̄' to the r̄ that the copied critic was trained with, and draws for the encoder."""
+        """Copies the targets, sets r̄' to the r̄ that the copied critic was trained with, draws the encoder's subtrajectories."""
         for name, network in self.networks.items():
             torch._foreach_copy_(list(self.targets[name].parameters()), list(network.parameters()))
         self.target_reward_scale.copy_(self.reward_scale)

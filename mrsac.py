@@ -3,7 +3,7 @@
 Guarantees: MR.Q's encoder, buffer, horizons, reward scales, LAP and targets, unchanged; SAC's policy and temperature.
 
 Paper: Figure 26 and Appendix E, which gives no details. These are therefore choices of this code: the log-std lies in [-10, 2]
-as in SAC; mean and log-std have a head each; the penalty on pre-activations of Eq. (12) is omitted, since the entropy term
+as in SAC; mean and log-std have separate heads; the penalty on pre-activations of Eq. (12) is omitted, since the entropy term
 already keeps tanh from saturating; α is in units of the reward scale, and is updated after the actor, with the entropy of the
 actor's own update. Run it with `python train.py --algo mrsac`.
 """

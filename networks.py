@@ -44,8 +44,8 @@ ACTION_WIDTH = 256  # Table 2, z_a dim
 def norm_activation(dim, use_layer_norm, activation):
     """LayerNorm, if the type has one, then the activation.
 
-    The LayerNorm has no parameters (as in the published MR.Q), so that all six types have equal counts. The activation
-    is a module of its own at every place it stands, so that a hook on it sees one layer's units and no other's.
+    The LayerNorm has no parameters (as in the published MR.Q), so all six types have equal counts. Each activation is a
+    separate module, so a hook on it sees the units of one layer only.
     """
     norm = [nn.LayerNorm(dim, eps=1e-5, elementwise_affine=False)] if use_layer_norm else []
     return nn.Sequential(*norm, ACTIVATIONS[activation]())
@@ -59,7 +59,7 @@ def init_weights(layer):
 
 
 class BaseMLPBlock(nn.Module):
-    """Two linear layers, each after LayerNorm and activation, all of one width.  Appendix C, BaseMLPBlock"""
+    """Two linear layers of equal width, each after LayerNorm and activation.  Appendix C, BaseMLPBlock"""
 
     def __init__(self, hidden_dim, use_layer_norm, activation):
         super().__init__()
@@ -98,7 +98,7 @@ class BlockMLP(nn.Module):
         self.apply(init_weights)
 
     def features(self, x):
-        """(..., input) -> (..., hidden): the penultimate features, which SRank is read from."""
+        """(..., input) -> (..., hidden): the penultimate features, used for SRank."""
         x = self.projection(x)
         for block in self.blocks:
             x = block(x, self.skip)
@@ -116,7 +116,7 @@ def arch_config(arch_type):
 
 
 def scaled_size(scale, width_scale=None, depth_scale=None, width=WIDTH, depth=1):
-    """(hidden width, number of blocks). A scale multiplies both; width_scale and depth_scale override it apart.
+    """(hidden width, number of blocks). A scale multiplies both; width_scale and depth_scale replace it for one of them.
 
     The paper scales "hidden dimensions and block numbers" by 3 and 5. Fractions shrink the width for small machines;
     the number of blocks is rounded, and is at least one.
@@ -132,7 +132,7 @@ def scaled_size(scale, width_scale=None, depth_scale=None, width=WIDTH, depth=1)
 class Encoder(nn.Module):
     """f_ω and g_ω of MR.Q, and the linear head m that predicts the next step.  Eq. (7)
 
-    z_s, z_a and z_sa scale with the encoder: the paper's printed 2, 37 and 154 M need it. z_sa has no activation.
+    z_s, z_a and z_sa scale with the encoder: the paper's printed sizes (2, 37 and 154 M) require it. z_sa has no activation.
     Shapes: obs (..., obs_dim), action (..., action_dim), z_s (..., zs_dim), z_sa (..., zsa_dim).
     """
 
@@ -172,12 +172,12 @@ class Encoder(nn.Module):
         return self.model(zsa).split([1, self.zs_dim, self.num_bins], -1)
 
     def unroll(self, zs, actions):
-        """`predict` along real actions, each step from the z_s that the one before predicted.  Eq. (7)
+        """`predict` along real actions, each step from the z_s that the previous step predicted.  Eq. (7)
 
         zs: (batch, zs_dim). actions: (batch, H, action_dim). Returns the three with H as their second dimension.
         """
         predictions = []
-        for za in self.za(actions).unbind(1):  # z_a waits for no prediction: all of them in one product
+        for za in self.za(actions).unbind(1):  # one product for all z_a: they do not depend on predictions
             predictions.append(self.predict(self.zsa_mlp(torch.cat([zs, za], -1))))
             zs = predictions[-1][1]
         return [torch.stack(steps, 1) for steps in zip(*predictions)]
@@ -198,7 +198,7 @@ class Critic(nn.Module):
 
 
 class Actor(nn.Module):
-    """π_φ on z_s: a deterministic action through tanh, and z_π, what went into it.  Eq. (12)"""
+    """π_φ on z_s: a deterministic action tanh(z_π), and its pre-activation z_π.  Eq. (12)"""
 
     def __init__(self, zs_dim, action_dim, arch_type=3, scale=1, width_scale=None, depth_scale=None, residual="pre"):
         super().__init__()
@@ -215,7 +215,7 @@ class Actor(nn.Module):
 
 
 class GaussianHeads:
-    """Mean and raw log-std, each from a head of its own: one layer for both would be pruned by ER to another density."""
+    """Separate heads for mean and raw log-std: ER would give a single layer for both another density."""
 
     def forward(self, x):
         """(..., input) -> (..., 2·action_dim)"""

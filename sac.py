@@ -119,7 +119,7 @@ class Temperature:
         return self.log.detach().exp()
 
     def update(self, entropy):
-        """Minimises α·(H - H̄). entropy: H, a device scalar without gradient."""
+        """Minimizes α·(H - H̄). entropy: H, a device scalar without gradient."""
         self.optimizer.zero_grad(set_to_none=True)
         (self.log.exp() * (entropy - self.target_entropy)).backward()
         self.optimizer.step()
@@ -155,7 +155,7 @@ class SimbaAgent(BaseAgent):
         return self.actor_class(obs_dim, action_dim, *simba_size("actor", module))
 
     def network_calls(self, obs, action):
-        """What the agent asks of its networks, and the shapes it needs."""
+        """Every call that the agent makes to its networks, with the shape it needs."""
         yield "critic", "critic(obs, action)", self.critic(obs, action), (2, None)
         yield "actor", "actor(obs)", self.actor(obs), (2, self.actor_outputs * self.action_dim)
 
@@ -181,7 +181,7 @@ class SimbaAgent(BaseAgent):
         return batch._replace(obs=self.normalizer(batch.obs))
 
     def update(self):
-        """Actor, temperature, critic, target: each uses the ones before it as just updated."""
+        """Actor, temperature, critic, target, in this order: each uses the updated ones before it."""
         batch = self.draw()
         with frozen(self.critic):  # the actor's loss flows through it to the actor's weights
             losses, actor_info = self.actor_loss(batch.obs[:, 0])

@@ -37,7 +37,7 @@ def init_orthogonal(layer):
 
 
 class SimbaBlock(nn.Module):
-    """LayerNorm, to four times the width, ReLU, back, and what came in added. This LayerNorm has parameters."""
+    """x + Linear(ReLU(Linear(LayerNorm(x)))), four times wider inside. This LayerNorm has parameters."""
 
     def __init__(self, hidden_dim):
         super().__init__()
@@ -65,7 +65,7 @@ class SimbaMLP(nn.Module):
         init_orthogonal(self.output)
 
     def features(self, x):
-        """(..., input) -> (..., hidden): the penultimate features, which SRank is read from."""
+        """(..., input) -> (..., hidden): the penultimate features, used for SRank."""
         x = self.projection(x)
         for block in self.blocks:
             x = block(x)
@@ -99,10 +99,10 @@ class SimbaCritic(nn.Module):
 
 
 class RunningNormalizer(nn.Module):
-    """(obs - mean) / std of every observation it was shown, by Welford's running form, in float64.
+    """(obs - mean) / std, the statistics over all observations so far, by Welford's running form in float64.
 
-    As in the published SimBa, it starts from mean 0 and variance 1 with the weight of 1e-4 observations. What it knows
-    are buffers, changed in place: part of a `state_dict`, and seen by a captured graph.
+    As in the published SimBa, it starts from mean 0 and variance 1 with the weight of 1e-4 observations. The statistics are
+    buffers that change in place, so they are part of `state_dict`, and a captured CUDA graph reads the current values.
     """
 
     def __init__(self, dim, eps=1e-8):
@@ -116,7 +116,7 @@ class RunningNormalizer(nn.Module):
     def update(self, obs):
         """One observation, (dim,)."""
         delta = obs.double() - self.mean
-        share = 1.0 / (self.count + 1.0)  # of the new observation
+        share = 1.0 / (self.count + 1.0)  # weight of the new observation
         self.mean.add_(delta * share)
         self.var.add_(delta.square() * share).mul_(1.0 - share)  # n/(n+1) · (var + δ²/(n+1))
         self.count.add_(1.0)
