@@ -81,7 +81,7 @@ def build_on_meta(args, obs_dim, action_dim):
 
 
 def count(network):
-    """(parameters, those of the linear head of MR.Q's encoder among them): the paper's encoder sizes exclude the head."""
+    """(all parameters, those of the linear head of MR.Q's encoder): the paper's encoder sizes exclude the head."""
     head = getattr(network, "model", None)
     return tuple(sum(p.numel() for p in module.parameters()) if module else 0 for module in (network, head))
 

@@ -74,7 +74,7 @@ def main():
 
 
 def run(args):
-    """Prints the returns, and writes the video if it is asked for. ValueError, OSError or ImportError, in one line."""
+    """Prints the returns, and writes the video if requested. ValueError, OSError or ImportError, in one line."""
     from agents import build_agent
     from envs import Evaluator, episode_seed, make_env
     if args.episodes < 1:

@@ -65,7 +65,7 @@ class ActorArgs:
 
 @dataclass
 class SparsityArgs:
-    sparsity: float = 0.6  # fraction of weights pruned in each module that is not dense; 0.8 for sac and ddpg
+    sparsity: float = 0.6  # fraction of weights pruned in each module that is not dense
     distribution: Literal[DISTRIBUTIONS] = "er"  # how sparsity is spread over the layers (Fig. 12)
     grow: Literal[GROWTHS] = "gradient"  # which weights grow: by gradient (RigL) or at random (SET) (Fig. 12)
     update_interval: int = 1000  # a module's updates between two changes of its topology
@@ -80,10 +80,10 @@ class SparsityArgs:
 class Args:
     algo: Literal[tuple(AGENTS)] = "mrq"  # the algorithm; each has its own flags: --algo sac --help
     env: str = "dog-run"  # a DeepMind Control task (domain-task), or an id registered with Gymnasium (Hopper-v5)
-    seed: int = 0  # of environment, exploration, networks and masks
+    seed: int = 0  # random seed of environment, exploration, networks and masks
     action_repeat: int | None = None  # environment frames per agent step; default: 2 for DeepMind Control, 1 otherwise
     total_steps: int = 500_000  # agent steps of the whole run
-    learning_starts: int = 10_000  # random steps before learning; 5,000 for sac and ddpg
+    learning_starts: int = 10_000  # random steps before learning
     eval_every: int = 5_000  # agent steps between two evaluations
     eval_episodes: int = 10  # episodes per evaluation
     metrics_every: int = 1  # measure plasticity metrics every N evaluations (and always at the last)
@@ -109,8 +109,8 @@ class Args:
     runs: str = "runs"  # folder for all runs
     resume: bool = False  # continue the run of this name from its last checkpoint; start it if there is none
     save_every: int = 25_000  # agent steps between checkpoints; SIGTERM, SIGINT and SIGUSR1 also save, and stop the run
-    keep_checkpoint: Literal["auto", "on", "off"] = "auto"  # keep the last one, for --extend; auto: if below 0.1 GB
-    extend: str | None = None  # folder of a finished run: train it on to --total-steps, as a run of its own
+    keep_checkpoint: Literal["auto", "on", "off"] = "auto"  # of the finished run, for --extend; auto: if below 0.1 GB
+    extend: str | None = None  # folder of a finished run: train it longer, to --total-steps, as a new run
     name: str | None = None  # the run's folder name; default: the task and every non-default setting
     tensorboard: bool = False  # also write TensorBoard event files
     wandb_project: str | None = None  # also log to this Weights & Biases project
@@ -206,7 +206,7 @@ def flag_names(args):
 # ---- an existing run ----
 
 def extended(args, before):
-    """The settings of a run that trains a finished one (`before`) on to args.total_steps. ValueError if that cannot be meant.
+    """The settings of a run that trains a finished one (`before`) longer, to args.total_steps. ValueError if it cannot.
 
     Everything that changes results is the finished run's own; device, threads and the like are the command line's.
     """
@@ -294,7 +294,7 @@ def check(args):
     if args.name is not None and (not args.name or args.name in (".", "..") or re.search(r"[/\\\0]", args.name)):
         raise ValueError(f"--name {args.name!r} must be a plain folder name; set its location with --runs")
     if re.search(r"[/\\\0]", args.env):  # it is part of the folder's name
-        raise ValueError(f"--env {args.env!r} is no task: they are written domain-task, as dog-run is")
+        raise ValueError(f"--env {args.env!r} is not an environment: write dog-run for DeepMind Control, Hopper-v5 for Gymnasium")
     _check_modules(args)
 
 
@@ -338,18 +338,18 @@ def _check_modules(args):
 
 
 def _check_stream(args):
-    """Refuses flags without a meaning for an agent that keeps no transition."""
+    """Refuses flags that mean nothing to an agent without a replay buffer."""
     usual = defaults("stream")
     for name in ("buffer_size", "learning_starts"):
         if getattr(args, name) != getattr(usual, name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect: stream learns from each transition at once, from the "
-                             "first step, and stores none")
+            raise ValueError(f"--{name.replace('_', '-')} has no effect: stream learns from each transition at once and "
+                             "stores none")
     for name, off in (("compile", ("auto", "off")), ("cuda_graphs", ("auto", "off")), ("precision", ("auto", "fp32"))):
         if getattr(args, name) not in off:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: stream computes one sample per step in float32 "
                              "with numpy; drop the flag")
     if args.device not in ("auto", "cpu"):
-        raise ValueError(f"--device {args.device}: stream takes one sample per step, for which a GPU is slower; use --device cpu")
+        raise ValueError(f"--device {args.device}: stream computes one sample per step, which is slower on a GPU; use --device cpu")
 
 
 def plan_notes(args):

@@ -1,16 +1,17 @@
-"""Trains MR.Q, SAC, DDPG or MR.SAC with module-specific sparse training on a DeepMind Control task.
+"""Trains MR.Q, SAC, DDPG, MR.SAC or Stream AC(λ) with module-specific sparse training.
 
     python train.py --mst --env cartpole-swingup                       # the paper's preset: dense, DST, SST
     python train.py --mst --scale 5 --env dog-run                      # 371 M parameters, on a GPU
     python train.py --critic-regime dst --scale 5                      # one module's regime at a time
     python train.py --encoder-type 2 --encoder-regime s2d              # one point of Figure 2
     python train.py --algo sac --mst --width-scale 4 --depth-scale 3   # Figure 14's size; --algo sac --help lists its flags
+    python train.py --algo stream --mst --env Hopper-v5                # a Gymnasium environment (pip install "gymnasium[mujoco]")
 
     python train.py --mst --scale 5 --env dog-run --resume             # continues a stopped run from its last checkpoint
-    python train.py --extend runs/NAME --total-steps 1000000           # trains a finished run on, as a run of its own
+    python train.py --extend runs/NAME --total-steps 1000000           # trains a finished run longer, as a new run
     python evaluate.py runs/dog-run__mst__scale=5__seed=0 --video dog.mp4
 
-Steps are agent steps: two frames each. Each run writes runs/<name>/config.json, eval.csv and train.csv, checkpoints while it
+Steps are agent steps: two frames each on DeepMind Control, one on Gymnasium. Each run writes runs/<name>/config.json, eval.csv and train.csv, checkpoints while it
 runs, and final.pt at its end. Exit status: 0 finished, 75 stopped by a signal and saved, 76 another process trains this run,
 1 failed.
 Paper: Sections 3 and 4, Algorithm 1, Tables 1 and 2.
@@ -161,7 +162,7 @@ class Monitor:
 # ---- before the loop ----
 
 def build(args):
-    """Everything that a run needs. Wrong flags are refused here, before the folder is made."""
+    """All parts of a run. Wrong flags are refused here, before the folder is made."""
     source = None
     if args.extend:
         source, args = os.path.normpath(args.extend), extended(args, read_config(args.extend))

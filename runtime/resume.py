@@ -1,15 +1,14 @@
-"""A run that may be stopped or killed at any moment, and resumes exactly.
+"""A run can be stopped or killed at any moment, and resumes exactly.
 
-Guarantees: what `state` returns is all of a run, to the last random generator, so that one resumed from it writes the
-same CSV files, byte for byte on a CPU, timing columns aside, as one that was never stopped; and a signal to stop is answered
-at the next safe point: between two agent steps, between two updates of an encoder burst, or within an evaluation, which
-is then played anew.
+Guarantees: `state` holds all of a run, including every random generator. On a CPU, a run resumed from it writes the same CSV
+files as an uninterrupted one, byte for byte except for times. A signal to stop takes effect at the next safe point: between
+two agent steps, between two encoder updates, or within an evaluation, which is then repeated.
 
     saved = SavedRun(Checkpoints(folder), args, device, agent, env, log)
     obs = saved.restore(differs)            # None for a new run; saved.progress says where the loop is
-    saved.save_if_due()                     # between two steps; StopSignals.check says when to stop, and save at once
+    saved.save_if_due()                     # between two steps; when StopSignals.check raises Stopped, call save
 
-Not in the paper. `checkpoint.py` is about the files; this is about what belongs into them, and when.
+Not in the paper. `checkpoint.py` writes and reads the files; this file decides what they contain, and when they are written.
 """
 
 import dataclasses
@@ -24,16 +23,16 @@ import torch
 from runtime.log import current_name
 
 KEPT_BYTES = 1e8  # a finished run keeps its last checkpoint up to this size
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGUSR1: what SLURM is usually asked to warn by
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # SIGUSR1: the usual choice for SLURM's warning
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and here it can."""
+    """A signal asked the run to stop. Raised only at a safe point."""
 
 
 class StopSignals:
-    """Notes a signal that asks to stop; `check` raises Stopped at the next safe point. A second Ctrl-C ends the process at
-    once, as a kill would: the last checkpoint stays what it was."""
+    """Records a signal to stop; `check` raises Stopped at the next safe point. A second Ctrl-C ends the process at once,
+    without saving."""
 
     def __init__(self):
         self.name = None
@@ -43,7 +42,7 @@ class StopSignals:
 
     def _note(self, number, _):
         if number == signal.SIGINT and self.name:
-            os.write(2, b"\ntrain.py: stopped at once, without saving; --resume goes on from the last checkpoint\n")
+            os.write(2, b"\ntrain.py: stopped at once, without saving; --resume continues from the last checkpoint\n")
             os._exit(1)
         self.name = self.name or signal.Signals(number).name
 
@@ -54,18 +53,18 @@ class StopSignals:
 
 @dataclasses.dataclass
 class Progress:
-    """Where the training loop stands, in a few values."""
-    step: int = 0  # agent steps that are done
-    action: np.ndarray | None = None  # of step `step`, if it has been chosen: then the run stands within that step's update
+    """The state of the training loop."""
+    step: int = 0  # completed agent steps
+    action: np.ndarray | None = None  # of step `step`, if already chosen: the run was stopped during that step's update
     episode_return: float = 0.0  # of the current episode so far
-    last_return: float = math.nan  # of the last whole one
+    last_return: float = math.nan  # of the last complete one
     logged_step: int = 0  # where the last row of train.csv was written
     logged_seconds: float = 0.0
-    seconds: float = 0.0  # that the run has taken, over all its processes
+    seconds: float = 0.0  # duration of the run, over all its processes
 
 
 class SavedRun:
-    """All parts of a run together: what a checkpoint holds, when it is written, and the way back."""
+    """All parts of a run: what a checkpoint holds, when it is written, and how it is restored."""
 
     def __init__(self, checkpoints, args, device, agent, env, log):
         self.checkpoints, self.args, self.device = checkpoints, args, device
@@ -73,13 +72,13 @@ class SavedRun:
         self.progress, self._began, self.kept = Progress(), time.time(), False
 
     def seconds(self):
-        """How long the run has taken, over all its processes."""
+        """Duration of the run, over all its processes."""
         return self.progress.seconds + time.time() - self._began
 
     # ---- saving ----
 
     def state(self):
-        """Tensors, live ones, and plain values: all of the run but the rows of its replay buffer."""
+        """All of the run except the rows of its replay buffer: live tensors and plain values."""
         run = dataclasses.asdict(self.progress) | {"seconds": self.seconds()}
         run["action"] = None if run["action"] is None else run["action"].tolist()
         return {"config": dataclasses.asdict(self.args), "progress": run,
@@ -89,20 +88,20 @@ class SavedRun:
                     {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})}
 
     def save(self, wait=False):
-        """FloatingPointError instead, if the run has broken: the checkpoints that there are stay."""
+        """FloatingPointError, before anything is written, if a loss or gradient was not finite."""
         self.check_health()
-        # The current row is written in part: it is saved, and saved again with the next ones.
+        # The current row is incomplete: it is saved now, and again with the next rows.
         first, rows = self.agent.replay.rows_since(max(0, self.checkpoints.next_row - 1))
         oldest = self.agent.replay.position + 1 - self.agent.replay.capacity
         self.checkpoints.save(self.progress.step, self.state(), first, rows, oldest, wait)
 
     def save_if_due(self):
         step = self.progress.step
-        if step and step % self.args.save_every == 0 and step != self.checkpoints.step:  # else: just resumed from it
+        if step and step % self.args.save_every == 0 and step != self.checkpoints.step:  # else: just resumed from this one
             self.save()
 
     def save_for_extension(self):
-        """The last checkpoint, if it is to be kept: `train.py --extend` continues from it, before the final evaluation."""
+        """Keeps the last checkpoint, if wanted: `train.py --extend` continues from it, as before the final evaluation."""
         one, buffer = self.size()
         if self.args.keep_checkpoint == "on" or self.args.keep_checkpoint == "auto" and one + buffer <= KEPT_BYTES:
             self.kept = True
@@ -122,14 +121,13 @@ class SavedRun:
                                  "masks": {name: sparse["masks"] for name, sparse in state["sparse"].items()}},
                                 keep=self.kept and not self.checkpoints.failure)
 
-    # ---- the way back ----
+    # ---- restoring ----
 
     def restore(self, differs=lambda config: ""):
-        """Puts the newest whole checkpoint into all parts; returns the observation where the run stands, or None for a run
-        that has none. Before anything is captured as a CUDA graph: a graph would hold on to the tensors of before.
+        """Loads the newest whole checkpoint into all parts. Returns the current observation, or None without a checkpoint.
 
-        ValueError, in one line, for a checkpoint of another configuration or one that does not fit. Nothing on the disk is
-        changed before all of it is read.
+        Call it before capturing CUDA graphs, which keep the tensors they were captured with. ValueError, in one line, for a
+        checkpoint of other settings or one that does not fit. Nothing on the disk changes before all of it is read.
         """
         state = self.checkpoints.load()
         if state is None:
