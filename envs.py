@@ -71,7 +71,7 @@ def check_task(name):
     with contextlib.suppress(ImportError):
         known = [*task_names(), *known]
     nearest = _nearest(name.rpartition(":")[2], known)
-    raise ValueError(f"unknown environment {name!r}: did you mean {' or '.join(nearest) or 'dog-run or Hopper-v5'}?")
+    raise ValueError(f"unknown environment {name!r}: did you mean {', '.join(nearest) or 'dog-run, Hopper-v5'}?")
 
 
 def task_names():
@@ -233,16 +233,16 @@ class BaseEnv:
         Sets `restore_warning` if the environment is not repeatable. Then the episode continues from where its actions
         led this time, or, if it ended before they did, with a new one.
         """
-        obs, left, saved = self._begin(state["start"]), len(state["actions"]), state.get("obs")  # older: without obs
+        obs, saved = self._begin(state["start"]), state.get("obs")  # earlier versions saved none
         with contextlib.suppress(PhysicsError):
             for action in state["actions"]:
                 if self._ended:
                     break
-                obs, left = self.step(action)[0], left - 1
+                obs = self.step(action)[0]
         self.frames = state["frames"]
         self._random.set_state(tuple(state["random"]))
         self.restore_warning = None
-        if left or saved is not None and not np.array_equal(obs, np.asarray(saved, obs.dtype)):
+        if saved is not None and not np.array_equal(obs, np.asarray(saved, obs.dtype)):
             self.restore_warning = (f"{self.name} is not repeatable: replaying its episode led to another observation. "
                                     "This run continues, but not exactly as an uninterrupted one would")
             if self._ended:

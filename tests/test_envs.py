@@ -201,7 +201,7 @@ def test_gym_spaces_that_agents_cannot_use_are_refused(number):
 def test_unknown_names_are_answered_with_the_nearest(monkeypatch):
     near = {"dog_run": "dog-run", "cartpole-swing": "cartpole-swingup", "reacher": "reacher-"}
     if HAS_GYM:
-        near |= {"hopper-v5": "Hopper-v5", "Walker-v5": "Walker2d-v5", "hopper-hops": "hopper-hop or .*Hopper-v5",
+        near |= {"hopper-v5": "Hopper-v5", "Walker-v5": "Walker2d-v5", "hopper-hops": "hopper-hop, .*Hopper-v5",
                  "tests.test_envs:Points-v0": "Point-v0", "Ant": "Ant-v5"}
     for name, nearest in near.items():
         with pytest.raises(ValueError, match=f"unknown environment '{name}': did you mean .*{nearest}"):
@@ -255,8 +255,10 @@ def ops(env, count):
         if env._ended:
             seen.append(env.reset().tobytes())
         else:
-            obs, *rest = env.step(env.random_action())
+            action = env.random_action()
+            obs, *rest = env.step(action)
             seen.append((obs.tobytes(), *rest))
+            action[:], obs[:] = 9.0, 9.0  # a caller may reuse its arrays
     return seen
 
 
@@ -396,6 +398,13 @@ def test_evaluation_episodes_depend_only_on_their_seed():
         obs, reward, terminated, truncated = env.step(act(obs[None])[0])
         total, done = total + reward, terminated or truncated
     assert returns[4] == pytest.approx(total)
+
+
+def test_example_of_an_own_environment_and_loop_learns(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "examples")
+    import own_environment
+    returns = own_environment.main(total_steps=1000, random_steps=250)
+    assert len(returns) >= 20 and np.mean(returns[-4:]) > 3 * np.mean(returns[:4]) + 5
 
 
 class ScriptedEnv:
