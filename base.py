@@ -163,6 +163,10 @@ class BaseAgent:
         """Stores one transition. obs must be the last call's next_obs, unless that call ended an episode."""
         self.replay.add(obs, action, reward, next_obs, terminated, truncated)
 
+    def end_episode(self):
+        """The episode ends without a last transition: the simulator diverged in it. The next `add` starts another."""
+        self.replay.end_episode()
+
     def metric_batch(self, size):
         """(a batch for the metrics, True), or (a blank batch of two samples, False) for size 0 or while nothing is stored."""
         if size and self.replay.num_valid:

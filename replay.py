@@ -152,7 +152,14 @@ class ReplayBuffer:
             for back in range(min(self.episode_length, self.horizon - 1)):
                 self._make_valid((row - back) % self.capacity)
         if terminated or truncated:
-            # After a time limit those starts stay out: their subtrajectory would need steps that were never taken.
+            self.end_episode()
+
+    def end_episode(self):
+        """The next `add` starts an episode. Nothing happens if none is in progress.
+
+        Without a termination, the last starts stay out: their subtrajectory would need steps that were never taken.
+        """
+        if self.episode_length:
             self.position += 1
             self.episode_length = 0
 

@@ -159,7 +159,7 @@ def run_name(args, flags=None, old=False):
     spelling = {new.replace("_", "-"): before.replace("_", "-") for before, new in OLD_FLAGS.items()} if old else {}
     parts = [(spelling.get(flag[2:], flag[2:]), value) for flag, value in flags or nondefault_flags(args)]
     parts = [flag if value is True else f"{flag}={format_value(value)}" for flag, value in parts]
-    name = "__".join([args.env, *algo, *parts, f"seed={args.seed}"])
+    name = "__".join([args.env.replace("/", "%2F"), *algo, *parts, f"seed={args.seed}"])
     if len(name.encode()) > LONGEST_NAME:  # too long for a folder's name: a checksum replaces the rest
         digest = hashlib.sha256(name.encode()).hexdigest()[:12]
         tail = f"__{digest}__seed={args.seed}"
@@ -293,8 +293,6 @@ def check(args):
                          f"{args.learning_starts}")
     if args.name is not None and (not args.name or args.name in (".", "..") or re.search(r"[/\\\0]", args.name)):
         raise ValueError(f"--name {args.name!r} must be a plain folder name; set its location with --runs")
-    if re.search(r"[/\\\0]", args.env):  # it is part of the folder's name
-        raise ValueError(f"--env {args.env!r} is not an environment: write dog-run for DeepMind Control, Hopper-v5 for Gymnasium")
     _check_modules(args)
 
 

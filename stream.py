@@ -442,6 +442,14 @@ class StreamAC(BaseAgent):
         self.counted.fill_(not over)
         self.record(number - 1, obs, action, next_obs, (scaled, float(ends)), delta, value, std)
 
+    def end_episode(self):
+        """The episode ends without a last transition: its traces must not reach into the next one."""
+        for name, learner in self.learners.items():
+            learner.traces.fill(0.0)
+            self.optimizers[name].traces.fill(0.0)
+        self.reward_scale.trace.fill(0.0)
+        self.counted.fill_(0)
+
     def policy_gradient(self, outputs, action, delta):
         """Gradient of -log π(a|s) - τ·sign(δ)·H(π(·|s)) by (μ, ρ), where σ = softplus(ρ). Returns ([μ's, ρ's], σ).
 

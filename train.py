@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from agents import build_agent, compiling_pays
-from envs import Evaluator, make_env
+from envs import Evaluator, PhysicsError, make_env
 from evaluate import measure
 from runtime import fast
 from runtime.checkpoint import Checkpoints
@@ -52,6 +52,8 @@ def train(args, env, agent, evaluator, log, saved):
     run, monitor = saved.progress, Monitor(args, env, agent, evaluator, log, saved)
     if run.step:
         monitor.bar.write(f"resumes at step {run.step:,}")
+    if env.restore_warning:
+        monitor.bar.write(f"note: {env.restore_warning}")
     for run.step in range(run.step, args.total_steps):
         learning = run.step >= args.learning_starts
         if run.action is None:  # else the run was stopped during this step's update
@@ -61,12 +63,18 @@ def train(args, env, agent, evaluator, log, saved):
             monitor.check_action()
         while agent.num_updates < (run.step + 1 - args.learning_starts) * agent.updates_per_step:
             agent.update()
-        next_obs, reward, terminated, truncated = env.step(run.action)
-        agent.add(obs, run.action, reward, next_obs, terminated, truncated)
-        run.episode_return += reward
-        obs, run.action = next_obs, None
-        if terminated or truncated:
-            obs, run.last_return, run.episode_return = env.reset(), run.episode_return, 0.0
+        try:
+            next_obs, reward, terminated, truncated = env.step(run.action)
+        except PhysicsError as error:
+            monitor.report_discarded(error)
+            agent.end_episode()
+            obs, run.action, run.episode_return = env.reset(), None, 0.0
+        else:
+            agent.add(obs, run.action, reward, next_obs, terminated, truncated)
+            run.episode_return += reward
+            obs, run.action = next_obs, None
+            if terminated or truncated:
+                obs, run.last_return, run.episode_return = env.reset(), run.episode_return, 0.0
         monitor.after_step(run.step + 1, learning)
     run.step = args.total_steps
     monitor.finish()
@@ -133,7 +141,8 @@ class Monitor:
                                     "seconds": self.saved.seconds()} | measure(agent, measured))
         self.bar.show(step, "learning", **{"return": f"{returns.mean():.1f}"})
         self.bar.write(f"step {step:>9,}  return {returns.mean():7.1f} ± {returns.std():.1f} "
-                       f"(mean ± sd of {len(returns)} episodes)")
+                       f"(mean ± sd of {len(returns)} episodes"
+                       + (f", of which {self.evaluator.diverged} diverged)" if self.evaluator.diverged else ")"))
 
     def write_training(self, step):
         run, now = self.run, self.saved.seconds()
@@ -144,6 +153,11 @@ class Monitor:
                        | {f"{name}/density": sparse.density() for name, sparse in self.agent.sparse.items()}
                        | {"steps_per_second": speed, "seconds": now})
         self.saved.check_health()
+
+    def report_discarded(self, error):
+        """A step in which the simulator diverged teaches nothing: it is counted, and the episode ends before it."""
+        self.run.discarded += 1
+        self.bar.write(f"note: {error}; the step is discarded and the episode ends ({self.run.discarded} so far)")
 
     def report_io_errors(self):
         """A full disk does not stop a run. Each failure is reported once."""

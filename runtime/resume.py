@@ -60,6 +60,7 @@ class Progress:
     last_return: float = math.nan  # of the last complete one
     logged_step: int = 0  # where the last row of train.csv was written
     logged_seconds: float = 0.0
+    discarded: int = 0  # steps that the simulator could not finish
     seconds: float = 0.0  # duration of the run, over all its processes
 
 

@@ -229,6 +229,8 @@ class RecordedRun:
     obs_dim, action_dim, horizon, updates_per_step, prioritized, folder = 1, 1, 1, 2, False, "here"
     device, networks, sparse, updates, failure, num_updates = torch.device("cpu"), {}, {}, {}, None, 0
 
+    restore_warning, diverged = None, 0
+
     def __init__(self):
         self.events, self.rows, self.time, self.episode, self.length, self.frames, self.actions = [], [], 0, -1, 0, 0, 0
         self.info = {}
