@@ -323,7 +323,7 @@ def flags_to_args(*flags):
 
 # Where a process is killed: at an entry of one of these, or a moment later.
 MOMENTS = {"a save": (checkpoint, "write"), "an evaluation": (Evaluator, "__call__"), "a step": (Env, "step"),
-           "an encoder burst": (MRQ, "update_encoder"), "a topology update": (sparsity, "_drop_and_grow"),
+           "an encoder burst": (MRQ, "update_encoder"), "a topology update": (sparsity, "update_mask"),
            "a log row": (RunLog, "write"), "the way back": (ReplayBuffer, "load_rows")}
 
 
