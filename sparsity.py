@@ -420,7 +420,7 @@ class SparseTraining:
     def _take_over(self):
         """Checks that weights and optimizer can follow the masks, and clears what these prune."""
         tensors = list(self._tensors())
-        self._dtypes, self._checked = {name: weight.dtype for name, weight, _ in tensors}, False
+        self._checked = False
         OWNERS.update((weight, weakref.ref(self)) for _, weight, _ in tensors)
         _check_trained(self, tensors)
         for _, weight, mask in tensors:
@@ -626,17 +626,15 @@ def _check_trained(own, tensors):
         _check_tensor(name, weight)
         _require(OWNERS.get(weight, lambda: own)() in (own, None),
                  f"{name} is also masked by a SparseTraining built later: exclude it from one, or keep only one")
-        _require(own._dtypes.get(name) == weight.dtype,
-                 f"{name} was converted to {weight.dtype}: convert the module before building the optimizer and SparseTraining")
         trainers = [(one, group) for one, group, members in groups if id(weight) in members]
         _require(trainers or not optimizers, f"the optimizer does not train {name}: give SparseTraining the module's own; if "
                  "parameters were replaced (assign=True, a new layer), build a new one and call set_optimizer()")
         for one, group in trainers:
             # Fused Adam computes in float32 whatever the weights are.
             dtype = torch.float32 if group.get("fused") and isinstance(one, torch.optim.Adam) else weight.dtype
-            if isinstance(group.get("eps"), (int, float)) and torch.tensor(group["eps"], dtype=dtype, device="cpu") == 0:
-                raise ValueError(f"eps={group['eps']} is 0 in {dtype}, and a pruned weight would become 0 / 0: give "
-                                 f"{type(one).__name__} at least eps={torch.finfo(dtype).smallest_normal:.0e}")
+            eps, least = group.get("eps"), torch.finfo(dtype).smallest_normal  # half the smallest subnormal rounds to 0
+            _require(not isinstance(eps, (int, float)) or eps > least * torch.finfo(dtype).eps / 2, f"eps={eps} is 0 in {dtype}, and a "
+                     f"pruned weight would become 0 / 0: give {type(one).__name__} at least eps={least:.0e}")
             for key, state in getattr(one, "state", {}).get(weight, {}).items():
                 coded = torch.is_tensor(state) and state.shape == weight.shape and (
                     state.dtype in (torch.int8, torch.uint8) or type(state) not in (torch.Tensor, nn.Parameter))
@@ -675,16 +673,17 @@ def _check_settings(own, sparsity):
 
 
 def _check_counts(own, counts, weights):
-    """ValueError for a layer without weights, and for a DST whose topology would never change."""
+    """ValueError for a layer without weights, and a warning of a DST whose topology would never change."""
     empty = [name for name, count in counts.items() if count == 0]
-    _require(not empty, f"at this sparsity {''.join(empty[:1])} keeps no weight, and its layer passes nothing on: lower the "
+    _require(not empty, f"{''.join(empty[:1])} keeps no weight at this sparsity, and its layer would pass nothing on: lower the "
                         "sparsity, or exclude it")
-    largest = max((count for name, count in counts.items() if count < weights[name].numel()), default=None)
-    if own.regime == "dst" and largest is not None:
+    most = max((count for name, count in counts.items() if count < weights[name].numel()), default=None)
+    if own.regime == "dst" and most is not None:
         steps = (own.update_interval, own.total_steps // own.update_interval * own.update_interval)
         zeta = max(drop_fraction(step, own.total_steps, own.drop_fraction_start, own.drop_fraction_end) for step in steps)
-        _require(own.update_interval <= own.total_steps and zeta * largest >= 1, "the topology would never change, as in sst: "
-                 f"lower update_interval ({own.update_interval}), or raise total_steps ({own.total_steps})")
+        if own.update_interval > own.total_steps or zeta * most < 1:
+            own._warn("static", f"the topology never changes, as in sst: lower update_interval ({own.update_interval}), or raise "
+                      f"total_steps ({own.total_steps})")
 
 
 def _check_update(weight, grad, mask, drop_fraction, num_active, grow):

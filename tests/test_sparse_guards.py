@@ -177,14 +177,15 @@ def test_parameters_that_the_optimizer_no_longer_trains_are_refused_until_it_is_
             assert not torch.equal(before, model[2].weight)
 
 
-def test_a_module_converted_afterwards_is_refused():
-    for convert in (lambda model: model.half(), lambda model: model.double()):
-        model, optimizer, sparse = build("sst")
-        convert(model)
-        with pytest.raises(ValueError, match="was converted to .*: convert the module before"):
+def test_a_module_converted_afterwards_is_refused_where_a_pruned_weight_would_become_nan():
+    model, optimizer, sparse = build("sst")
+    model.half()
+    for _ in range(2):  # nor is it forgotten
+        with pytest.raises(ValueError, match="eps=1e-08 is 0 in torch.float16.*at least eps"):
             sparse.update_topology(1)
-        with pytest.raises(ValueError, match="was converted"):  # nor is it forgotten
-            sparse.update_topology(1)
+    model, optimizer, sparse = build("sst")
+    model.double()
+    sparse.update_topology(1)
 
 
 def test_a_layer_of_two_sparse_trainings_is_refused_for_the_older():
@@ -420,16 +421,19 @@ def test_a_state_of_the_first_version_loads_and_goes_on_exactly(regime):
         assert resumed.movement() == sparse.movement()  # the first masks follow from the seed
 
 
-def test_a_topology_that_would_never_change_is_refused():
+def test_a_topology_that_never_changes_is_reported():
     model = mlp(6, 20, 20, 1)
     for total, interval, options in ((600, 1000, {}), (1000, 1000, {}), (10, 5, {"drop_fraction_start": 0.001}),
                                      (10, 5, {"drop_fraction_start": 0.0})):
-        with pytest.raises(ValueError, match="would never change, as in sst: lower update_interval"):
+        with pytest.warns(RuntimeWarning, match="topology never changes, as in sst: lower update_interval"):
             SparseTraining(model, adamw(model), "dst", 0.7, total, interval, **options)
-    SparseTraining(model, adamw(model), "dst", 0.7, 1999, 1000)
-    SparseTraining(model, adamw(model), "dst", 0.7, 10, 5, drop_fraction_start=0.0, drop_fraction_end=0.5)
-    for regime in ("s2d", "d2s"):  # the end of their schedule is a change
-        SparseTraining(model, adamw(model), regime, 0.7, 10, 50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparseTraining(model, adamw(model), "dst", 0.7, 1999, 1000)
+        SparseTraining(model, adamw(model), "dst", 0.7, 10, 5, drop_fraction_start=0.0, drop_fraction_end=0.5)
+        SparseTraining(model, adamw(model), "dst", 0.0, 600, 1000)
+        for regime in ("sst", "s2d", "d2s"):  # the end of a schedule is a change
+            SparseTraining(model, adamw(model), regime, 0.7, 10, 50)
 
 
 def test_the_length_of_training_is_asked_for_where_it_matters():
