@@ -158,7 +158,8 @@ class SavedRun:
         """Bytes on the disk: (one checkpoint, the whole replay buffer)."""
         agent, replay = self.agent, self.agent.replay
         count = lambda modules: sum(p.numel() for module in modules.values() for p in module.parameters())
-        masks = sum(mask.numel() for sparse in agent.sparse.values() for mask in sparse.masks.values())
+        masks = sum(mask.numel() for sparse in agent.sparse.values() for mask in (*sparse.masks.values(),
+                                                                                  *sparse.first_masks.values()))
         # Weights and two moments, targets, a byte a mask, and all priorities.
         one = 12 * count(agent.networks) + 4 * count(agent.targets) + masks + 8 * len(replay.priority)
         return one, replay.stored_bytes

@@ -40,13 +40,14 @@ torch.set_num_threads(1)  # tiny networks: threads would only wait for one anoth
 property_test = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-def naive_update_mask(weight, grad, mask, zeta, wanted):
-    """Algorithm 1 with Python's sort."""
+def naive_update_mask(weight, grad, mask, zeta, wanted, order=None):
+    """Algorithm 1 with Python's sort. order: ranks the gradients that are 0, lowest first, instead of their index."""
+    order = range(mask.numel()) if order is None else order.flatten().tolist()
     weight, grad, active = weight.flatten().tolist(), grad.flatten().tolist(), mask.flatten().tolist()
     on = [i for i, a in enumerate(active) if a]
     drop = max(math.floor(zeta * len(on)), len(on) - wanted)
     kept = sorted(on, key=lambda i: (-abs(weight[i]), i))[:len(on) - drop]
-    rest = sorted(set(range(len(active))) - set(kept), key=lambda i: (-abs(grad[i]), i))
+    rest = sorted(set(range(len(active))) - set(kept), key=lambda i: (-abs(grad[i]), order[i] if grad[i] == 0 else i))
     chosen = set(kept) | set(rest[:wanted - len(kept)])
     return torch.tensor([i in chosen for i in range(len(active))]).view(mask.shape)
 
@@ -325,7 +326,7 @@ def flags_to_args(*flags):
 
 # Where a process is killed: at an entry of one of these, or a moment later.
 MOMENTS = {"a save": (checkpoint, "write"), "an evaluation": (Evaluator, "__call__"), "a step": (Env, "step"),
-           "an encoder burst": (MRQ, "update_encoder"), "a topology update": (sparsity, "_drop_and_grow"),
+           "an encoder burst": (MRQ, "update_encoder"), "a topology update": (sparsity, "update_mask"),
            "a log row": (RunLog, "write"), "the way back": (ReplayBuffer, "load_rows")}
 
 

@@ -151,7 +151,7 @@ def test_defaults_are_those_of_the_papers():
         assert dataclasses.asdict(args.sparse) == sparse
         # SparseTraining by itself has the same.
         own = {name: p.default for name, p in inspect.signature(SparseTraining).parameters.items() if p.default is not p.empty}
-        assert sparse | {"sparsity": 0.6, "seed": None, "exclude": ()} == {
+        assert sparse | {"sparsity": 0.6, "seed": None, "exclude": (), "include": ()} == {
             name: value for name, value in own.items() if name != "total_steps"}
     assert (args.total_steps, args.eval_every, args.eval_episodes, args.buffer_size, args.log_every, args.scale, args.seed, args.mst) == (
         500_000, 5000, 10, 1_000_000, 500, 1.0, 0, False)

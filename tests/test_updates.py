@@ -49,6 +49,7 @@ class Naive:
         for network in (*self.networks.values(), *self.targets.values()):
             network.double().requires_grad_(True)
         self.masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
+        self.seeds = {name: sparse.seed for name, sparse in agent.sparse.items()}
         self.moments = {name: {n: [torch.zeros_like(p)] * 2 for n, p in network.named_parameters()} for name, network in self.networks.items()}
         self.updates, self.scale, self.target_scale, self.info = dict.fromkeys(self.networks, 0), 1.0, 1.0, {}
         self.gaussian = hasattr(self.config, "initial_temperature")
@@ -201,9 +202,13 @@ class Naive:
         left = (1 - share) ** o["schedule_power"]
         wanted = {"dst": sparsity, "s2d": sparsity * left, "d2s": sparsity * (1 - left)}[regime]
         zeta = o["drop_fraction_end"] + (o["drop_fraction_start"] - o["drop_fraction_end"]) / 2 * (1 + math.cos(math.pi * min(t, self.total) / self.total))
-        masks = self.masks[name]
+        masks, moving = self.masks[name], 0
         for (n, mask), count in zip(masks.items(), naive_counts([tuple(parameters[n].shape) for n in masks], wanted)):
-            masks[n] = naive_update_mask(parameters[n].detach(), gradients[n], mask, zeta, count)
+            if mask.all() and count == mask.numel():
+                continue
+            generator = torch.Generator().manual_seed(hash((self.seeds[name], t, moving)))  # gradients of 0 rank at random
+            order, moving = torch.rand(mask.shape, dtype=torch.float64, generator=generator), moving + 1
+            masks[n] = naive_update_mask(parameters[n].detach(), gradients[n], mask, zeta, count, order)
             stays = mask & masks[n]
             parameters[n].data = parameters[n].data * stays
             self.moments[name][n] = [moment * stays for moment in self.moments[name][n]]

@@ -236,7 +236,7 @@ def memory(agent, replay):
               for state in values.values() if torch.is_tensor(state)]
     return {"weights": size(weights), "gradients": size([p.grad for p in weights if p.grad is not None]),
             "moments": size(states), "targets": size(p for t in agent.targets.values() for p in t.parameters()),
-            "masks": size(mask for sparse in agent.sparse.values() for mask in sparse.masks.values()),
+            "masks": size(mask for sparse in agent.sparse.values() for mask in (*sparse.masks.values(), *sparse.first_masks.values())),
             "buffer": size(value for value in vars(replay).values() if torch.is_tensor(value))}
 
 

@@ -1,0 +1,578 @@
+"""sparsity.py in other projects: each way to use it wrongly is made right, or refused in one line."""
+
+import copy
+import io
+import math
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.nn.utils.prune as prune
+from torch.nn.utils.parametrizations import weight_norm
+
+import sparsity
+from sparsity import SparseTraining, layer_densities
+from tests.helpers import backward, mlp
+
+
+def adamw(model, **options):
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1, **options)
+
+
+def build(regime="dst", sizes=(6, 20, 20, 8), optimizer=None, **options):
+    model = mlp(*sizes)
+    optimizer = adamw(model) if optimizer is None else optimizer(model)
+    return model, optimizer, SparseTraining(model, optimizer, regime, 0.7, **{"total_steps": 1000, "update_interval": 10,
+                                                                              "seed": 1} | options)
+
+
+def train(model, optimizers, sparse, steps, width=6):
+    """Returns the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in steps:
+            backward(model, width)
+            sparse.after_backward(step)
+            for optimizer in optimizers:
+                optimizer.step()
+    return [str(warning.message) for warning in caught]
+
+
+def pruned_are_zero(sparse):
+    return not any(weight[~mask].any() for _, weight, mask in sparse._tensors())
+
+
+def masks(sparse):
+    return {name: mask.clone() for name, mask in sparse.masks.items()}
+
+
+def moved(sparse, before):
+    return [name for name, mask in before.items() if not torch.equal(mask, sparse.masks[name])]
+
+
+# ---- A. pruned weights stay zero, or it is reported ----
+
+class Lookahead(torch.optim.Optimizer):
+    """As published: it averages the weights of an inner optimizer, and keeps its slow weights in a state of its own."""
+
+    def __init__(self, inner, hidden=False):
+        self.param_groups, self.state, self.count = inner.param_groups, {}, 0
+        self.inner = [inner] if hidden else inner
+
+    def step(self):
+        (self.inner[0] if isinstance(self.inner, list) else self.inner).step()
+        self.count += 1
+        for weight in self.param_groups[0]["params"]:
+            slow = self.state.setdefault(weight, {"slow": weight.detach().clone()})["slow"]
+            if self.count % 3 == 0:
+                slow.lerp_(weight.detach(), 0.5)
+                weight.data.copy_(slow)
+
+
+def test_a_second_optimizer_is_reported_and_followed_in_a_list():
+    model, optimizer, sparse = build()
+    second = adamw(model)
+    told = train(model, [optimizer, second], sparse, range(1, 40))
+    assert len(told) == 1 and "pruned weights of" in told[0] and "List all optimizers" in told[0]
+    model, optimizer, sparse = build(optimizer=lambda model: [adamw(model), torch.optim.SGD(model.parameters(), 0.1, 0.9)])
+    assert not train(model, optimizer, sparse, range(1, 40)) and pruned_are_zero(sparse)
+    # Or each trains its own part of the module.
+    model, optimizer, sparse = build(optimizer=lambda model: [adamw(model[:2]), adamw(model[2:])])
+    assert not train(model, optimizer, sparse, range(1, 40)) and pruned_are_zero(sparse)
+
+
+def test_a_new_optimizer_is_reported_and_followed_when_it_is_set():
+    model, optimizer, sparse = build()
+    train(model, [optimizer], sparse, range(1, 16))
+    told = train(model, [adamw(model)], sparse, range(16, 60))
+    assert len(told) == 1 and "set_optimizer" in told[0]
+    model, optimizer, sparse = build()
+    train(model, [optimizer], sparse, range(1, 16))
+    restarted = adamw(model)
+    sparse.set_optimizer(restarted)
+    assert not train(model, [restarted], sparse, range(16, 60)) and pruned_are_zero(sparse)
+
+
+def test_moments_inside_a_wrapper_are_followed_and_hidden_ones_reported():
+    model, optimizer, sparse = build(optimizer=lambda model: Lookahead(adamw(model)))
+    assert not train(model, [optimizer], sparse, range(1, 60)) and pruned_are_zero(sparse)
+    model, optimizer, sparse = build(optimizer=lambda model: Lookahead(adamw(model), hidden=True))
+    assert len(train(model, [optimizer], sparse, range(1, 60))) == 1
+    with pytest.raises(ValueError, match="no param_groups"):
+        build(optimizer=lambda model: object.__new__(type("Apex", (), {"__init__": None})))
+
+
+class EightBit(torch.optim.Optimizer):
+    """Momentum as codes of 0 to 255; the number 0 has code 127."""
+
+    def step(self):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state.setdefault(weight, {"state1": torch.full_like(weight, 127, dtype=torch.uint8)})
+                weight.data.sub_((state["state1"].float() - 127) * 1e-4)
+
+
+@pytest.mark.parametrize("regime", ["sst", "dst"])
+def test_eight_bit_moments_are_refused(regime):
+    model, optimizer, sparse = build(regime, optimizer=lambda model: EightBit(model.parameters(), {}))
+    train(model, [optimizer], sparse, range(1, 10))
+    with pytest.raises(ValueError, match="EightBit keeps state1 as codes.*32-bit"):
+        train(model, [optimizer], sparse, range(10, 12))
+    assert pruned_are_zero(sparse)
+    with pytest.raises(ValueError, match="as codes"):  # its state is there already
+        SparseTraining(model, optimizer, regime, 0.7, 100, 10)
+
+
+def overwrite(how, model, dense):
+    with torch.no_grad():
+        if how == "load":
+            model.load_state_dict(dense)
+        elif how == "initialize":
+            nn.init.normal_(model[2].weight)
+        elif how == "average":
+            torch._foreach_copy_(list(model.parameters()), [torch.ones_like(p) for p in model.parameters()])
+
+
+@pytest.mark.parametrize("how", ["load", "initialize", "average"])
+@pytest.mark.parametrize("regime", ["sst", "dst", "s2d", "d2s"])
+def test_weights_written_from_outside_are_cleared_and_reported_once(regime, how):
+    dense = mlp(6, 20, 20, 8, seed=3).state_dict()
+    for first in (1, 25):  # before the first step, and in training
+        model, optimizer, sparse = build(regime, schedule_start=0.0, schedule_end=0.03)  # all have pruned weights at 25
+        assert not train(model, [optimizer], sparse, range(1, first))
+        overwrite(how, model, dense)
+        told = train(model, [optimizer], sparse, range(first, first + 15))
+        if regime == "d2s" and first == 1 or regime == "s2d" and first == 25:
+            continue  # hardly anything is pruned
+        assert len(told) == 1 and "apply_masks()" in told[0] and pruned_are_zero(sparse)
+        overwrite(how, model, dense)
+        sparse.apply_masks()
+        assert pruned_are_zero(sparse) and not train(model, [optimizer], sparse, range(first + 15, first + 40))
+
+
+def test_parameters_that_the_optimizer_no_longer_trains_are_refused_until_it_is_set_anew():
+    def assign(model):
+        model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+
+    def replace(model):
+        model[2] = nn.Linear(20, 20)
+
+    for change in (assign, replace):
+        for regime in ("sst", "dst"):
+            model, optimizer, sparse = build(regime)
+            train(model, [optimizer], sparse, range(1, 5))
+            change(model)
+            with pytest.raises(ValueError, match="does not train [02].weight.*set_optimizer"):
+                train(model, [optimizer], sparse, range(5, 15))
+            optimizer = adamw(model)
+            sparse.set_optimizer(optimizer)
+            assert pruned_are_zero(sparse)  # a new layer was dense
+            before = model[2].weight.detach().clone()
+            assert not train(model, [optimizer], sparse, range(15, 30)) and pruned_are_zero(sparse)
+            assert not torch.equal(before, model[2].weight)
+
+
+def test_a_module_converted_afterwards_is_refused_where_a_pruned_weight_would_become_nan():
+    model, optimizer, sparse = build("sst")
+    model.half()
+    for _ in range(2):  # nor is it forgotten
+        with pytest.raises(ValueError, match="eps=1e-08 is 0 in torch.float16.*at least eps"):
+            sparse.update_topology(1)
+    model, optimizer, sparse = build("sst")
+    model.double()
+    sparse.update_topology(1)
+
+
+def test_a_layer_of_two_sparse_trainings_is_refused_for_the_older():
+    encoder, critic, actor = nn.Linear(6, 20), nn.Linear(20, 5), nn.Linear(20, 3)
+    parts = [nn.Sequential(encoder, nn.ELU(), head) for head in (critic, actor)]
+    first, second = (SparseTraining(part, adamw(part), "sst", 0.5, seed=1) for part in parts)
+    with pytest.raises(ValueError, match="0.weight is also masked by a SparseTraining built later: exclude"):
+        first.update_topology(1)
+    second.update_topology(1)
+    third = SparseTraining(parts[0], adamw(parts[0]), "sst", 0.5, exclude="0", seed=1)
+    third.update_topology(1), second.update_topology(2)
+    del second, third  # replaced ones do not count
+    SparseTraining(parts[0], adamw(parts[0]), "sst", 0.5, seed=1).update_topology(1)
+    copied = copy.deepcopy(SparseTraining(parts[0], adamw(parts[0]), "sst", 0.5, seed=1))
+    copied.update_topology(1)
+
+
+@pytest.fixture
+def two_processes():
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_need_one_seed(two_processes):
+    model = mlp(6, 20, 1)
+    with pytest.raises(ValueError, match="the same seed"):
+        SparseTraining(model, adamw(model), "sst", 0.5)
+    SparseTraining(model, adamw(model), "sst", 0.5, seed=1).update_topology(1)
+
+
+@pytest.mark.parametrize("regime", sparsity.REGIMES)
+def test_the_checks_read_from_the_device_only_at_changes_or_once_per_interval(regime, monkeypatch):
+    model, optimizer, sparse = build(regime)
+    plain, reads = sparsity._read, []
+    monkeypatch.setattr(sparsity, "_read", lambda *flags: reads.extend(flags) or plain(*flags))
+    steps = []
+    for step in range(1, 41):
+        reads.clear()
+        train(model, [optimizer], sparse, [step])
+        if reads:
+            steps.append(step)
+    assert steps == ([] if regime == "dense" else [10, 20, 30, 40])
+
+
+# ---- B. growth ranked by gradients that say nothing ----
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 0.0, None])
+@pytest.mark.parametrize("names", [("0.weight", "2.weight", "4.weight"), ("2.weight",)])
+def test_a_change_waits_for_a_usable_gradient(broken, names):
+    """The whole module, or one layer alone: the others change on time."""
+    model, optimizer, sparse = build()
+    train(model, [optimizer], sparse, range(1, 10))
+    before = masks(sparse)
+    for step in (10, 11):
+        backward(model, 6)
+        for name in names:
+            weight = model.get_parameter(name)
+            if broken is None:
+                weight.grad = None
+            elif broken == 0.0:
+                weight.grad.zero_()
+            else:
+                weight.grad[0, 0] = broken
+        assert sparse.is_update_step(step)
+        assert sparse.update_topology(step) == (step == 10 and len(names) == 1)
+        assert not set(moved(sparse, before)) & set(names) and len(moved(sparse, before)) == 3 - len(names)
+        sparse.load_state_dict(copy.deepcopy(sparse.state_dict()))  # also where it waits
+    first = masks(sparse)
+    assert not train(model, [optimizer], sparse, [12])
+    assert set(moved(sparse, first)) == set(names) and not sparse.is_update_step(13)
+    assert sparse.density() == pytest.approx(0.3, abs=1e-3) and pruned_are_zero(sparse)
+
+
+@pytest.mark.parametrize("regime, final", [("d2s", 0.3), ("s2d", 1.0)])
+def test_a_schedule_reaches_its_end_when_a_layer_had_to_wait(regime, final):
+    model, optimizer, sparse = build(regime, total_steps=50)
+    for step in range(1, 60):
+        backward(model, 6)
+        if step % 10 < 3:
+            model[2].weight.grad = None
+        sparse.update_topology(step)
+        sparse.mask_gradients()
+        optimizer.step()
+    assert sparse.density() == pytest.approx(final, abs=1e-3) and pruned_are_zero(sparse)
+
+
+def test_two_heads_that_take_turns_both_change():
+    model = nn.ModuleDict({"body": nn.Linear(6, 20), "one": nn.Linear(20, 10), "two": nn.Linear(20, 10)})
+    optimizer = adamw(model)
+    sparse = SparseTraining(model, optimizer, "dst", 0.7, 100, 10)
+    before = masks(sparse)
+    for step in range(1, 22):
+        optimizer.zero_grad()
+        model["one" if step % 2 else "two"](model["body"](torch.randn(8, 6)).tanh()).square().sum().backward()
+        sparse.after_backward(step)
+        optimizer.step()
+    assert set(moved(sparse, before)) == set(before)
+
+
+def test_a_layer_that_never_has_a_gradient_is_reported():
+    model, optimizer, sparse = build()
+    model[0].weight.register_hook(torch.zeros_like)
+    told = train(model, [optimizer], sparse, range(1, 50))
+    assert len(told) == 1 and re.search("0.weight stands still.*exclude the layer", told[0])
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_topology_after_masking_is_refused(clip, late):
+    model, optimizer, sparse = build()
+    with pytest.raises(RuntimeError, match="masked already.*after_backward"):
+        for step in range(1, 11):
+            backward(model, 6)
+            sparse.mask_gradients()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            if late:
+                optimizer.step()
+            sparse.update_topology(step)
+            if not late:
+                optimizer.step()
+    model, optimizer, sparse = build(grow="random")  # which gradients do not rank
+    backward(model, 6)
+    sparse.mask_gradients()
+    assert sparse.update_topology(10)
+
+
+@pytest.mark.parametrize("regime", ["dst", "d2s"])
+def test_the_right_order_is_not_refused_where_gradients_live_on(regime):
+    """Gradients zeroed in place, gradients added to masked ones, and clipped ones: `.grad` stays the same tensor."""
+    for zero in (True, False):
+        model, optimizer, sparse = build(regime, total_steps=50, schedule_start=0)
+        for step in range(1, 31):
+            if zero or step % 5 == 0:
+                optimizer.zero_grad(set_to_none=False)
+            (model(torch.randn(32, 6)) - torch.randn(32, 1)).square().mean().backward()
+            sparse.after_backward(step)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        assert set(sparse.last_update) == set(sparse.masks)
+
+
+def test_growth_without_information_does_not_depend_on_position():
+    torch.manual_seed(0)
+    model = nn.Linear(40, 400)
+    sparse = SparseTraining(model, adamw(model), "dst", 0.5, 100, 10, seed=1)
+    before = sparse.masks["weight"].clone()
+    model.weight.grad = torch.zeros(400, 40)
+    model.weight.grad[0] = 1.0  # one row alone has a gradient
+    assert sparse.update_topology(10)
+    rows = (sparse.masks["weight"] & ~before).nonzero()[:, 0]
+    assert len(rows) > 1000 and (rows == 0).sum() == (~before[0]).sum()
+    assert 0.45 < (rows[rows > 0] < 200).double().mean() < 0.55
+
+
+# ---- C. the step ----
+
+def test_any_count_of_updates_works_and_is_kept_as_a_plain_number():
+    plain = build(grow="random")
+    counted, growing = build(grow="random"), torch.tensor(0)
+    fresh, numbered = build(grow="random"), build(grow="random")
+    for step in range(1, 41):
+        growing += 1
+        kinds = ((plain, step), (counted, growing), (fresh, torch.tensor(float(step))), (numbered, np.int64(step)))
+        for (model, optimizer, sparse), kind in kinds:
+            torch.manual_seed(step)
+            train(model, [optimizer], sparse, [kind])
+    for model, _, sparse in (counted, fresh, numbered):
+        assert all(torch.equal(mask, plain[2].masks[name]) for name, mask in sparse.masks.items())
+        file = io.BytesIO()
+        torch.save(sparse.state_dict(), file)
+        file.seek(0)
+        assert torch.load(file, weights_only=True)["last_step"] == 40
+
+
+def test_settings_given_as_numpy_scalars_save_as_plain_numbers():
+    sparse = build(total_steps=np.int64(100), update_interval=np.int32(5), seed=np.int64(3), drop_fraction_start=np.float32(0.5),
+                   schedule_power=np.float64(2))[2]
+    file = io.BytesIO()
+    torch.save(sparse.state_dict(), file)
+    file.seek(0)
+    sparse.load_state_dict(torch.load(file, weights_only=True))
+
+
+def test_steps_that_cannot_be_counts_are_refused():
+    _, _, sparse = build("sst")
+    sparse.update_topology(5)
+    with pytest.raises(ValueError, match="step 1 comes after step 5.*not per epoch"):
+        sparse.update_topology(1)
+    assert sparse.last_step == 5 and not sparse.update_topology(5)
+    for step in (5.5, -1, float("nan"), torch.tensor(1, device="meta")):
+        with pytest.raises(ValueError, match="the step"):
+            sparse.update_topology(step)
+    build("dense")[2].update_topology(3)
+
+
+# ---- D. schedules ----
+
+def test_a_saved_schedule_is_not_continued_as_another():
+    _, _, sparse = build("d2s", total_steps=100)
+    state = sparse.state_dict()
+    for name, value in (("total_steps", 300), ("update_interval", 5), ("drop_fraction_start", 0.4), ("drop_fraction_end", 0.1),
+                        ("schedule_start", 0.1), ("schedule_end", 0.9), ("schedule_power", 3.0), ("grow", "random")):
+        other = build("d2s", **{"total_steps": 100} | {name: value})[2]
+        with pytest.raises(ValueError, match=f"{name}=.*delete state"):
+            other.load_state_dict(copy.deepcopy(state))
+        other.load_state_dict({key: part for key, part in state.items() if key != "schedule"})
+    model = mlp(6, 20, 20, 8)
+    with pytest.raises(ValueError, match="final=0.7"):
+        SparseTraining(model, adamw(model), "d2s", 0.8, 100, 10).load_state_dict(state)
+    # What a regime does not read may differ.
+    build("dst", schedule_power=3.0)[2].load_state_dict(build("dst")[2].state_dict())
+    build("sst", total_steps=7, update_interval=3)[2].load_state_dict(build("sst")[2].state_dict())
+
+
+@pytest.mark.parametrize("regime", sparsity.REGIMES)
+def test_a_state_of_the_first_version_loads_and_goes_on_exactly(regime):
+    model, optimizer, sparse = build(regime, total_steps=100)
+    train(model, [optimizer], sparse, range(1, 26))
+    old = {name: copy.deepcopy(sparse.state_dict()[name]) for name in ("regime", "last_step", "sparsity", "seed", "masks")}
+    other, other_optimizer, resumed = build(regime, total_steps=100, seed=2)
+    other.load_state_dict(model.state_dict())
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed.load_state_dict(old)
+    for step in range(26, 60):
+        for each in ((model, optimizer, sparse), (other, other_optimizer, resumed)):
+            torch.manual_seed(step)
+            assert not train(each[0], [each[1]], each[2], [step])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    if regime not in ("dense", "sst"):
+        assert resumed.movement() == sparse.movement()  # the first masks follow from the seed
+
+
+def test_a_topology_that_never_changes_is_reported():
+    model = mlp(6, 20, 20, 1)
+    for total, interval, options in ((600, 1000, {}), (1000, 1000, {}), (10, 5, {"drop_fraction_start": 0.001}),
+                                     (10, 5, {"drop_fraction_start": 0.0})):
+        with pytest.warns(RuntimeWarning, match="topology never changes, as in sst: lower update_interval"):
+            SparseTraining(model, adamw(model), "dst", 0.7, total, interval, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparseTraining(model, adamw(model), "dst", 0.7, 1999, 1000)
+        SparseTraining(model, adamw(model), "dst", 0.7, 10, 5, drop_fraction_start=0.0, drop_fraction_end=0.5)
+        SparseTraining(model, adamw(model), "dst", 0.0, 600, 1000)
+        for regime in ("sst", "s2d", "d2s"):  # the end of a schedule is a change
+            SparseTraining(model, adamw(model), regime, 0.7, 10, 50)
+
+
+def test_the_length_of_training_is_asked_for_where_it_matters():
+    model = mlp(6, 20, 20, 1)
+    for regime in sparsity.REGIMES:
+        if regime in ("dense", "sst"):
+            SparseTraining(model, adamw(model), regime).update_topology(5000)
+        else:
+            with pytest.raises(ValueError, match=f"{regime} needs total_steps"):
+                SparseTraining(model, adamw(model), regime)
+
+
+# ---- E. modules that changed, or that masks cannot follow ----
+
+def tie(model):
+    model[4].weight = model[2].weight
+
+
+def norm(model):
+    weight_norm(model[2])
+
+
+def prune_layer(model):
+    prune.random_unstructured(model[2], "weight", 0.5)
+
+
+def remove(model):
+    model[2] = nn.Identity()
+
+
+def resize(model):
+    model[2] = nn.Linear(20, 21)
+
+
+@pytest.mark.parametrize("change", [tie, norm, prune_layer, remove, resize])
+def test_a_changed_module_is_refused_in_words(change):
+    for call in (lambda sparse: sparse.mask_gradients(), lambda sparse: sparse.update_topology(1),
+                 lambda sparse: sparse.after_backward(10), lambda sparse: sparse.apply_masks(),
+                 lambda sparse: sparse.load_state_dict(sparse.state_dict())):
+        model, optimizer, sparse = build(sizes=(6, 20, 20, 20))
+        backward(model, 6)
+        change(model)
+        with pytest.raises(RuntimeError, match="[24].weight is gone or has another shape: its layer was"):
+            call(sparse)
+
+
+def test_sharded_and_lazy_and_other_tensors_are_refused_in_words(two_processes):
+    from torch.distributed._composable.fsdp import fully_shard
+    model = mlp(6, 20, 8)
+    sparse = SparseTraining(model, adamw(model), "sst", 0.5, seed=1)
+    fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
+    for call in (lambda: SparseTraining(model, adamw(model), "sst", 0.5, seed=1), lambda: sparse.update_topology(1)):
+        with pytest.raises(ValueError, match="is a DTensor.*DistributedDataParallel"):
+            call()
+    lazy = nn.Sequential(nn.LazyLinear(8))
+    with pytest.raises(ValueError, match="0.weight has no shape yet: first pass a batch"):
+        SparseTraining(lazy, adamw(lazy), "sst", 0.5, seed=1)
+
+
+class Gained(nn.Linear):
+    """A linear layer with a gain per unit."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight_gain = nn.Parameter(torch.ones(sizes[1]))
+
+
+class Noisy(nn.Module):
+    """Fortunato et al., with the names of one published version or another's."""
+
+    def __init__(self, n_in, n_out, mean="weight_mu", sigma="weight_sigma"):
+        super().__init__()
+        self.names = mean, sigma
+        for name in self.names:
+            setattr(self, name, nn.Parameter(torch.randn(n_out, n_in)))
+        self.bias_mu, self.bias_sigma = nn.Parameter(torch.zeros(n_out)), nn.Parameter(torch.ones(n_out))
+
+    def effective(self):
+        mean, sigma = (getattr(self, name) for name in self.names)
+        return mean + sigma * torch.randn_like(sigma)
+
+    def forward(self, x):
+        return F.linear(x, self.effective(), self.bias_mu)
+
+
+class NoisyLinear(nn.Linear):
+    """As another published version has it: a subclass of nn.Linear."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.sigma_weight = nn.Parameter(torch.full((sizes[1], sizes[0]), 0.017))
+
+    def effective(self):
+        return self.weight + self.sigma_weight * torch.randn_like(self.sigma_weight)
+
+    def forward(self, x):
+        return F.linear(x, self.effective(), self.bias)
+
+
+class Ensemble(nn.Module):
+    """n linear layers in one tensor: (n, batch, in) -> (n, batch, out)."""
+
+    def __init__(self, n, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n, n_out, n_in))
+        self.bias = nn.Parameter(torch.zeros(n, 1, n_out))
+
+    def forward(self, x):
+        return x @ self.weight.mT + self.bias
+
+
+def test_a_gain_per_unit_is_not_masked():
+    model = nn.Sequential(Gained(6, 20), nn.Linear(20, 8))
+    assert SparseTraining(model, adamw(model), "sst", 0.5).masks.keys() == {"0.weight", "1.weight"}
+    assert model[0].weight_gain.all()
+
+
+@pytest.mark.parametrize("layer", [Noisy, NoisyLinear, lambda *sizes: Noisy(*sizes, "mu_w", "sigma_w")])
+def test_noise_shares_the_mask_of_its_mean(layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(6, 20), nn.Tanh(), layer(20, 8))
+    optimizer = adamw(model)
+    sparse = SparseTraining(model, optimizer, "dst", 0.7, 100, 10, include=() if layer is NoisyLinear else Noisy)
+    assert len(sparse.masks) == 2 and sparse.density() == pytest.approx(0.3, abs=1e-2)
+    before = masks(sparse)
+    assert not train(model, [optimizer], sparse, range(1, 45)) and pruned_are_zero(sparse)
+    assert len(moved(sparse, before)) == 2
+    for mask, layer in zip(sparse.masks.values(), (model[0], model[2])):
+        assert torch.equal(layer.effective() != 0, mask)
+
+
+def test_the_optimizer_may_be_none_where_it_is_not_touched():
+    for regime in sparsity.REGIMES:
+        model = mlp(6, 20, 8)
+        if regime in ("dense", "sst"):
+            sparse = SparseTraining(model, None, regime, 0.5, update_interval=2)
+            for step in range(1, 5):
+                sparse.after_backward(step)
+            sparse.load_state_dict(sparse.state_dict())
+        else:
+            with pytest.raises(ValueError, match=f"{regime} resets the optimizer's state"):
+                SparseTraining(model, None, regime, 0.5, 100, 10)
