@@ -115,7 +115,12 @@ run_here() {
 # The GPUs at hand, by the names that CUDA knows.
 find_gpus() {
     if [[ ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        IFS=, read -r -a gpus <<<"$CUDA_VISIBLE_DEVICES"
+        local named gpu
+        IFS=, read -r -a named <<<"$CUDA_VISIBLE_DEVICES"
+        for gpu in ${named[@]+"${named[@]}"}; do
+            [[ $gpu =~ ^-|^NoDevFiles$ ]] && break  # CUDA ignores this entry and all that follow
+            gpus+=("$gpu")
+        done
     elif command -v nvidia-smi >/dev/null; then
         mapfile -t gpus < <(nvidia-smi -L | sed -n 's/^GPU.*UUID: \([^)]*\)).*/\1/p')
     fi

@@ -197,9 +197,11 @@ def test_a_sweep_prints_plain_commands(sweep):
 
 
 @pytest.mark.slow
-def test_a_sweep_takes_the_gpus_that_it_is_given(sweep):
-    status, output = sweep(*GRID, "--seeds", "1", CUDA_VISIBLE_DEVICES="3,5")
-    assert status == 0 and "2 at a time on 2 GPU(s)" in output and {rest[3] for _, rest in sweep.record("from")} == {"3", "5"}
+@pytest.mark.parametrize("visible, found", [("3,5", ["3", "5"]), ("4,-1,5", ["4"]), ("-1", []), ("", [])])
+def test_a_sweep_takes_the_gpus_that_it_is_given(visible, found, sweep):
+    status, output = sweep(*GRID, "--seeds", "1", CUDA_VISIBLE_DEVICES=visible)
+    assert status == 0 and f"{len(found)} GPU(s)" in output
+    assert {rest[3] for _, rest in sweep.record("from")} == set(found or [visible])
 
 
 # SLURM itself: authentication, a controller and one node of two cores on the loopback address, in a folder of their own.
