@@ -161,7 +161,7 @@ class Monitor:
 
     def report_io_errors(self):
         """A full disk does not stop a run. Each failure is reported once."""
-        for failure in {self.saved.checkpoints.failure, self.log.failure} - self.reported - {None}:
+        for failure in {self.saved.checkpoints.failure, *self.log.failures} - self.reported - {None}:
             self.reported.add(failure)
             self.bar.write(f"note: {failure}; the run continues")
 

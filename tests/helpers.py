@@ -302,6 +302,7 @@ class RecordedRun:
         self.note("write", table)
         self.rows.append((table, row))
 
+    failures = property(lambda self: [self.failure] if self.failure else [])
     on_encoder_update = lambda self, doing: None
 
 
