@@ -1,10 +1,10 @@
-"""Plasticity metrics: what goes wrong inside a network before its return does.
+"""Plasticity metrics: what goes wrong inside a network before its return drops.
 
-What it claims: each metric equals the definition it cites, for any `nn.Module`, ReLU or ELU, linear or convolution, at
-any size, and a metric that found nothing to measure is NaN, never 0.
+Guarantees: each metric equals the definition it cites, for any `nn.Module`, ReLU or ELU, linear or convolution,
+compiled or not, at any size; a metric with nothing to measure is NaN, never 0, and missing activations are reported.
 
 Paper: Figures 3, 7, 10 and 11 (SRank, dormant ratio) and Appendix A.1 (norms, gradient interference). This file needs
-torch alone; copy it into your project.
+only torch; copy it into your project.
 
     import torch
     import metrics
@@ -13,7 +13,7 @@ torch alone; copy it into your project.
     x = torch.randn(256, 8)
     with metrics.record_activations(model) as activations:
         model(x)
-    losses = model(x).square().mean(1)                                  # (256,): one loss a sample
+    losses = model(x).square().mean(1)                                  # (256,): one loss per sample
     losses.mean().backward()
     print("srank", metrics.srank(activations["1"]), "dormant", metrics.dormant_ratio(activations))
     print("norms", metrics.parameter_norm(model), metrics.gradient_norm(model))
@@ -22,11 +22,13 @@ torch alone; copy it into your project.
 """
 
 import contextlib
+import sys
+import warnings
 
 import torch
 import torch.nn as nn
 
-ACTIVATION_MODULES = (  # all of PyTorch's but the softmaxes, whose outputs are shares and not neurons
+ACTIVATION_MODULES = (  # all of PyTorch's except softmaxes, whose outputs are shares, not neurons
     nn.CELU, nn.ELU, nn.GELU, nn.GLU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU,
     nn.LogSigmoid, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus,
     nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink, nn.Threshold)
@@ -36,14 +38,16 @@ FEATURE_LAYERS = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.Mult
 
 @contextlib.contextmanager
 def record_activations(module):
-    """Within the block, fills a dict of layer name -> (rows, units): what left each activation of `module`.
+    """Within the block, fills a dict of layer name -> (rows, units): the outputs of `module`'s activation layers.
 
-    Units are what the layer before it counts: the channels of a convolution (each position is a row, then), the last
-    dimension otherwise. Read after the activation, for ELU as for ReLU, and copied, as later layers may work in place.
-    An activation that runs twice keeps its last output. Functions (`F.relu`) leave no trace: only modules do.
+    Units are the channels after a convolution (each position is then a row), and the last dimension otherwise. Outputs
+    are copied, since later layers may work in place. An activation that runs twice keeps its last output. Code that
+    `torch.compile` made runs uncompiled within the block: compiled code does not call hooks that were set later.
+
+    Functions (`F.relu`) cannot be recorded, only modules. A UserWarning if nothing was.
     """
     recorded, hooks = {}, []
-    # Number of dimensions -> which are the units, by the latest layer to put out as many. By default: as in images.
+    # Number of dimensions -> the units' dimension, by the latest layer whose output has as many. Default: as in images.
     unit_dim = {4: 1, 5: 1}
 
     def note_units(layer, _, output):
@@ -52,6 +56,7 @@ def record_activations(module):
             unit_dim[output.ndim] = -1 - len(layer.kernel_size) if isinstance(layer, CONVOLUTION) else -1
 
     for name, layer in module.named_modules():
+        name = name.replace("_orig_mod.", "")  # torch.compile's wrapper
         if isinstance(layer, (CONVOLUTION, *FEATURE_LAYERS)):
             hooks.append(layer.register_forward_hook(note_units))
         elif isinstance(layer, ACTIVATION_MODULES):
@@ -59,18 +64,25 @@ def record_activations(module):
                 units_last = torch.atleast_2d(output.detach().movedim(unit_dim.get(output.ndim, -1), -1))
                 recorded[name] = units_last.flatten(0, -2).clone()  # (rows, units)
             hooks.append(layer.register_forward_hook(keep))
+    # Without dynamo, which takes seconds to import, nothing is compiled.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
-        yield recorded
+        with eager:
+            yield recorded
     finally:
         for hook in hooks:
             hook.remove()
+    if not recorded:
+        warnings.warn(f"no activation of this {type(module).__name__} was recorded, so its dormant ratio is NaN: it "
+                      "did not run, or its activations are functions (F.relu) or scripted; use modules (nn.ReLU)",
+                      stacklevel=3)
 
 
 def srank(features, delta=0.01):
     """Stable rank: the smallest k whose k largest singular values reach 1 - δ of their sum (Kumar et al., 2021).
 
-    features: (batch, features), uncentred. At most min(batch, features): report that cap beside it.
-    Returns an int; 0 if all features are zero. NaN if there are none, or if one is not finite.
+    features: (batch, features), not centered. Returns an int, at most min(batch, features): report that maximum beside
+    it. 0 if all features are zero; NaN if there are none, or one is not finite.
     """
     features = features.detach().double()
     if features.numel() == 0 or not torch.isfinite(features).all():
@@ -78,21 +90,21 @@ def srank(features, delta=0.01):
     largest = features.abs().max()
     if largest == 0:
         return 0
-    # Of a matrix whose largest element is 1: singular values of 1e38 and their sum would overflow. By the eigenvalues of the
-    # smaller Gram matrix, a third of an SVD's time and on a GPU less: in float64 the values err by 1e-8 of the largest.
+    # Scaled to a largest element of 1, because the sum of singular values near 1e38 would overflow. The eigenvalues of
+    # the smaller Gram matrix take a third of an SVD's time; in float64 their roots are exact to 1e-8 of the largest.
     features = features / largest
     gram = features @ features.T if len(features) < features.shape[1] else features.T @ features
     shares = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0).cumsum(0)
-    # The smallest k with cumsum_k / sum >= 1 - δ. The slack keeps a sum that meets the bound exactly.
+    # The smallest k with cumsum_k / sum >= 1 - δ. The slack keeps a sum that equals the bound.
     return int((shares / shares[-1] < 1.0 - delta - 1e-9).sum()) + 1
 
 
 def dormant_ratio(activations, tau=0.025):
-    """Share of τ-dormant neurons: mean |activation| over the batch at most τ times the layer's mean (Sokar et al., 2023).
+    """Share of τ-dormant neurons: mean |activation| over the batch <= τ times the layer's mean (Sokar et al., 2023).
 
-    activations: dict of layer name -> (batch, units). A layer that is all zero is all dormant.
-    Returns (pooled over all neurons, dict of layer name -> ratio). A layer is NaN if it has no neuron, saw no batch or
-    holds an activation that is not finite; pooled is NaN if there is no neuron at all, or if a layer of them is NaN.
+    activations: dict of layer name -> (batch, units). A layer of zeros is all dormant.
+    Returns (ratio over all neurons, dict of layer name -> ratio). A layer is NaN if it has no neuron or no batch, or if
+    an activation is not finite; the first is NaN if there is no neuron at all, or if a layer with neurons is NaN.
     """
     dormant, per_layer, total = 0, {}, 0
     for name, activation in activations.items():
@@ -110,22 +122,22 @@ def parameter_norm(module):
 
 
 def gradient_norm(module):
-    """Euclidean norm of the gradients now in `.grad`; NaN if there is none."""
+    """Euclidean norm of the current `.grad`s; NaN if there is none."""
     return _norm([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
 
 
 def gradient_interference(gradients):
-    """Cosines between per-sample gradients: (samples, parameters) -> (samples, samples). NaN where a gradient is zero."""
+    """Cosines of per-sample gradients: (samples, parameters) -> (samples, samples). NaN where a gradient is zero."""
     return cosines(gradients.double() @ gradients.double().T)
 
 
 def gradient_gram(losses, parameters, masks=None, group_size=2 ** 24):
-    """Inner products between per-sample gradients, without ever holding all gradients.
+    """Inner products between per-sample gradients, without holding all gradients at once.
 
-    losses: (samples,) with their graph; parameters: the list to differentiate by; masks: for each parameter, a bool
-    tensor of what is trained, or None. Parameters are taken in groups of about `group_size` elements: all 32 gradients
-    at once would be 20 GB at 154 M parameters. A frozen parameter adds nothing.
-    Returns (samples, samples) in float64: `gradient_interference` of it is `cosines(gram)`. NaN if no parameter has a
+    losses: (samples,) with their graph. parameters: a list. masks: for each parameter a bool tensor, True where it is
+    trained, or None. Parameters are processed in groups of about `group_size` elements: all 32 gradients at once would
+    take 20 GB at 154 M parameters. Frozen parameters are skipped.
+    Returns (samples, samples) in float64; `cosines` of it is the gradient interference. NaN if no parameter has a
     gradient: all are frozen, there are none, or the losses do not depend on them.
     """
     masks = [None] * len(parameters) if masks is None else masks
@@ -134,7 +146,7 @@ def gradient_gram(losses, parameters, masks=None, group_size=2 ** 24):
     each = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
     found = False
     for group in _groups(trained, group_size):
-        # All samples in one backward pass, each with a gradient of its own.
+        # All samples in one backward pass, each with its own gradient.
         gradients = torch.autograd.grad(losses, [parameter for parameter, _ in group], grad_outputs=each,
                                         retain_graph=True, allow_unused=True, is_grads_batched=True)
         for (_, mask), gradient in zip(group, gradients):  # (samples, *parameter's shape)
@@ -143,19 +155,19 @@ def gradient_gram(losses, parameters, masks=None, group_size=2 ** 24):
             found = True
             rows = (gradient if mask is None else gradient.masked_fill(~mask, 0.0)).flatten(1)
             for part in rows.split(2 ** 16, dim=1):
-                part = part.double()  # float32 may be multiplied as tf32 or bfloat16, and has no squares below 1e-38
+                part = part.double()  # float32 products may be tf32 or bfloat16, and squares underflow at 1e-38
                 gram += part @ part.T
     return gram if found else gram.fill_(float("nan"))
 
 
 def cosines(gram):
-    """(samples, samples) inner products -> cosines. A zero gradient has no direction: its row and column are NaN."""
+    """(samples, samples) inner products -> cosines. The row and column of a zero gradient are NaN."""
     norm = gram.diagonal().clamp(min=0).sqrt()
     return gram / (norm.unsqueeze(0) * norm.unsqueeze(1))
 
 
 def interference_summary(cosine):
-    """(mean off-diagonal cosine, share of them below 0); samples without a gradient are left out; NaN if none is left."""
+    """(mean off-diagonal cosine, share below 0), without the samples whose gradient is zero; NaN if none is left."""
     off_diagonal = cosine[~torch.eye(len(cosine), dtype=torch.bool, device=cosine.device)]
     off_diagonal = off_diagonal[off_diagonal.isfinite()]
     if off_diagonal.numel() == 0:
@@ -166,14 +178,14 @@ def interference_summary(cosine):
 def module_metrics(module, features, activations, losses, masks=None):
     """Every metric of one module, by column name.
 
-    features: name -> (batch, ·) for SRank; activations: as `record_activations` gives them; losses: (samples,) with their
-    graph, for gradient interference; masks: parameter name -> bool tensor of what is trained, where that is not all.
-    What a module does not have (parameters, gradients, features) is NaN.
+    features: name -> (batch, units), for SRank. activations: from `record_activations`. losses: (samples,) with their
+    graph, for gradient interference. masks: parameter name -> bool tensor, True where a sparse parameter is trained.
+    NaN for whatever the module lacks: parameters, gradients, features or activations.
     """
     row = {}
     for name, values in features.items():
         row[f"srank_{name}"] = srank(values)
-        row[f"srank_{name}_max"] = min(values.shape)  # the rank that this batch could show at most
+        row[f"srank_{name}_max"] = min(values.shape)  # the largest rank that this batch can show
     row["dormant_ratio"], per_layer = dormant_ratio(activations)
     parameters = dict(module.named_parameters())
     gram = gradient_gram(losses, list(parameters.values()), [(masks or {}).get(name) for name in parameters])
@@ -191,7 +203,7 @@ def _norm(tensors):
 
 
 def _groups(items, group_size):
-    """Cuts (parameter, mask) pairs into runs of at most `group_size` elements; a larger parameter is a run of its own."""
+    """Splits (parameter, mask) pairs into groups of at most `group_size` elements; a larger one is its own group."""
     group, size = [], 0
     for item in items:
         if group and size + item[0].numel() > group_size:

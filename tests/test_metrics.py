@@ -13,9 +13,9 @@ import networks
 from tests.helpers import mlp
 
 
-def test_srank_against_published_values_and_a_naive_form():
+def test_srank_against_published_values_and_svd():
     assert metrics.srank(torch.diag(torch.tensor([50, 30, 15, 4, 0.9, 0.1]))) == 4
-    assert metrics.srank(torch.diag(torch.tensor([99.0, 1.0]))) == 1  # 99 % is reached exactly
+    assert metrics.srank(torch.diag(torch.tensor([99.0, 1.0]))) == 1  # exactly 99 %
     assert metrics.srank(torch.diag(0.5 ** torch.arange(10.0))) == 7
     torch.manual_seed(0)
     for rows, columns in ((16, 8), (8, 32), (40, 40)):
@@ -33,8 +33,8 @@ def test_srank_against_published_values_and_a_naive_form():
 
 
 def test_dormant_ratio_against_published_values():
-    layers = {"a": torch.tensor([[1.0, 0.0, 0.0, 4.0], [3.0, 0.0, 0.2, 0.0], [2.0, 0.0, 0.1, 2.0], [2.0, 0.0, 0.1, 2.0]]),
-              "b": torch.tensor([[0.0, 1.0]] * 4)}
+    rows = [[1.0, 0.0, 0.0, 4.0], [3.0, 0.0, 0.2, 0.0], [2.0, 0.0, 0.1, 2.0], [2.0, 0.0, 0.1, 2.0]]
+    layers = {"a": torch.tensor(rows), "b": torch.tensor([[0.0, 1.0]] * 4)}
     for tau, pooled, a in ((0.0, 2 / 6, 0.25), (0.025, 2 / 6, 0.25), (0.1, 3 / 6, 0.5)):
         ratio, per_layer = metrics.dormant_ratio(layers, tau)
         assert ratio == pytest.approx(pooled) and per_layer == {"a": a, "b": 0.5}
@@ -48,7 +48,7 @@ def test_dormant_ratio_against_published_values():
     assert math.isnan(pooled) and math.isnan(per_layer["unseen"])
 
 
-def test_activations_are_read_after_the_activation_in_every_layer():
+def test_outputs_of_all_activation_layers_are_recorded():
     model = networks.BlockMLP(4, 2, 8, num_blocks=2, activation="elu")
     x = torch.randn(16, 4)
     with metrics.record_activations(model) as recorded:
@@ -95,7 +95,7 @@ def test_channels_are_the_neurons_of_a_convolution(dims):
     with metrics.record_activations(model) as recorded:  # one sample, not in a batch
         model.act(model.conv(x[0]))
     assert metrics.dormant_ratio(recorded)[1] == {"act": 0.5} and recorded["act"].shape == (8 ** dims, 4)
-    with metrics.record_activations(model.act) as recorded:  # no layer that says: channels first in images, not in sequences
+    with metrics.record_activations(model.act) as recorded:  # default: channels first only in images
         model.act(x)
     assert recorded[""].shape[1] == (8 if dims == 1 else 2)
     model = nn.ModuleList([nn.Conv1d(2, 4, 3), nn.GRU(2, 5, batch_first=True), nn.ReLU()])
@@ -105,7 +105,7 @@ def test_channels_are_the_neurons_of_a_convolution(dims):
     assert recorded["2"].shape == (3 * 8, 5)
 
 
-def test_every_kind_of_activation_is_seen_and_what_follows_leaves_the_record_alone():
+def test_every_kind_of_activation_is_recorded_by_copy():
     others = {"MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
     for name in set(nn.modules.activation.__all__) - others:
         layer = getattr(nn, name)(*{"Threshold": (0.1, 0.0)}.get(name, ()))
@@ -120,57 +120,112 @@ def test_every_kind_of_activation_is_seen_and_what_follows_leaves_the_record_alo
             assert recorded[""].shape == expected.shape
 
 
-def test_norms_and_interference_against_naive_forms():
+@pytest.fixture
+def task():
+    """(model, losses of six samples with their graph, their gradients one after the other (6, parameters))."""
     model = mlp(5, 7, 3)
     x, y = torch.randn(6, 5), torch.randn(6, 3)
-    losses = (model(x) - y).square().mean(1)
     gradients = []
     for i in range(6):
         model.zero_grad()
         (model(x[i:i + 1]) - y[i:i + 1]).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    gradients = torch.stack(gradients)
+    return model, (model(x) - y).square().mean(1), torch.stack(gradients)
+
+
+def gram_of(losses, model, *rest, **options):
+    return metrics.gradient_gram(losses, list(model.parameters()), *rest, **options)
+
+
+def test_norms_against_naive_forms(task):
+    model, _, gradients = task
     assert metrics.gradient_norm(model) == pytest.approx(gradients[-1].norm().item(), rel=1e-5)
-    assert metrics.parameter_norm(model) == pytest.approx(
-        math.sqrt(sum(p.square().sum().item() for p in model.parameters())), rel=1e-5)
+    squares = sum(p.square().sum().item() for p in model.parameters())
+    assert metrics.parameter_norm(model) == pytest.approx(math.sqrt(squares), rel=1e-5)
+    model.zero_grad()
+    assert math.isnan(metrics.gradient_norm(model)) and math.isnan(metrics.parameter_norm(nn.ReLU()))
+
+
+def test_interference_against_a_naive_form(task):
+    model, losses, gradients = task
     cosine = F.cosine_similarity(gradients[:, None].double(), gradients[None].double(), dim=2)
     torch.testing.assert_close(metrics.gradient_interference(gradients), cosine, atol=1e-6, rtol=1e-5)
     for group_size in (1, 20, 10**6):  # however the layers are grouped
-        gram = metrics.gradient_gram(losses, list(model.parameters()), group_size=group_size)
+        gram = gram_of(losses, model, group_size=group_size)
         torch.testing.assert_close(metrics.cosines(gram), cosine, atol=1e-5, rtol=1e-4)
+    assert [len(group) for group in metrics._groups([(torch.zeros(5), None)] * 5, 10)] == [2, 2, 1]
     mean, negative = metrics.interference_summary(cosine)
     off = cosine[~torch.eye(6, dtype=torch.bool)]
-    assert (mean, negative) == (pytest.approx(off.mean().item()), pytest.approx((off < 0).double().mean().item()))
-    assert [len(group) for group in metrics._groups([(torch.zeros(5), None)] * 5, 10)] == [2, 2, 1]  # as many as fit
-    assert metrics.interference_summary(torch.tensor([[1, 0, -1], [0, 1, 0], [-1, 0, 1.0]])) == (pytest.approx(-1 / 3), pytest.approx(1 / 3))
+    assert mean == pytest.approx(off.mean().item()) and negative == pytest.approx((off < 0).double().mean().item())
+    summary = metrics.interference_summary(torch.tensor([[1, 0, -1], [0, 1, 0], [-1, 0, 1.0]]))
+    assert summary == (pytest.approx(-1 / 3), pytest.approx(1 / 3))
+    assert all(math.isnan(value) for value in metrics.interference_summary(torch.full((3, 3), float("nan"))))
+
+
+def test_interference_leaves_out_pruned_and_frozen_weights(task):
+    model, losses, gradients = task
     masks = [torch.rand(p.shape) < 0.5 for p in model.parameters()]
     masked = gradients * torch.cat([m.flatten() for m in masks])
-    torch.testing.assert_close(metrics.gradient_gram(losses, list(model.parameters()), masks), (masked @ masked.T).double(),
-                               atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(gram_of(losses, model, masks), (masked @ masked.T).double(), atol=1e-6, rtol=1e-4)
+    model[0].requires_grad_(False)
+    trained = gradients[:, 5 * 7 + 7:].double()
+    torch.testing.assert_close(gram_of(losses, model), trained @ trained.T, atol=1e-6, rtol=1e-4)
+
+
+def test_interference_is_summed_in_float64(task):
+    model, losses, gradients = task
     weight, data = torch.ones(3000, requires_grad=True), torch.randn(4, 3000)
     with torch.autocast("cpu", torch.bfloat16):  # whatever precision products have, as tf32 on a GPU
         gram = metrics.gradient_gram((data * weight).sum(1), [weight])
     torch.testing.assert_close(gram, data.double() @ data.double().T, atol=1e-9, rtol=0)
-    tiny = metrics.gradient_gram(losses * 1e-24, list(model.parameters()))  # whose squares float32 does not have
-    torch.testing.assert_close(metrics.cosines(tiny), cosine, atol=1e-5, rtol=1e-4)
-    model[0].requires_grad_(False)  # a frozen parameter adds nothing
-    losses = (model(x) - y).square().mean(1)
-    trained = gradients[:, 5 * 7 + 7:].double()
-    torch.testing.assert_close(metrics.gradient_gram(losses, list(model.parameters())), trained @ trained.T, atol=1e-6, rtol=1e-4)
-    model.zero_grad()
-    assert math.isnan(metrics.gradient_norm(model)) and math.isnan(metrics.parameter_norm(nn.ReLU()))
-    assert all(math.isnan(value) for value in metrics.interference_summary(torch.full((3, 3), float("nan"))))
-    for nothing in (model.requires_grad_(False), nn.ReLU(), mlp(5, 7, 3)):  # frozen; without parameters; not in the graph
+    tiny = gram_of(losses * 1e-24, model)  # their squares underflow in float32
+    torch.testing.assert_close(metrics.cosines(tiny), metrics.gradient_interference(gradients), atol=1e-5, rtol=1e-4)
+
+
+def test_a_metric_without_anything_to_measure_is_nan(task):
+    model, losses, _ = task
+    for nothing in (model.requires_grad_(False), nn.ReLU(), mlp(5, 7, 3)):  # frozen; no parameters; not in the graph
         row = metrics.module_metrics(nothing, {"z": torch.zeros(0, 4)}, {}, losses)
         assert all(math.isnan(row[key]) for key in ("srank_z", "dormant_ratio", "grad_cosine", "grad_norm"))
         assert math.isnan(row["parameter_norm"]) == (nothing.__class__ is nn.ReLU)
 
 
-def test_an_srank_is_capped_by_samples_and_by_features():
+@pytest.mark.parametrize("kind", ["torch.compile", "Module.compile", "function"])
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_compiled_networks_are_recorded(kind, ran_before):
+    """torch.compile ignores hooks that were set after its first call: the dormant ratio was NaN without a word."""
+    model, x = mlp(4, 8, 1), torch.randn(16, 4)
+    with metrics.record_activations(model) as expected:
+        model(x)
+    if kind == "Module.compile":
+        model.compile(backend="aot_eager")
+    call = model if kind == "Module.compile" else torch.compile(
+        model if kind == "torch.compile" else lambda x: model(x), backend="aot_eager")
+    if ran_before:
+        call(x)
+    with metrics.record_activations(call if kind == "torch.compile" else model) as recorded:
+        call(x)
+    assert recorded.keys() == expected.keys() == {"1"}
+    torch.testing.assert_close(recorded["1"], expected["1"])
+
+
+def test_a_network_without_recorded_activations_is_reported():
+    class Functional(nn.Linear):
+        def forward(self, x):
+            return F.relu(super().forward(x))
+
+    model = Functional(4, 4)
+    with pytest.warns(UserWarning, match="no activation of this Functional was recorded, so its dormant ratio is NaN"):
+        with metrics.record_activations(model) as recorded:
+            model(torch.ones(2, 4))
+    assert recorded == {}
+
+
+def test_srank_max_is_the_smaller_of_samples_and_features():
     row = metrics.module_metrics(nn.ReLU(), {"wide": torch.randn(5, 8), "tall": torch.randn(8, 5)}, {}, torch.ones(2))
     assert row["srank_wide_max"] == row["srank_tall_max"] == 5
 
 
-def test_dormant_scores_of_bfloat16_activations_are_means_in_float32():
+def test_dormant_scores_of_bfloat16_are_float32_means():
     layer = torch.tensor([[1.0, 1.0], [1.0078125, 1.0]]).bfloat16()  # the mean between two neighbours is neither
     assert metrics.dormant_ratio({"a": layer}, tau=1.0)[0] == 0.5
