@@ -324,7 +324,7 @@ def provenance():
     here = os.path.dirname(os.path.abspath(__file__))
     return {"command": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "commit": _commit(here),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in (
-                "torch", "numpy", "dm_control", "mujoco")},
+                "torch", "numpy", "dm_control", "mujoco", "gymnasium")},
             "system": platform.platform(), "processor": _processor(), "cores": os.cpu_count(),
             "environment": {name: value for name, value in sorted(os.environ.items())
                             if name.startswith(RECORDED_VARIABLES)}}

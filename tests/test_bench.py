@@ -61,7 +61,7 @@ def test_the_benchmarks_own_factors(algo, monkeypatch):
             return 1.0
 
     monkeypatch.setattr(bench, "Clock", Clock)
-    monkeypatch.setattr(torch, "mm", lambda a, b: a), monkeypatch.setattr(fast, "product", lambda a, b: a)
+    monkeypatch.setattr(torch, "mm", lambda a, b: a), monkeypatch.setattr(fast, "onednn_linear", lambda a, b: a)
     (row,) = bench.bench_scale(0.05, bench.Args(algo=algo, variants=["mst"], env="cartpole-swingup", steps=3), torch.device("cpu"))
     often = {"mrq": 1, "sac": 2}[algo]
     refresh, encoder = (1 / 250, 1) if algo == "mrq" else ("", "")
@@ -134,7 +134,7 @@ def test_a_clock_on_cuda_waits_for_the_device_before_and_after(monkeypatch):
 @pytest.mark.parametrize("precision, pays, taken", [("fp32", True, "onednn"), ("fp32", False, "mm"), ("bf16", True, "mm")])
 def test_a_floor_is_measured_with_the_product_that_an_agent_takes(precision, pays, taken, monkeypatch):
     used = set()
-    monkeypatch.setattr(torch, "mm", lambda a, b: used.add("mm")), monkeypatch.setattr(fast, "product", lambda a, b: used.add("onednn"))
+    monkeypatch.setattr(torch, "mm", lambda a, b: used.add("mm")), monkeypatch.setattr(fast, "onednn_linear", lambda a, b: used.add("onednn"))
     monkeypatch.setattr(fast, "use_onednn", lambda: pays)
     bench.rates(torch.device("cpu"), precision)
     assert used == {taken}

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import re
+import shutil
 import warnings
 
 import numpy as np
@@ -15,16 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime import fast
 
 import train
-from agents import AGENTS
 from replay import ReplayBuffer
-from mrq import MR_DEFAULT
 from settings import parse, run_name
-from tests.helpers import REPLAY_AGENTS, filled, regimes_dense, tiny, tiny_of
+from tests.helpers import REPLAY_AGENTS, regimes_dense, tiny, tiny_of
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Fails on every operation that makes the host wait for the device: reading a value, or a shape that depends on one, or
-    a copy between the two that does not say that nobody waits for it."""
+    """Fails on every operation that makes the host wait for the device: reading a value or a shape that depends on one,
+    or a blocking copy between the two."""
     FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
                  "aten::_unique2", "aten::bincount", "aten::repeat_interleave.Tensor",
                  "aten::kthvalue"}  # waits for nothing, but has one thread block a call: 0.7 s for 100 M elements
@@ -33,12 +32,13 @@ class NoSynchronisation(TorchDispatchMode):
         by_mask = function.name().startswith("aten::index") and any(
             torch.is_tensor(i) and i.dtype == torch.bool for i in (arguments[1] if len(arguments) > 1 and
                                                                    isinstance(arguments[1], (list, tuple)) else ()))
-        assert function.name() not in self.FORBIDDEN and not by_mask, f"{function.name()} synchronises"
+        assert function.name() not in self.FORBIDDEN and not by_mask, f"{function.name()} synchronizes"
         if function.name() in ("aten::copy_", "aten::_to_copy"):
             options = options or {}
-            to = arguments[0].device if function.name() == "aten::copy_" else options.get("device") or arguments[0].device
+            copies = function.name() == "aten::copy_"
+            to = arguments[0].device if copies else options.get("device") or arguments[0].device
             waits = not (options.get("non_blocking") or arguments[2:3] == (True,))
-            assert not (waits and to != arguments[function.name() == "aten::copy_"].device), f"{function.name()} synchronises"
+            assert not (waits and to != arguments[copies].device), f"{function.name()} synchronizes"
         return function(*arguments, **(options or {}))
 
 
@@ -47,20 +47,20 @@ class NoNumbers(NoSynchronisation):
     FORBIDDEN = NoSynchronisation.FORBIDDEN | {"aten::scalar_tensor"}
 
 
-@pytest.mark.parametrize("algo, growth", [("mrq", "gradient"), ("mrq", "random"), ("sac", "gradient"), ("ddpg", "random"),
-                                          ("mrsac", "gradient")])
+@pytest.mark.parametrize("algo, growth", [("mrq", "gradient"), ("mrq", "random"), ("sac", "gradient"),
+                                          ("ddpg", "random"), ("mrsac", "gradient")])
 @pytest.mark.slow
 def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
     modules = regimes_dense(algo, *(("s2d", "dst", "d2s") if algo in ("mrq", "mrsac") else ("dst", "d2s")))
     agent, buffer = tiny_of(algo, modules)
     for sparse in agent.sparse.values():
         sparse.grow = growth
-    with NoSynchronisation():  # bursts, targets, scales, topology updates and the fused optimisers among them
+    with NoSynchronisation():  # bursts, targets, scales, topology updates and the fused optimizers among them
         for _ in range(9):
             agent.update()
-        with pytest.raises(AssertionError, match="synchronises"):
+        with pytest.raises(AssertionError, match="synchronizes"):
             agent.info["critic_loss"].mean().item()
-        with pytest.raises(AssertionError, match="synchronises"):
+        with pytest.raises(AssertionError, match="synchronizes"):
             buffer.priority[buffer.priority > 0]
 
     # Tensors on "meta" have no values at all: whoever asks for one, or mixes in a tensor of the host, fails.
@@ -74,13 +74,13 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
         for step in range(60):
             with NoNumbers():
                 agent.update_obs_stats(np.ones(4, np.float32))
-            with pytest.raises(AssertionError, match="_to_copy synchronises"):  # the action: all that is ever read
+            with pytest.raises(AssertionError, match="_to_copy synchronizes"):  # the action: all that is ever read
                 agent.act(np.ones(4, np.float32), explore=True)
             if step < 9:
                 agent.update()
             with NoNumbers():
                 buffer.add(np.ones(4), np.ones(2), 0.5, np.ones(4), step % 50 == 19, step % 50 == 49)
-        with NoNumbers(), pytest.raises(AssertionError, match="synchronises"):
+        with NoNumbers(), pytest.raises(AssertionError, match="synchronizes"):
             buffer.reward[3] = 1.0
     with pytest.raises(RuntimeError):
         agent.info["critic_loss"].mean().item()
@@ -88,18 +88,20 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched, views left out; an optimiser's step counts as the one operation that moves the weights."""
+    """Counts dispatched operations except views; an optimizer's step counts as one."""
     count, UNCOUNTED = 0, ("aten::_unsafe_view", "aten::_foreach_add_.Scalar", "aten::_foreach_sub_.List", "profiler::")
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        views = any(result.alias_info is not None and not result.alias_info.is_write for result in function._schema.returns)
+        views = any(result.alias_info is not None and not result.alias_info.is_write
+                    for result in function._schema.returns)
         self.count += not views and not function.name().startswith((*self.UNCOUNTED, "aten::detach"))
         return function(*arguments, **(options or {}))
 
 
-def test_an_agent_step_stays_small():
-    """Each operation costs the host some microseconds, and a GPU more than most of them take. The depth decides, not the width."""
-    agent, buffer = tiny(), filled()
+def test_an_update_launches_few_operations():
+    """Each launch costs microseconds, on a GPU more than most operations take. The number depends on depth, not width.
+    """
+    agent = tiny()
     agent.refresh_targets()
     agent.update()
     with Operations() as operations:
@@ -183,7 +185,8 @@ def weights_of(agent):
 
 def moved_by_updates(agent, buffer):
     """Every tensor that an update writes."""
-    moments = [value for optimizer in agent.optimizers.values() for state in optimizer.state.values() for value in state.values()]
+    moments = [value for optimizer in agent.optimizers.values() for state in optimizer.state.values()
+               for value in state.values()]
     masks = [mask for sparse in agent.sparse.values() for mask in sparse.masks.values()]
     return [*weights_of(agent), *moments, *masks, *agent.tensors().values(), buffer.priority, buffer.max_priority]
 
@@ -193,11 +196,12 @@ def distance(one, other):
 
 
 @needs_cuda
-@pytest.mark.parametrize("precision, compile", [("fp32", False), ("tf32", False), ("bf16", False), ("tf32", True), ("bf16", True)])
+@pytest.mark.parametrize("precision, compile", [("fp32", False), ("tf32", False), ("bf16", False), ("tf32", True),
+                                                ("bf16", True)])
 @pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_cuda_captured_updates_equal_eager_ones(algo, precision, compile):
-    """1,000 updates, 16 topology changes among them, in rounds of 50 that begin alike, so that rounding does not add up. The
-    same noise and draws at every update, what a frozen generator would give, end 0.5 to 2 times that way apart."""
+    """1,000 updates with 16 topology changes, in rounds of 50 that start alike, so that rounding does not add up.
+    With a frozen generator (the same draws at every update) they would end 0.5 to 2 times a round's distance apart."""
     (eager, one), (graphed, other) = on_gpu(algo, precision, captured=False), on_gpu(algo, precision, compile)
     for number in range(20):
         before = [weight.detach().clone() for weight in weights_of(eager)]
@@ -264,7 +268,7 @@ def test_cuda_resume_and_evaluation_between_replays_change_nothing(algo):
     assert distance(weights_of(plain), weights_of(watched)) == 0
     resumed, third = on_gpu(algo, captured=False)[0], copy.deepcopy(one)
     resumed.load_state_dict(copy.deepcopy(plain.state_dict()))
-    fast.captured(resumed)  # after loading, which replaces the optimisers' tensors
+    fast.captured(resumed)  # after loading, which replaces the optimizers' tensors
     before = [weight.detach().clone() for weight in weights_of(plain)]
     for agent, buffer in ((plain, one), (resumed, third)):
         torch.manual_seed(1)
@@ -274,31 +278,34 @@ def test_cuda_resume_and_evaluation_between_replays_change_nothing(algo):
 
 
 @pytest.mark.skipif(not fast.onednn_available(), reason="this PyTorch or processor has no use for oneDNN's products")
-def test_onednn_products_equal_pytorchs_own(monkeypatch):
+def test_onednn_products_equal_pytorchs(monkeypatch):
     torch.manual_seed(0)
-    calls, product = [], fast.product
-    monkeypatch.setattr(fast, "product", lambda *arguments: (calls.append(1), product(*arguments))[1])
+    calls, product = [], fast.onednn_linear
+    monkeypatch.setattr(fast, "onednn_linear", lambda *arguments: (calls.append(1), product(*arguments))[1])
     for rows, inputs, outputs, bias in ((256, 128, 130, True), (3, 700, 40, False), (1, 200, 200, True)):
         layer, x = nn.Linear(inputs, outputs, bias), torch.randn(rows, 2 * inputs)[:, ::2].requires_grad_()  # with gaps
-        expected, ours = layer(x), fast.linear(layer, x)
+        expected, ours = layer(x), fast.onednn_forward(layer, x)
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-        for factor in (torch.randn(rows, outputs), torch.ones(()), torch.randn(rows, 2 * outputs)[:, ::2]):  # whatever comes back
-            gradients = [torch.autograd.grad((y * factor).sum(), [x, *layer.parameters()], retain_graph=True) for y in (ours, expected)]
+        # Whatever layout comes back: dense, expanded, with gaps.
+        for factor in (torch.randn(rows, outputs), torch.ones(()), torch.randn(rows, 2 * outputs)[:, ::2]):
+            gradients = [torch.autograd.grad((y * factor).sum(), [x, *layer.parameters()], retain_graph=True)
+                         for y in (ours, expected)]
             torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
         calls.clear()
-        fast.linear(layer, x.detach()).sum().backward()
+        fast.onednn_forward(layer, x.detach()).sum().backward()
         layer.requires_grad_(False)
-        fast.linear(layer, x).sum().backward()
-        assert x.grad is not None and len(calls) == 2 + 2  # no product for who asks no gradient
-        assert torch.equal(fast.linear(layer, x[0]), F.linear(x[0], layer.weight, layer.bias))  # not a batch
-        torch.testing.assert_close(fast.linear(layer.double(), x.double()), layer(x.double()))
+        fast.onednn_forward(layer, x).sum().backward()
+        assert x.grad is not None and len(calls) == 2 + 2  # no product for a gradient that is not needed
+        assert torch.equal(fast.onednn_forward(layer, x[0]), F.linear(x[0], layer.weight, layer.bias))  # not a batch
+        torch.testing.assert_close(fast.onednn_forward(layer.double(), x.double()), layer(x.double()))
 
 
-def test_onednn_pays_on_amds_processors_with_avx512_alone(monkeypatch):
+def test_onednn_is_used_only_on_amd_with_avx512(monkeypatch):
     monkeypatch.setattr(fast, "onednn_available", lambda: True)
     said = {}
     for vendor in ("AuthenticAMD", "GenuineIntel"):
-        monkeypatch.setattr(fast, "open", lambda path: io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n"), raising=False)
+        monkeypatch.setattr(fast, "open", lambda path: io.StringIO(f"processor\t: 0\nvendor_id\t: {vendor}\n"),
+                            raising=False)
         for capability in ("AVX512", "AVX2", "DEFAULT"):
             monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
             said[vendor, capability] = fast.use_onednn.__wrapped__()
@@ -307,13 +314,15 @@ def test_onednn_pays_on_amds_processors_with_avx512_alone(monkeypatch):
 
 @pytest.mark.skipif(not fast.onednn_available(), reason="this PyTorch or processor has no use for oneDNN's products")
 @pytest.mark.parametrize("algo", ["mrq", "sac"])
-def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
-    calls, product = [], fast.product
+def test_wide_layers_use_onednn_with_equal_updates(algo, monkeypatch):
+    calls, product = [], fast.onednn_linear
     monkeypatch.setattr(fast, "use_onednn", lambda: True)  # whatever the processor
-    monkeypatch.setattr(fast, "product", lambda x, weight, bias=None: (calls.append(weight.shape), product(x, weight, bias))[1])
+    monkeypatch.setattr(fast, "onednn_linear", lambda x, weight, bias=None: (
+        calls.append(weight.shape), product(x, weight, bias))[1])
     monkeypatch.setattr(fast, "ONEDNN_MIN_WEIGHTS", 256)
     (plain, buffer), (agent, other) = tiny_of(algo), tiny_of(algo)
-    layers = [layer for network in (*agent.networks.values(), *agent.targets.values()) for layer in network.modules() if isinstance(layer, nn.Linear)]
+    layers = [layer for network in (*agent.networks.values(), *agent.targets.values()) for layer in network.modules()
+              if isinstance(layer, nn.Linear)]
     assert any(layer.weight.numel() == fast.ONEDNN_MIN_WEIGHTS for layer in layers)
     fast.speed_up(agent, "fp32")
     assert all(("forward" in vars(layer)) == (layer.weight.numel() >= fast.ONEDNN_MIN_WEIGHTS) for layer in layers)
@@ -323,7 +332,8 @@ def test_wide_layers_use_onednn_and_update_alike(algo, monkeypatch):
             one.update()
     assert calls and all(shape.numel() >= 256 or 16 in shape for shape in calls)  # products of gradients have the batch
     for name, network in plain.networks.items():
-        torch.testing.assert_close(list(network.parameters()), list(agent.networks[name].parameters()), rtol=1e-3, atol=1e-5)
+        other = agent.networks[name]
+        torch.testing.assert_close(list(network.parameters()), list(other.parameters()), rtol=1e-3, atol=1e-5)
     calls.clear()
     for precision, available in (("bf16", True), ("fp32", False)):
         monkeypatch.setattr(fast, "use_onednn", lambda: available)
@@ -344,8 +354,9 @@ def test_devices_and_precisions_by_name(monkeypatch):
     chosen = []
     for name, answer in (("is_available", lambda: True), ("device_count", lambda: 2), ("set_device", chosen.append)):
         monkeypatch.setattr(torch.cuda, name, answer)
-    assert fast.resolve_device("auto") == torch.device("cuda") and fast.resolve_device("cuda:1") == cuda and chosen == [cuda]
-    with pytest.raises(ValueError, match="this machine has 2 CUDA devices"):
+    assert fast.resolve_device("auto") == torch.device("cuda")
+    assert fast.resolve_device("cuda:1") == cuda and chosen == [cuda]
+    with pytest.raises(ValueError, match="there are 2 CUDA devices"):
         fast.resolve_device("cuda:2")
     for precision, setting in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
         fast.set_precision(precision)
@@ -361,18 +372,20 @@ def test_the_compiler_is_tried_on_the_device_itself(monkeypatch):
         assert re.search(needed, fast.compile_error(torch.device(device)))
 
 
-def test_auto_compiles_long_runs_on_the_cpu_where_that_pays_and_works(monkeypatch):
+def test_compile_auto_on_cpu(monkeypatch):
     cpu, trouble = torch.device("cpu"), [None]
     monkeypatch.setattr(fast, "compile_error", lambda device: trouble[0])
     chosen = lambda *flags, begun=None: train.resolve_compile(parse([*flags]), cpu, begun)
-    long, short = ("--total-steps", "11000", "--learning-starts", "1000"), ("--total-steps", "10999", "--learning-starts", "1000")
+    long, short = (("--total-steps", steps, "--learning-starts", "1000") for steps in ("11000", "10999"))
     for algo, pays in (("mrq", True), ("mrsac", True), ("sac", False), ("ddpg", False)):
         assert chosen("--algo", algo, *long)[0] == pays and not chosen("--algo", algo, *short)[0]
-        assert chosen("--algo", algo, *short, "--compile", "on")[0] and not chosen("--algo", algo, *long, "--compile", "off")[0]
+        assert chosen("--algo", algo, *short, "--compile", "on")[0]
+        assert not chosen("--algo", algo, *long, "--compile", "off")[0]
     assert "--compile off" in "".join(chosen(*long)[1]) and chosen(*short)[1] == []
-    # A run goes on as it was begun, whatever "auto" would say now; older ones do not say, and were not compiled.
+    # A resumed run keeps its choice, whatever "auto" would be now; old configs have none, and were not compiled.
     for begun, goes_on in (({"compiled": True}, True), ({"compiled": False}, False), ({"seed": 0}, False),
-                           ({"compile": "auto"}, False), ({"compile": "on"}, True), ({"compile": "on", "compiled": False}, False)):
+                           ({"compile": "auto"}, False), ({"compile": "on"}, True),
+                           ({"compile": "on", "compiled": False}, False)):
         assert all(chosen(*flags, begun=begun)[0] == goes_on for flags in (long, short))
     assert chosen(*short, "--compile", "on", begun={"compiled": False})[0]
     trouble[0] = "no compiler"
@@ -382,13 +395,14 @@ def test_auto_compiles_long_runs_on_the_cpu_where_that_pays_and_works(monkeypatc
 
 
 @pytest.mark.slow
-def test_a_run_is_compiled_as_auto_says_and_goes_on_so(tmp_path, monkeypatch):
-    """From the flag to the agent, the config and the run that is continued."""
+def test_a_resumed_run_keeps_its_compile_choice(tmp_path, monkeypatch):
+    """From the flag to the agent, the config and the resumed run."""
     built, build_agent = [], train.build_agent
-    monkeypatch.setattr(train, "build_agent", lambda args, *rest: built.append(args.compile) or build_agent(args, *rest))
+    monkeypatch.setattr(train, "build_agent", lambda args, *rest: (
+        built.append(args.compile) or build_agent(args, *rest)))
     monkeypatch.setattr(fast, "compile_error", lambda device: None)
-    args = parse(["--env", "cartpole-swingup", "--total-steps", "10100", "--learning-starts", "100", "--width-scale", "0.05",
-                  "--runs", str(tmp_path), "--resume", "--device", "cpu"])
+    args = parse(["--env", "cartpole-swingup", "--total-steps", "10100", "--learning-starts", "100",
+                  "--width-scale", "0.05", "--runs", str(tmp_path), "--resume", "--device", "cpu"])
     folder = tmp_path / run_name(args)
     for compiled in (True, False):
         monkeypatch.setattr(train, "compiling_pays", lambda args: compiled)
@@ -398,7 +412,7 @@ def test_a_run_is_compiled_as_auto_says_and_goes_on_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("algo", ["sac", "ddpg"])
-def test_targets_are_masked_anew_when_topology_changes_and_not_otherwise(algo):
+def test_targets_are_masked_only_when_topology_changes(algo):
     agent, buffer = tiny_of(algo, interval=3, seed=2)
     assert sorted(sparse.seed for sparse in agent.sparse.values()) == [2000, 2001]  # the same masks in every version
     masked, apply_masks = [], agent.sparse["critic"].apply_masks
@@ -409,40 +423,21 @@ def test_targets_are_masked_anew_when_topology_changes_and_not_otherwise(algo):
 
 
 @pytest.mark.parametrize("proven", [False, True])
-def test_auto_compiles_and_captures_on_cuda_once_that_is_proven(proven, monkeypatch):
+def test_compile_and_graphs_auto_on_cuda(proven, monkeypatch):
     monkeypatch.setattr(fast, "CUDA_TESTED", proven)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    for flags, device, chosen, named in ((("auto", "auto"), cpu, [False, False], []), (("on", "off"), cuda, [True, False], []),
-                                         (("auto", "auto"), cuda, [proven, proven], [] if proven else ["--compile", "--cuda-graphs"]),
-                                         (("on", "auto"), cuda, [True, proven], [] if proven else ["--cuda-graphs"])):
+    for flags, device, chosen, named in (
+            (("auto", "auto"), cpu, [False, False], []), (("on", "off"), cuda, [True, False], []),
+            (("auto", "auto"), cuda, [proven, proven], [] if proven else ["--compile", "--cuda-graphs"]),
+            (("on", "auto"), cuda, [True, proven], [] if proven else ["--cuda-graphs"])):
         *told, notes = fast.resolve_speed(*flags, device)
-        assert told == chosen and len(notes) == bool(named) and all((flag in "".join(notes)) == (flag in named) for flag in ("--compile", "--cuda-graphs"))
-
-
-def test_bfloat16_keeps_weights_moments_losses_and_q_in_float32():
-    agent, plain, buffer = tiny(MR_DEFAULT), tiny(MR_DEFAULT), filled()
-    fast.speed_up(agent, "bf16")
-    batch = buffer.sample(64)
-    zs = plain.encode(batch.obs[:, 0])
-    for name, arguments in (("encoder_loss", (batch, torch.ones(()))), ("critic_loss", (batch, zs)), ("actor_loss", (zs,))):
-        torch.manual_seed(0)
-        exact = getattr(plain, name)(*arguments)[0]
-        torch.manual_seed(0)
-        rounded = getattr(agent, name)(*arguments)[0]
-        assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)  # something was rounded ...
-        torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)  # ... and not too much
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert agent.critic(torch.randn(3, 16)).dtype == torch.float32
-    for _ in range(5):
-        agent.update()
-    for network, optimizer in zip(agent.networks.values(), agent.optimizers.values()):
-        assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters())
-        assert all(v.dtype == torch.float32 for state in optimizer.state.values() for v in state.values())
+        assert told == chosen and len(notes) == bool(named)
+        assert all((flag in "".join(notes)) == (flag in named) for flag in ("--compile", "--cuda-graphs"))
 
 
 @pytest.mark.parametrize("algo", ["mrq", "sac"])
 def test_bfloat16_copies_follow_their_weights(algo):
-    (agent, buffer), other = tiny_of(algo), tiny_of(algo, seed=9)[0]
+    agent, other = tiny_of(algo)[0], tiny_of(algo, seed=9)[0]
     for one in (agent, other):
         fast.speed_up(one, "bf16")
     for _ in range(5):  # targets, a topology change
@@ -455,13 +450,14 @@ def test_bfloat16_copies_follow_their_weights(algo):
                 if isinstance(layer, nn.Linear) and layer not in one.float32_layers():
                     x = torch.randn(3, layer.in_features)
                     with torch.autocast("cpu", dtype=torch.bfloat16):
-                        assert torch.equal(layer(x), F.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()))
+                        expected = F.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16())
+                        assert torch.equal(layer(x), expected)
                     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))  # acting is not rounded
                     checked += 1
     assert checked > 20
 
 
-def test_gradients_of_a_weight_used_often_add_up_in_float32():
+def test_gradients_of_a_reused_weight_are_summed_in_float32():
     """300 equal parts: a bfloat16 sum stops growing at 256 times one of them."""
     layer = nn.Linear(8, 8)
     x, copies = torch.ones(2, 8, requires_grad=True), (layer.weight.bfloat16(), layer.bias.bfloat16())
@@ -470,101 +466,124 @@ def test_gradients_of_a_weight_used_often_add_up_in_float32():
     torch.testing.assert_close(x.grad, 300 * copies[0].float().sum(0).expand(2, 8), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("algo", ["sac", "ddpg", "mrsac"])
-def test_bfloat16_keeps_what_a_policy_and_a_q_need(algo):
-    (agent, one_buffer), (plain, other_buffer) = tiny_of(algo, seed=1), tiny_of(algo, seed=1)
-    fast.speed_up(agent, "bf16")
-    for one, buffer in ((agent, one_buffer), (plain, other_buffer)):
-        torch.manual_seed(0)
-        one.update()
-    for name in ("critic_loss", "actor_loss", "q"):
-        value, exact = agent.info[name], plain.info[name]
-        assert value.dtype == torch.float32 and (value != exact).any() and value.mean().item() == pytest.approx(exact.mean().item(), rel=0.1, abs=0.1)
-    x = torch.randn(3, agent.networks["actor"].output.in_features)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert agent.critic(torch.randn(3, 4), torch.randn(3, 2)).dtype == torch.float32 if algo != "mrsac" else True
-        assert agent.actor.output(x).dtype == (torch.bfloat16 if algo == "ddpg" else torch.float32)
-        assert algo != "sac" or agent.actor.log_std(x).dtype == torch.float32
-    assert all(p.dtype == p.grad.dtype == torch.float32 for network in agent.networks.values() for p in network.parameters())
-
-
-@pytest.mark.parametrize("algo", REPLAY_AGENTS)
-def test_every_head_is_computed_in_float32(algo):
-    """Every Q, of targets too, and a Gaussian policy's mean and spread; MR.Q's and DDPG's action has no such head."""
-    agent, _ = tiny_of(algo)
-    fast.speed_up(agent, "bf16")
-    kinds = (agent.networks, agent.targets)
-    heads = [q.output for networks in kinds for q in networks["critic"].children()]
-    if algo in ("sac", "mrsac"):
-        heads += [getattr(networks["actor"], head) for networks in kinds if "actor" in networks for head in ("output", "log_std")]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert all(head(torch.randn(3, head.in_features)).dtype == torch.float32 for head in heads)
-
-
-def test_a_compiled_product_reads_nothing_beside_its_rows():
-    """Of a matrix that is part of a wider one, as the compiler lays them out; on AMX PyTorch's own product gives NaN here."""
+def test_the_opaque_product_reads_only_its_rows():
+    """For a matrix within a wider one, as the compiler lays them out. On AMX PyTorch's own product gives NaN here."""
     torch.manual_seed(0)
     weight, bias = torch.randn(48, 77).bfloat16(), torch.randn(48).bfloat16()
     wide = torch.full((256, 115), float("nan"), dtype=torch.bfloat16)
     x = wide[:, :77].copy_(torch.randn(256, 77))
     exact = x.double() @ weight.double().t()
     for given, b in ((x, bias), (x, None), (x.t().contiguous().t(), bias), (x.unflatten(0, (64, 4)), bias)):
-        out = torch.ops.module_specific.product(given, weight, b)
+        out = torch.ops.module_specific.linear(given, weight, b)
         expected = exact + (0.0 if b is None else b.double())
         assert out.dtype == torch.bfloat16 and out.shape == (*given.shape[:-1], 48)
         torch.testing.assert_close(out.flatten(0, -2).double(), expected, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize("algo", REPLAY_AGENTS)
-@pytest.mark.slow
-def test_compiled_bfloat16_losses_take_that_product_and_equal_plain_ones(algo, monkeypatch):
+def test_bfloat16_rounds_products_and_nothing_else(algo):
+    """Weights, gradients, moments and losses stay in float32, and so does the output of each head: every Q, targets
+    included, and a Gaussian policy's mean and spread. The action of MR.Q and DDPG has no such head."""
+    plain, agent = tiny_of(algo, seed=1)[0], tiny_of(algo, seed=1)[0]
+    fast.speed_up(agent, "bf16")
+    for one in (plain, agent):
+        torch.manual_seed(0)
+        one.update()
+    losses = [name for name in agent.info if name.endswith("_loss") or name == "q"]
+    assert {"critic_loss", "actor_loss"} < set(losses)
+    for name in losses:
+        value, exact = agent.info[name], plain.info[name]
+        assert value.dtype == torch.float32 and (value != exact).any(), name
+        assert value.mean().item() == pytest.approx(exact.mean().item(), rel=0.1, abs=0.1)
+    for network, optimizer in zip(agent.networks.values(), agent.optimizers.values()):
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters())
+        assert all(v.dtype == torch.float32 for state in optimizer.state.values() for v in state.values())
+    kinds = (agent.networks, agent.targets)
+    heads = [q.output for networks in kinds for q in networks["critic"].children()]
+    if algo in ("sac", "mrsac"):
+        heads += [getattr(networks["actor"], head) for networks in kinds if "actor" in networks
+                  for head in ("output", "log_std")]
+    assert set(heads) == set(agent.float32_layers())
+    linear = [layer for networks in kinds for network in networks.values() for layer in network.modules()
+              if isinstance(layer, nn.Linear)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = {layer for layer in linear if layer(torch.randn(3, layer.in_features)).dtype == torch.float32}
+    assert found == set(heads) and len(linear) > len(heads)
+
+
+def compiled_pair(algo, precision, backend, monkeypatch, methods=None):
+    """A plain and a compiled agent, alike; with oneDNN's products among what is compiled, whatever the processor."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options=None: compile(
-        function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
-    (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
-    fast.speed_up(plain, "bf16")
-    fast.speed_up(compiled, "bf16", compile=True)
+        function, backend=backend, fullgraph=fullgraph, dynamic=dynamic,
+        options=options if backend == "inductor" else None))
+    monkeypatch.setattr(fast, "use_onednn", fast.onednn_available)
+    monkeypatch.setattr(fast, "ONEDNN_MIN_WEIGHTS", 256)
+    plain, compiled = tiny_of(algo)[0], tiny_of(algo)[0]
+    if methods:
+        compiled.compiled_methods = methods
+    fast.speed_up(plain, precision)
+    fast.speed_up(compiled, precision, compile=True)
+    return plain, compiled
+
+
+def check_updates_alike(plain, compiled, precision, updates=7):
+    """Across bursts and topology updates. bfloat16 may grow another weight, so its networks are compared by norm."""
+    for step in range(updates):
+        for agent in (plain, compiled):
+            torch.manual_seed(step)
+            agent.update()
+    for name in plain.networks:
+        for a, b in zip(plain.networks[name].parameters(), compiled.networks[name].parameters()):
+            if precision == "bf16":
+                assert (a - b).norm() <= 0.02 * b.norm() + 1e-3
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        if precision == "fp32":
+            masks, others = plain.sparse[name].masks, compiled.sparse[name].masks
+            assert all(torch.equal(masks[layer], others[layer]) for layer in masks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
+def test_compiled_losses_equal_plain_ones(algo, precision, monkeypatch):
+    """Each loss is traced whole, without a break, and differentiated ahead of time; without the code generator, which
+    takes minutes on a CPU."""
+    plain, compiled = compiled_pair(algo, precision, "aot_eager", monkeypatch)
+    assert compiled.mask_and_clip == type(compiled).mask_and_clip.__get__(compiled)  # plain on a CPU ...
+    compiled.mask_and_clip = torch.compile(compiled.mask_and_clip, fullgraph=True, dynamic=False)  # ... not so on CUDA
+    check_updates_alike(plain, compiled, precision)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@pytest.mark.parametrize("algo, precision, methods", [
+    ("ddpg", "fp32", ("critic_loss",)), ("sac", "bf16", ("critic_loss",)),
+    *[pytest.param(algo, precision, None, marks=pytest.mark.soak) for algo in REPLAY_AGENTS
+      for precision in ("fp32", "bf16")]])
+def test_losses_by_the_real_compiler_equal_plain_ones(algo, precision, methods, monkeypatch):
+    check_updates_alike(*compiled_pair(algo, precision, "inductor", monkeypatch, methods), precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
+def test_compiled_bfloat16_losses_use_the_opaque_product(algo, monkeypatch):
+    plain, compiled = compiled_pair(algo, "bf16", "aot_eager", monkeypatch)
     heads = []  # every call of a last layer, which stays in float32 and PyTorch's own
     for layer in plain.float32_layers():
         layer.register_forward_hook(lambda *_: heads.append(1))
     for step in range(3):  # the last one's calls are counted: tracing makes some of its own
         calls = {}
         heads.clear()
-        for agent, replay in ((plain, one), (compiled, other)):
+        for agent in (plain, compiled):
             torch.manual_seed(step)
             with torch.profiler.profile() as profile:
                 agent.update()
             calls[agent] = {event.key: event.count for event in profile.key_averages()}
-    # All products of the compiled losses, forward and backward, but the heads': three a call at most. `encode` is not compiled.
+    # All products of the compiled losses, forward and backward, except the heads': three per call at most. `encode` is
+    # not compiled.
     count = lambda *names: sum(calls[compiled].get(name, 0) for name in names)
-    products = count("module_specific::product")
+    products = count("module_specific::linear")
     assert 0 <= count("aten::mm", "aten::addmm") - products - count("BFloat16Linear") <= 3 * len(heads) < products
-    assert "module_specific::product" not in calls[plain]
-    for name in plain.networks:  # rounding may choose another weight to grow: as a whole
-        for a, b in zip(plain.networks[name].parameters(), compiled.networks[name].parameters()):
-            assert (a - b).norm() <= 0.02 * b.norm() + 1e-3
-
-
-@pytest.mark.parametrize("algo", REPLAY_AGENTS)
-@pytest.mark.slow
-def test_compiled_losses_equal_plain_ones(algo, monkeypatch):
-    """Each loss traced whole, without a break, and differentiated ahead of time. The code generator, minutes on a CPU, is
-    PyTorch's own affair and is left out."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options=None: compile(
-        function, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic))
-    (plain, one), (compiled, other) = tiny_of(algo), tiny_of(algo)
-    monkeypatch.setattr(fast, "use_onednn", fast.onednn_available)
-    monkeypatch.setattr(fast, "ONEDNN_MIN_WEIGHTS", 256)  # with oneDNN's products among what is compiled
-    fast.speed_up(compiled, "fp32", compile=True)
-    assert compiled.mask_and_clip == type(compiled).mask_and_clip.__get__(compiled)  # plain on a CPU ...
-    compiled.mask_and_clip = torch.compile(compiled.mask_and_clip, fullgraph=True, dynamic=False)  # ... not so on CUDA
-    buffers = [one, other]
-    for step in range(7):  # across bursts and topology updates
-        for agent, replay in zip((plain, compiled), buffers):
-            torch.manual_seed(step)
-            agent.update()
-    for name in plain.networks:
-        for a, b in zip(plain.networks[name].parameters(), compiled.networks[name].parameters()):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        assert all(torch.equal(plain.sparse[name].masks[n], compiled.sparse[name].masks[n]) for n in plain.sparse[name].masks)
+    assert "module_specific::linear" not in calls[plain]

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import resource
 import struct
@@ -15,7 +16,10 @@ import sys
 import time
 import types
 
+import mujoco
+import numpy as np
 import pytest
+import torch
 from runtime import log as runlog
 from runtime.log import RunLocked, RunFinished, RunLog, current_name
 
@@ -162,15 +166,40 @@ def test_a_run_of_another_process_ends_with_status_76(tmp_path, monkeypatch, cap
     assert captured.err.endswith("run is being trained by another process\n")
 
 
-def test_config_records_the_command(monkeypatch):
+def test_config_records_what_repeats_a_run(tmp_path, monkeypatch):
+    """Command, commit, versions and machine, from other sources than the code's."""
     monkeypatch.setattr(sys, "argv", ["some/where/train.py", "--mst", "--seed", "3"])
-    assert runlog.provenance()["command"] == ["train.py", "--mst", "--seed", "3"]
-
-
-def test_config_records_the_commit_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the commit is that of the code, not of this folder
+    for name in [name for name in os.environ if name.startswith(runlog.RECORDED_VARIABLES)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    found = runlog.provenance()
     head = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    monkeypatch.chdir(tmp_path)
-    assert (runlog.provenance()["commit"] or "").removesuffix("+changes") == head
+    assert (found.pop("commit") or "").removesuffix("+changes") == head
+    assert found.pop("processor") in open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else True
+    versions = found.pop("versions")
+    assert versions.items() >= {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                                "mujoco": mujoco.__version__}.items()
+    assert versions.keys() == {"python", "torch", "numpy", "dm_control", "mujoco", "gymnasium"}
+    assert found == {
+        "command": ["train.py", "--mst", "--seed", "3"], "system": platform.platform(), "cores": os.cpu_count(),
+        "environment": {"OMP_NUM_THREADS": "1"}}
+
+
+@pytest.mark.slow
+def test_config_records_settings_modules_and_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(runlog, "_commit", lambda folder: None)
+    args = parse([*tiny_run("mrq"), "--runs", str(tmp_path), "--critic-sparsity", "0.7", "--threads", "1"])
+    train.build(args)[-2].close()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config.items() >= json.loads(json.dumps(dataclasses.asdict(args))).items()  # every flag
+    assert {name: (module["regime"], module["arch_type"], module["width_scale"], module["sparsity"])
+            for name, module in config["modules"].items()} == {
+        "encoder": ("dense", 6, 0.05, 0.6), "critic": ("dst", 6, 0.05, 0.7), "actor": ("sst", 5, 0.05, 0.6)}
+    assert config["modules"]["critic"]["sparse_options"]["update_interval"] == 15
+    assert (config["device_used"], config["threads_used"], config["compiled"], config["gpu"]) == ("cpu", 1, False, None)
+    assert config.keys() >= runlog.provenance().keys()
 
 
 def test_rows_are_written_by_column_name(tmp_path):
@@ -341,9 +370,9 @@ def wandb_run(folder, **environment):
         pytest.skip("wandb is only a folder here")
     outside = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     code = f"from tests.test_log import tracked_run; tracked_run({str(folder)!r}, wandb_project='p')"
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, timeout=300,
-                            env=outside | {"WANDB_SILENT": "true", "HOME": str(folder.parent), "PYTHONPATH": str(HERE)}
-                            | environment)
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True,
+                            timeout=300, env=outside | environment | {
+                                "WANDB_SILENT": "true", "HOME": str(folder.parent), "PYTHONPATH": str(HERE)})
     return result.returncode, (result.stderr.splitlines() or [""])[-1]
 
 

@@ -247,7 +247,7 @@ def rates(device, precision):
     x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     source = torch.randn((2 ** 28 if device.type == "cuda" else 2 ** 25), device=device)
     target, time_of = torch.empty_like(source), Clock(device)
-    multiply = fast.product if precision == "fp32" and device.type == "cpu" and fast.use_onednn() else torch.mm
+    multiply = fast.onednn_linear if precision == "fp32" and device.type == "cpu" and fast.use_onednn() else torch.mm
     product = min(time_of(lambda: multiply(x, x)) for _ in range(6))
     copy = min(time_of(lambda: target.copy_(source)) for _ in range(6))
     return 2 * n ** 3 / product * 1e3, 2 * source.numel() * 4 / copy * 1e3
