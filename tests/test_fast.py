@@ -511,7 +511,7 @@ def test_bfloat16_rounds_products_and_nothing_else(algo):
     assert found == set(heads) and len(linear) > len(heads)
 
 
-def compiled_pair(algo, precision, backend, monkeypatch, methods=None):
+def compiled_pair(algo, precision, backend, monkeypatch, modules=None, methods=None):
     """A plain and a compiled agent, alike; with oneDNN's products among what is compiled, whatever the processor."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, fullgraph, dynamic, options=None: compile(
@@ -519,7 +519,7 @@ def compiled_pair(algo, precision, backend, monkeypatch, methods=None):
         options=options if backend == "inductor" else None))
     monkeypatch.setattr(fast, "use_onednn", fast.onednn_available)
     monkeypatch.setattr(fast, "ONEDNN_MIN_WEIGHTS", 256)
-    plain, compiled = tiny_of(algo)[0], tiny_of(algo)[0]
+    plain, compiled = tiny_of(algo, modules)[0], tiny_of(algo, modules)[0]
     if methods:
         compiled.compiled_methods = methods
     fast.speed_up(plain, precision)
@@ -559,11 +559,13 @@ def test_compiled_losses_equal_plain_ones(algo, precision, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 @pytest.mark.parametrize("algo, precision, methods", [
-    ("ddpg", "fp32", ("critic_loss",)), ("sac", "bf16", ("critic_loss",)),
+    ("ddpg", "bf16", ("critic_loss",)),
     *[pytest.param(algo, precision, None, marks=pytest.mark.soak) for algo in REPLAY_AGENTS
       for precision in ("fp32", "bf16")]])
 def test_losses_by_the_real_compiler_equal_plain_ones(algo, precision, methods, monkeypatch):
-    check_updates_alike(*compiled_pair(algo, precision, "inductor", monkeypatch, methods), precision)
+    """Dense, as rounding could make a topology update choose other weights."""
+    pair = compiled_pair(algo, precision, "inductor", monkeypatch, regimes_dense(algo), methods)
+    check_updates_alike(*pair, precision)
 
 
 @pytest.mark.slow
