@@ -75,3 +75,5 @@ def test_normalizer_against_numpy():
     np.testing.assert_allclose(normalized, (seen - mean) / np.sqrt(var + 1e-8), rtol=2e-4, atol=2e-4)
     assert normalized.dtype == torch.float32 and normalized.shape == (500, 3)
     assert normalizer(normalized[None]).shape == (1, 500, 3)
+    normalizer.mean.zero_(), normalizer.var.zero_()
+    np.testing.assert_allclose(normalizer(torch.full((3,), 1e-4)), 1, rtol=1e-6)  # only its epsilon of 1e-8 is left
