@@ -80,7 +80,7 @@ def test_own_networks_that_do_not_fit_are_refused_by_name():
         def make_actor(self, obs_dim, action_dim, module):
             return nn.LSTM(obs_dim, 2 * action_dim)
 
-    for agent_class, words in ((Wide, ("make_actor", "(2, 2)", "(2, 3)")), (Without, ("make_encoder", "zsa_dim")), (Flat, ("make_critic",)),
-                               (Tuple, ("make_actor", "tuple"))):
+    for agent_class, words in ((Wide, ("make_actor", "(2, 2)", "(2, 3)")), (Without, ("make_encoder", "zsa_dim")),
+                               (Flat, ("make_critic",)), (Tuple, ("make_actor", "tuple"))):
         modules = {name: m for name, m in agent_class.Config.presets["default"].items()}
         refuses(lambda: agent_class(4, 2, modules, buffer_size=400), *words)

@@ -22,7 +22,8 @@ from tests.helpers import Recorder, args_with, in_process, refuses, run_main, ta
 def test_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
     """With its own seed and number of episodes; by default, with episodes that training never had."""
     log, run = str(tmp_path / "output"), tmp_path / "run"
-    assert in_process([*tiny_run("sac"), "--env", "cartpole-balance", "--runs", str(tmp_path)], log) == 0, open(log).read()
+    flags = [*tiny_run("sac"), "--env", "cartpole-balance", "--runs", str(tmp_path)]
+    assert in_process(flags, log) == 0, open(log).read()
 
     def evaluated(*flags):
         return run_main(evaluate, monkeypatch, capsys, *flags, "--device", "cpu", "--threads", "1", "--eval-workers",
