@@ -95,6 +95,8 @@ class MRQ(BaseAgent):
 
     def make_networks(self, obs_dim, action_dim, modules):
         encoder = self.make_encoder(obs_dim, action_dim, modules["encoder"])
+        if not (hasattr(encoder, "zs_dim") and hasattr(encoder, "zsa_dim")):
+            raise ValueError("make_encoder: the encoder must have zs_dim and zsa_dim, the widths of z_s and z_sa")
         return {"encoder": encoder, "critic": self.make_critic(encoder.zsa_dim, modules["critic"]),
                 "actor": self.make_actor(encoder.zs_dim, action_dim, modules["actor"])}
 

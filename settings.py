@@ -33,7 +33,6 @@ NOT_IN_NAME = ("env", "seed", "device", "threads", "compile", "cuda_graphs", "ev
                "wandb_project", "resume", "save_every", "keep_checkpoint", "extend")
 OLD_FLAGS = {"growth": "grow", "drop_initial": "drop_fraction_start", "drop_final": "drop_fraction_end", "target_rate": "tau",
              "reward_range": "reward_symlog_limit", "target_q": "target_q_reduce", "actor_q": "actor_q_reduce"}
-OLD_ARGS = ("eval_only", "checkpoint", "video")  # in configs of earlier versions; now `python evaluate.py`
 LONGEST_NAME = 200  # bytes; file systems allow 255, and a checkpoint's files need some of them
 
 
@@ -126,24 +125,33 @@ def defaults(algo):
 
 def parse(arguments=None, description=None):
     """Command line -> Args. The algorithm is read first, because it has its own flags and defaults."""
-    arguments = [current_spelling(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    if moved := [flag for flag in OLD_ARGS if "--" + flag.replace("_", "-") in arguments]:
-        raise ValueError(f"--{moved[0].replace('_', '-')} is now part of evaluate.py: python evaluate.py RUN [--video out.mp4]")
+    arguments = current_spelling(sys.argv[1:] if arguments is None else arguments)
+    flags = {word.partition("=")[0] for word in arguments}
+    if moved := [flag for flag in ("--eval-only", "--checkpoint", "--video") if flag in flags]:
+        raise ValueError(f"{moved[0]} is now part of evaluate.py: python evaluate.py RUN [--video out.mp4]")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--algo", nargs="?")
     algo = first.parse_known_args(arguments)[0].algo  # tyro reports an unknown one
     return tyro.cli(Args, args=arguments, default=defaults(algo if algo in CONFIGS else "mrq"), description=description)
 
 
-def current_spelling(word):
-    """A flag of an earlier version becomes today's; 1e6 becomes 1000000, so that it is valid for whole numbers too."""
-    flag, equals, value = word.partition("=")
-    name = flag[2:].replace("-", "_")
-    if flag.startswith("--") and name in OLD_FLAGS:
-        return "--" + OLD_FLAGS[name].replace("_", "-") + equals + value
-    if re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", word) and float(word).is_integer():
-        return str(int(float(word)))
-    return word
+WHOLE_NUMBERS = {spec.name for part in (Args, SparsityArgs, *CONFIGS.values()) for spec in dataclasses.fields(part)
+                 if spec.type is int}
+
+
+def current_spelling(arguments):
+    """Flags of earlier versions become today's; 1e6 becomes 1000000 where a flag takes whole numbers."""
+    words, flag = [], None
+    for word in arguments:
+        start, value = "", word
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            flag = name[2:].replace("-", "_")
+            flag = OLD_FLAGS.get(flag, flag)
+            start = "--" + flag.replace("_", "-") + equals
+        power = flag in WHOLE_NUMBERS and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", value) and float(value).is_integer()
+        words.append(start + (str(int(float(value))) if power else value))
+    return words
 
 
 # ---- what they mean together ----

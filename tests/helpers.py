@@ -1,6 +1,7 @@
 """What several test files share: small agents and runs, and plain second implementations."""
 
 import argparse
+import copy
 import csv
 import dataclasses
 import io
@@ -16,6 +17,7 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn as nn
 from hypothesis import settings
@@ -32,7 +34,7 @@ from mrq import MRQ
 from replay import ReplayBuffer
 from base import ModuleConfig
 from mrq import MRQConfig, MR_MST
-from settings import parse, run_name
+from settings import defaults, flag_names, parse, run_name, set_setting
 
 REPLAY_AGENTS = [name for name, agent in AGENTS.items() if agent.Config.updates_per_step]  # the others learn in `add`
 HERE = Path(__file__).resolve().parents[1]
@@ -99,7 +101,8 @@ def naive_block_mlp(model, x, config, residual, seen=None):
 def naive_simba(q, x, seen):
     """SimBa's definition, written out: features and output. seen: a list that takes what leaves each activation."""
     def norm(layer, v):  # with parameters, and an epsilon of its own
-        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt() * layer.weight + layer.bias
+        std = (v.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+        return (v - v.mean(-1, keepdim=True)) / std * layer.weight + layer.bias
 
     linear = lambda layer, v: v @ layer.weight.T + layer.bias
     x = linear(q.projection, x)
@@ -149,7 +152,8 @@ def dense_two_hot(x, bins):
     if x < bins[0] or upper is None:
         row[0 if x < bins[0] else -1] = 1
         return row
-    row[upper - 1], row[upper] = (bins[upper] - x) / (bins[upper] - bins[upper - 1]), (x - bins[upper - 1]) / (bins[upper] - bins[upper - 1])
+    width = bins[upper] - bins[upper - 1]
+    row[upper - 1], row[upper] = (bins[upper] - x) / width, (x - bins[upper - 1]) / width
     return row
 
 
@@ -161,10 +165,10 @@ def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=
                                          sparse_options={"update_interval": interval})
                for name, m in (modules or agent_class.Config.presets["mst"]).items()}
     period = {"target_update_freq": 4} if issubclass(agent_class, MRQ) else {}
-    agent = agent_class(4, 2, modules, agent_class.Config(**({"batch_size": 16} | period | settings)), total_updates, device, seed,
-                        buffer_size=1000)
-    agent.replay = buffer = play(seed, 400, agent.config.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.config.prioritized,
-                  device="cpu" if device == "meta" else device)[0]
+    agent = agent_class(4, 2, modules, agent_class.Config(**({"batch_size": 16} | period | settings)), total_updates,
+                        device, seed, buffer_size=1000)
+    agent.replay = buffer = play(seed, 400, agent.config.horizon, 300, obs_dim=4, action_dim=2,
+                                 prioritized=agent.config.prioritized, device="cpu" if device == "meta" else device)[0]
     if device != "meta":
         for obs in buffer.obs[:50].cpu().numpy():
             agent.update_obs_stats(2 * obs + 1)  # a normaliser that does something
@@ -183,10 +187,12 @@ def naive_counts(sizes, sparsity):
     wanted = (1 - sparsity) * sum(numbers)
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(min(n, middle * (a + b)) for n, (a, b) in zip(numbers, sizes)) < wanted else (low, middle)
+        kept = sum(min(n, middle * (a + b)) for n, (a, b) in zip(numbers, sizes))
+        low, high = (middle, high) if kept < wanted else (low, middle)
     shares = [min(n, low * (a + b)) for n, (a, b) in zip(numbers, sizes)]
     counts = [math.floor(share + 1e-6) for share in shares]
-    for layer in sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])[:math.floor(wanted + 0.5) - sum(counts)]:
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    for layer in by_remainder[:math.floor(wanted + 0.5) - sum(counts)]:
         counts[layer] += 1
     return counts
 
@@ -216,7 +222,8 @@ def damaged(path, whole, random):
 
 
 SHORT = ("--env", "cartpole-swingup", "--width-scale", "0.05", "--total-steps", "130", "--learning-starts", "60",
-         "--eval-every", "50", "--eval-episodes", "2", "--log-every", "30", "--batch-size", "16", "--target-update-freq", "20")
+         "--eval-every", "50", "--eval-episodes", "2", "--log-every", "30", "--batch-size", "16",
+         "--target-update-freq", "20")
 
 
 def table(folder, name):
@@ -224,11 +231,22 @@ def table(folder, name):
         return list(csv.DictReader(file))
 
 
+class Recorder:
+    """Records every method call in `calls`, as (name, arguments, keywords), and returns `results[name]`."""
+
+    def __init__(self, **results):
+        self.calls, self.results = [], results
+
+    def __getattr__(self, name):
+        return lambda *arguments, **named: self.calls.append((name, arguments, named)) or self.results.get(name)
+
+
 class RecordedRun:
-    """Environment, agent, replay, evaluation, checkpoints and log in one, which note everything they are told. Each observation is a number."""
+    """Environment, agent, evaluator, checkpoints and log in one, which record all calls. Observations are numbers."""
     episodes = [(3, "terminated"), (2, "truncated"), (3, "truncated"), (1, "terminated"), (9, "truncated")]
     obs_dim, action_dim, horizon, updates_per_step, prioritized, folder = 1, 1, 1, 2, False, "here"
-    device, networks, sparse, updates, failure, num_updates = torch.device("cpu"), {}, {}, {}, None, 0
+    device, networks, targets, sparse, failure, num_updates = torch.device("cpu"), {}, {}, {}, None, 0
+    updates, replay = {}, argparse.Namespace(priority=(), stored_bytes=0)
 
     restore_warning, diverged = None, 0
 
@@ -307,22 +325,39 @@ class RecordedRun:
 
 
 def recorded_run(monkeypatch, run, **settings):
-    """The loop on a recorded run: all events without the random numbers in them, and those of acting in training."""
+    """The loop on a recorded run. Returns all events, without random numbers, and the random numbers of training."""
     monkeypatch.setattr(train, "measure", lambda agent, wanted: run.note("measure", wanted) or {"metric": 0.5})
     monkeypatch.setattr(train, "StopSignals", lambda: argparse.Namespace(check=lambda: None))
-    monkeypatch.setattr(SavedRun, "save", lambda self: run.note("save", self.progress.step))
-    monkeypatch.setattr(SavedRun, "save_for_extension", lambda self: None)
+    monkeypatch.setattr(SavedRun, "save", lambda self, wait=False: run.note("save", self.progress.step))
     monkeypatch.setattr(SavedRun, "finish", lambda self: run.note("finish", self.progress.step))
-    args = dataclasses.replace(parse([]), **({"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6,
-                                              "save_every": 2, "metrics_every": 2} | settings))
+    args = args_with(**{"total_steps": 11, "learning_starts": 4, "eval_every": 5, "log_every": 3, "seed": 6,
+                        "save_every": 2, "metrics_every": 2} | settings)
     torch.manual_seed(args.seed)
     checkpoints = argparse.Namespace(load=lambda: None, step=None, failure=None)
     train.train(args, run, run, run, run, SavedRun(checkpoints, args, torch.device("cpu"), run, run, run))
-    return [event[:3] if event[0] == "act" else event for event in run.events], [e[3] for e in run.events if e[0] == "act" and e[2]]
+    draws = [event[3] for event in run.events if event[0] == "act" and event[2]]
+    return [event[:3] if event[0] == "act" else event for event in run.events], draws
 
 
 def flags_to_args(*flags):
     return parse(list(flags))
+
+
+def args_with(algo="mrq", **values):
+    """The default settings with these instead; faster than `parse`."""
+    args = copy.deepcopy(defaults(algo))
+    groups = {name: group for group, name in flag_names(args)}
+    for name, value in values.items():
+        set_setting(args, groups.get(name), name, value)
+    return args
+
+
+def refuses(function, *words, error=(ValueError, OSError, MemoryError, ImportError, FloatingPointError)):
+    """The function must raise one of these errors, in one line that contains the words."""
+    with pytest.raises(error) as raised:
+        function()
+    line = str(raised.value)
+    assert "\n" not in line and all(str(word) in line for word in words), f"{words} not in {line!r}"
 
 
 # Where a process is killed: at an entry of one of these, or a moment later.
@@ -332,21 +367,24 @@ MOMENTS = {"a save": (checkpoint, "write"), "an evaluation": (Evaluator, "__call
 
 
 def in_process(arguments, output, kill=None, record=None):
-    """`train.py` in a process of its own, forked because importing PyTorch anew takes seconds. kill: (moment, which entry of
-    it, delay, signal). record: [the step where it was killed, the step it was resumed at]. Returns the exit status."""
+    """`train.py` in its own process, forked because importing PyTorch again takes seconds. Returns the exit status.
+
+    kill: (moment, which entry of it, delay, signal). record: [step where it was killed, step where it resumed].
+    """
     def body():
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1), os.dup2(handle, 2)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would its children
-        sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), ["train.py", *arguments]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.argv = ["train.py", *arguments]
         show, restore = console.Bar.show, SavedRun.restore
 
         def note_step(bar, step, *rest, **more):
             record[0] = step
             show(bar, step, *rest, **more)
 
-        def note_start(saved, *arguments):
-            obs = restore(saved, *arguments)
+        def note_start(saved, *differs):
+            obs = restore(saved, *differs)
             record[1] = saved.progress.step
             return obs
         if record is not None:
@@ -384,10 +422,10 @@ def tiny_run(algo, regimes=()):
     modules = ("encoder", "critic", "actor") if algo.startswith("mr") else ("critic", "actor")
     own = ("--target-update-freq", "20") if algo.startswith("mr") else ()
     said = [word for module, regime in zip(modules, regimes) for word in (f"--{module}-regime", regime)]
-    return ["--algo", algo, "--env", "cartpole-swingup", "--width-scale", "0.05", "--total-steps", "130", "--learning-starts",
-            "45", "--eval-every", "60", "--eval-episodes", "1", "--log-every", "15", "--batch-size", "16", "--save-every", "20",
-            "--update-interval", "15", "--buffer-size", "100", "--device", "cpu", "--threads", "1", "--name", "run",
-            *own, *(said or ["--mst"])]
+    return ["--algo", algo, "--env", "cartpole-swingup", "--width-scale", "0.05", "--total-steps", "130",
+            "--learning-starts", "45", "--eval-every", "60", "--eval-episodes", "1", "--log-every", "15",
+            "--batch-size", "16", "--save-every", "20", "--update-interval", "15", "--buffer-size", "100", "--device",
+            "cpu", "--threads", "1", "--name", "run", *own, *(said or ["--mst"])]
 
 
 def timeless(folder):
@@ -415,7 +453,8 @@ def write_run(folder, args, rows, columns=("return",), tail="", config=None):
     """A run's folder as train.py writes it: rows of (agent_step, values...)."""
     folder = Path(folder) / run_name(args)
     folder.mkdir(parents=True)
-    lines = [",".join(["agent_step", "frames", *columns])] + [",".join(map(str, (row[0], 2 * row[0], *row[1:]))) for row in rows]
+    table = [("agent_step", "frames", *columns), *((row[0], 2 * row[0], *row[1:]) for row in rows)]
+    lines = [",".join(map(str, row)) for row in table]
     (folder / "eval.csv").write_text("\n".join(lines) + "\n" + tail)
     (folder / "config.json").write_text(json.dumps(config or dataclasses.asdict(args)))
     return folder

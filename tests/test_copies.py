@@ -1,4 +1,4 @@
-"""Tests of copies."""
+"""Tests that parts run alone: their docstrings' examples, in an empty folder."""
 
 import os
 import subprocess
@@ -8,21 +8,31 @@ import pytest
 
 from tests.helpers import HERE
 
+pytestmark = pytest.mark.slow
+GROUP = ("sparsity", "networks", "replay", "base", "mrq")
+ALONE = {  # example -> the files it needs; `envs` needs its simulator
+    "sparsity": (), "networks": (), "replay": (), "metrics": (), "simba": ("networks",), "runtime/checkpoint": (),
+    "envs": (), "mrq": GROUP, "sac": (*GROUP, "simba"), "stream": (*GROUP,)}
+BLOCKED = ("tyro", "tqdm", "pytest", "hypothesis", "matplotlib")
 
-@pytest.mark.parametrize("name", ["sparsity", "networks", "replay", "metrics", "checkpoint"])
-@pytest.mark.slow
-def test_a_file_runs_alone(name, tmp_path):
-    """Its docstring's example, in an empty folder, with everything but torch and numpy out of reach."""
-    path = HERE / f"{name}.py" if (HERE / f"{name}.py").exists() else HERE / "runtime" / f"{name}.py"
-    source = path.read_text()
-    place = tmp_path / path.relative_to(HERE)
-    place.parent.mkdir(exist_ok=True)
-    place.write_text(source)
-    docstring = source.split('"""')[1]
-    example = "\n".join(line[4:] for line in docstring.splitlines() if line.startswith("    ") or not line)
-    example = example[example.index("import"):]
-    blocked = "import sys\nfor name in ('dm_control', 'mujoco', 'tyro', 'tqdm', 'pytest', 'hypothesis', 'scipy'): sys.modules[name] = None\n"
-    (tmp_path / "example.py").write_text(blocked + example)
-    result = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+
+def example(source):
+    """The indented lines of the docstring that follow the first import."""
+    lines = source.split('"""')[1].splitlines()
+    text = "\n".join(line[4:] for line in lines if line.startswith("    ") or not line)
+    return text[min(text.index(word) for word in ("import ", "from ") if word in text):]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_part_runs_alone(name, tmp_path):
+    for part in {name, *ALONE[name]}:
+        place = tmp_path / f"{part}.py"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text((HERE / f"{part}.py").read_text())
+    blocked = [*BLOCKED, *([] if name == "envs" else ["dm_control", "mujoco"]),
+               *([] if name in ("envs", "stream") else ["scipy"])]
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n" + example((HERE / f"{name}.py").read_text())
+    (tmp_path / "example.py").write_text(code)
+    result = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                             env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
     assert result.returncode == 0 and result.stdout, result.stderr

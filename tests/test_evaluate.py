@@ -1,62 +1,120 @@
-"""Tests of evaluate."""
+"""Tests of evaluating, measuring and filming: `evaluate.py`."""
 
+import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
-import types
 
 import numpy as np
 import pytest
 import torch
-from runtime import checkpoint
-import evaluate as watch
 
 import envs
+import evaluate
 import train
-from tests.helpers import flags_to_args, in_process, table, tiny_run
+from runtime import checkpoint
+from tests.helpers import Recorder, args_with, in_process, refuses, run_main, table, tiny_of, tiny_run
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
-    log = str(tmp_path / "output")
-    assert in_process([*tiny_run("sac"), "--runs", str(tmp_path)], log) == 0, open(log).read()
-    run = tmp_path / "run"
-    watch.run(watch.Args(str(run), episodes=1, seed=0, device="cpu", threads=1))
-    assert f"step 130: return {float(table(run, 'eval.csv')[-1]['return']):.1f}" in capsys.readouterr().out
+def test_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
+    """With its own seed and number of episodes; by default, with episodes that training never had."""
+    log, run = str(tmp_path / "output"), tmp_path / "run"
+    flags = [*tiny_run("sac"), "--env", "cartpole-balance", "--runs", str(tmp_path)]
+    assert in_process(flags, log) == 0, open(log).read()
+
+    def evaluated(*flags):
+        return run_main(evaluate, monkeypatch, capsys, *flags, "--device", "cpu", "--threads", "1", "--eval-workers",
+                        "0")
+
+    last = f"return {float(table(run, 'eval.csv')[-1]['return']):.1f}"
+    for path in (run, run / "final.pt"):
+        assert last in evaluated(path, "--seed", "0", "--episodes", "1")[1][0]
+    fresh = evaluated(run, "--episodes", "2")[1][0]
+    assert last not in fresh and evaluated(run, "--episodes", "2", "--seed", str(10 ** 6))[1][0] == fresh
+    assert evaluated(run, "--episodes", "2", "--seed", "7")[1][0] != fresh
     monkeypatch.setitem(sys.modules, "imageio", None)
-    for change, word in (({"video": str(tmp_path / "a.mp4")}, "pip install imageio"), ({"video": "a.gif"}, ".mp4"),
-                         ({"run": str(tmp_path)}, "config.json"), ({"episodes": 0}, "--episodes")):
-        with pytest.raises((ValueError, OSError, ImportError), match=word):
-            watch.run(watch.Args(**({"run": str(run), "device": "cpu", "threads": 1} | change)))
+    for flags, word in (([run, "--video", "a.mp4"], "pip install imageio"), ([run, "--video", "a.gif"], ".mp4"),
+                        ([run, "--episodes", "0"], "--episodes"), ([tmp_path], "config.json")):
+        line = evaluated(*flags)[0]
+        assert isinstance(line, str) and word in line and "\n" not in line
+    (run / "final.pt").write_bytes((run / "final.pt").read_bytes()[:-100])
+    assert "final.pt" in evaluated(run)[0]
 
 
-def test_a_film_is_one_episode_at_the_speed_of_the_task():
-    frames, told, actions = [], [], iter([[0.5], [0.25], [1.0]])
-    writer = types.SimpleNamespace(append_data=frames.append)
-    imageio = types.SimpleNamespace(get_writer=lambda *of, **named: contextlib.nullcontext(told.append((of, named)) or writer))
-    steps = iter([(np.array([1.0]), 2.0, False, False), (np.array([2.0]), 3.0, False, False), (np.array([3.0]), 4.0, False, True)])
-    env = types.SimpleNamespace(reset=lambda seed: told.append(seed) or np.array([0.0]), step_seconds=0.05, render=lambda *size: (len(frames), size),
-                                step=lambda action: told.append(action.tolist()) or next(steps))
-    act = lambda obs: told.append(obs.tolist()) or np.array([next(actions)])
-    assert watch.film(imageio, env, act, 7, "a.mp4", height=4, width=6) == 9
-    assert told == [7, (("a.mp4",), {"fps": 20}), [[0.0]], [0.5], [[1.0]], [0.25], [[2.0]], [1.0]] and frames == [(n, (4, 6)) for n in range(3)]
+def test_old_flags_of_train_print_the_new_command(monkeypatch, capsys):
+    line = run_main(train, monkeypatch, capsys, "--eval-only", "--checkpoint", "runs/x", "--video", "a.mp4")[0]
+    assert "--eval-only" in line and "python evaluate.py" in line and "\n" not in line
 
 
-def test_a_run_is_evaluated_on_its_own_seeds_and_as_far_as_it_came(tmp_path, monkeypatch, capsys):
-    args, told = flags_to_args("--algo", "sac", "--env", "cartpole-swingup", "--seed", "3"), []
+def test_film_is_one_episode_at_the_speed_of_the_task():
+    frames, calls, actions = [], [], iter([[0.5], [0.25], [1.0]])
+    writer = argparse.Namespace(append_data=frames.append)
+    imageio = argparse.Namespace(
+        get_writer=lambda *of, **named: contextlib.nullcontext(calls.append((of, named)) or writer))
+    steps = iter([(np.array([1.0]), 2.0, False, False), (np.array([2.0]), 3.0, False, False),
+                  (np.array([3.0]), 4.0, False, True)])
+    env = argparse.Namespace(reset=lambda seed: calls.append(seed) or np.array([0.0]), step_seconds=0.05,
+                             render=lambda *size: (len(frames), size),
+                             step=lambda action: calls.append(action.tolist()) or next(steps))
+    act = lambda obs: calls.append(obs.tolist()) or np.array([next(actions)])
+    assert evaluate.film(imageio, env, act, 7, "a.mp4", height=4, width=6) == 9
+    assert calls == [7, (("a.mp4",), {"fps": 20}), [[0.0]], [0.5], [[1.0]], [0.25], [[2.0]], [1.0]]
+    assert frames == [(n, (4, 6)) for n in range(3)]
+
+
+def test_unfinished_run_is_evaluated_and_filmed_at_its_newest_checkpoint(tmp_path, monkeypatch, capsys):
+    args = args_with("sac", env="cartpole-swingup", seed=3, action_repeat=4)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(args)))
+    refuses(lambda: evaluate.load(str(tmp_path)), "checkpoint")
     checkpoint.Checkpoints(str(tmp_path)).save(7000, {"agent": {"networks": {}}}, wait=True)
-    assert watch.load(str(tmp_path))[1]["step"] == 7000  # not ended: where it stands
-    for name in ("import_imageio", "check_drawing", "restore"):
-        monkeypatch.setattr(watch, name, lambda *of: None)
-    monkeypatch.setattr("agents.build_agent", lambda *of, **named: None)
-    monkeypatch.setattr("envs.make_env", lambda *of: told.append(of) or types.SimpleNamespace(obs_dim=5, action_dim=1))
-    monkeypatch.setattr("envs.Evaluator", lambda *of, make: told.append(of[:3]) or (lambda act, step: np.array([step])))
-    monkeypatch.setattr(watch, "film", lambda imageio, env, act, seed, path: told.append(seed) or 1.0)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    for path, seed, used in ((tmp_path, 3, 3), (tmp_path / "config.json", None, 3 + watch.FRESH_SEEDS)):
-        told.clear()
-        watch.run(watch.Args(str(path), episodes=2, seed=seed, device="cpu", video="a.mp4"))
-        assert told == [("cartpole-swingup", 3, None), ("cartpole-swingup", 2, used), envs.episode_seed(used, 7000, 0)]
-    assert "return 7000.0" in capsys.readouterr().out
+    assert evaluate.load(str(tmp_path))[1]["step"] == 7000
+    calls = Recorder(make_env=argparse.Namespace(obs_dim=5, action_dim=1), film=1.0,
+                     Evaluator=lambda act, step: np.array([step + 1.0]))
+    for owner, name in ((evaluate, "import_imageio"), (evaluate, "check_drawing"), (evaluate, "restore"),
+                        (evaluate, "film"), (envs, "make_env"), (envs, "Evaluator"),
+                        (sys.modules["agents"], "build_agent")):
+        monkeypatch.setattr(owner, name, getattr(calls, name))
+    monkeypatch.setattr(torch, "set_num_threads", calls.threads)
+    evaluate.run(evaluate.Args(str(tmp_path), episodes=2, seed=11, device="cpu", video="a.mp4", eval_workers=3,
+                               threads=4))
+    made = {name: (arguments, named) for name, arguments, named in calls.calls}
+    assert made["make_env"][0] == ("cartpole-swingup", 3, 4) and made["threads"][0] == (4,)
+    assert made["Evaluator"][0] == ("cartpole-swingup", 2, 11, 4, 3)
+    assert made["film"][0][-2:] == (envs.episode_seed(11, 7000, 0), "a.mp4") and "7001.0" in capsys.readouterr().out
+    del calls.calls[:]
+    evaluate.run(evaluate.Args(str(tmp_path), device="cpu"))
+    made = {name: arguments for name, arguments, _ in calls.calls}
+    assert made["Evaluator"][:3] == ("cartpole-swingup", 10, 1_000_003) and "film" not in made
+
+
+def test_states_that_do_not_fit_are_refused():
+    agent, other = tiny_of("sac")[0], tiny_of("sac", seed=1)[0]
+    evaluate.restore(agent, other.state_dict(), "here")
+    assert all(torch.equal(a, b) for a, b in zip(agent.actor.parameters(), other.actor.parameters()))
+    for state in (tiny_of("mrq")[0].state_dict(), {"networks": {}}):
+        refuses(lambda: evaluate.restore(agent, state, "here"), "here")
+
+
+def test_unwanted_metrics_are_nan_and_draw_nothing():
+    agent, buffer = tiny_of("mrq")
+    agent.update()
+    full, sample, drawn = evaluate.measure(agent), buffer.sample, []
+    buffer.sample = lambda size, *more: drawn.append(size) or sample(size, *more)
+    row = evaluate.measure(agent, wanted=False)
+    assert row.keys() == full.keys() and drawn == []
+    for column, value in row.items():  # only what needs no batch
+        assert value == full[column] if column.endswith(("/density", "/parameter_norm")) else math.isnan(value), column
+    assert sum(not math.isnan(value) for value in full.values()) == len(full)
+
+
+@pytest.mark.parametrize("algo", ["mrq", "sac"])
+def test_metrics_before_anything_is_stored_are_nan(algo):
+    agent = tiny_of(algo)[0]
+    agent.replay = type(agent.replay)(4, 2, 400, agent.config.horizon, agent.config.prioritized)
+    row = evaluate.measure(agent)
+    assert row.keys() == evaluate.measure(tiny_of(algo)[0]).keys()
+    known = {column.split("/")[1] for column, value in row.items() if not math.isnan(value)}
+    assert known == {"density", "parameter_norm"}

@@ -1,4 +1,4 @@
-"""Tests of mrq."""
+"""Tests of MR.Q: its losses against plain loops, faults, bursts, acting, states."""
 
 import copy
 import itertools
@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from agents import AGENTS
 from mrq import symexp, two_hot, two_hot_cross_entropy
 from replay import Batch, ReplayBuffer
-from base import ModuleConfig
-from mrq import MR_DEFAULT, MR_MST
+from mrq import MR_DEFAULT
 from tests.helpers import REPLAY_AGENTS, dense_two_hot, filled, play, regimes_dense, tiny, tiny_of
 
 
@@ -39,7 +37,7 @@ def batch_of(buffer, size=12):
                  batch.terminated.double())
 
 
-def test_two_hot_against_a_spelt_out_row():
+def test_two_hot_against_a_dense_row():
     bins = symexp(torch.linspace(-10, 10, 65).double())
     assert bins[-1].item() == pytest.approx(math.exp(10) - 1) and bins[32] == 0 and bins[0] == -bins[-1]
     x = torch.cat([torch.randn(50).double() * 10, bins[[0, 5, 32, 64]], torch.tensor([1e6, -1e6, 0.0]).double()])
@@ -73,17 +71,18 @@ def test_encoder_loss_against_a_loop_over_samples():
         torch.testing.assert_close(losses, torch.stack(expected))
 
 
-@pytest.mark.parametrize("algo, name", [("mrq", "encoder"), ("mrq", "critic"), ("mrq", "actor"), ("sac", "critic"), ("sac", "actor"),
-                                        ("ddpg", "actor"), ("mrsac", "actor")])
-def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatch):
-    """One loss that is NaN or infinite: that module's weights stay, the others go on, and who broke, and when, is known at the end."""
+@pytest.mark.parametrize("algo, name", [("mrq", "encoder"), ("mrq", "critic"), ("mrq", "actor"), ("sac", "critic"),
+                                        ("sac", "actor"), ("ddpg", "actor"), ("mrsac", "actor")])
+def test_nan_stops_only_its_module(algo, name, monkeypatch):
+    """After one loss that is NaN or infinite, only that module stops; which one, and when, is reported."""
     agent, buffer = tiny_of(algo, interval=100)
     original, calls = getattr(agent, f"{name}_loss"), itertools.count(1)
-    bad = 6 if name == "encoder" else 3  # the encoder's sixth update belongs to the burst of step 4
+    bad = 6 if name == "encoder" else 3  # the encoder's sixth update is in the burst of step 4
     wrong = math.inf if algo == "mrq" and name == "critic" else math.nan
     monkeypatch.setattr(agent, f"{name}_loss", lambda *arguments: (
         (lambda losses, *rest: (losses + (wrong if next(calls) == bad else 0.0), *rest))(*original(*arguments))))
-    weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n, network in agent.networks.items()}
+    weights = lambda: {n: torch.cat([p.detach().flatten() for p in network.parameters()]) for n,
+                       network in agent.networks.items()}
     for _ in itertools.takewhile(lambda _: agent.nonfinite_report() is None, range(20)):
         agent.update()
     then = weights()
@@ -91,20 +90,22 @@ def test_what_is_not_finite_stops_its_module_and_no_other(algo, name, monkeypatc
         agent.update()
     assert {n: torch.equal(w, then[n]) for n, w in weights().items()} == {n: n == name for n in then}
     assert all(w.isfinite().all() for w in weights().values())
-    assert agent.nonfinite_report() == (f"the {name}'s loss or gradient (its update {bad})", 4 if name == "encoder" else (bad - 1) // agent.updates_per_step)
+    assert agent.nonfinite_report() == (f"the {name}'s loss or gradient (its update {bad})", 4 if name == "encoder"
+                                        else (bad - 1) // agent.updates_per_step)
     assert [n for n, broken in agent.nonfinite.items() if broken] == [name]
     if algo in ("sac", "mrsac"):
-        assert agent.temperature.log.isfinite() and (agent.temperature.optimizer.state[agent.temperature.log]["step"] == 2) == (name == "actor")
+        log = agent.temperature.log
+        assert log.isfinite() and (agent.temperature.optimizer.state[log]["step"] == 2) == (name == "actor")
 
 
-def test_no_nan_enters_the_priorities():
+def test_priorities_stay_finite():
     buffer = play(0, 400, 5, 300)[0]
     index = buffer.priority.nonzero().flatten()[:3]
     buffer.update_priority(index, torch.tensor([math.nan, math.inf, 32.0]))
     assert buffer.priority[index].tolist() == pytest.approx([1, 1, 4]) and buffer.max_priority == 4
 
 
-def test_the_reward_scale_waits_for_a_reward():
+def test_reward_scale_is_1_until_a_reward_is_stored():
     agent = tiny()
     agent.replay = buffer = ReplayBuffer(4, 2, 400, 5)
     for _ in range(60):
@@ -116,7 +117,7 @@ def test_the_reward_scale_waits_for_a_reward():
     assert agent.reward_scale.item() == pytest.approx(0.1) and agent.target_reward_scale == 1
 
 
-def test_the_done_loss_waits_for_a_termination():
+def test_terminal_loss_is_0_until_a_termination_is_stored():
     agent = tiny()
     agent.replay = buffer = ReplayBuffer(4, 2, 400, 5)
     for _ in range(60):
@@ -129,8 +130,8 @@ def test_the_done_loss_waits_for_a_termination():
     assert agent.info["terminal_loss"].any() and agent.encoder.model.weight.grad[0].any()
 
 
-def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
-    agent, buffer = tiny(modules=MR_DEFAULT), filled()
+def test_actor_loss_computes_no_gradient_of_critic_and_encoder():
+    agent = tiny(modules=MR_DEFAULT)
     agent.refresh_targets()
     agent.update()
     before = {name: [p.clone() for p in network.parameters()] for name, network in agent.networks.items()}
@@ -143,14 +144,14 @@ def test_the_actors_loss_computes_nothing_for_critic_and_encoder():
     for name in ("encoder", "critic"):
         assert all(torch.equal(a, b) for a, b in zip(before[name], agent.networks[name].parameters()))
     assert all(p.requires_grad for network in agent.networks.values() for p in network.parameters())
-    # Forward, one product a weight. Backward, one for what flows on and, for the actor's weights, one more.
+    # One product per weight forward, one backward, and one more for the actor's weights.
     products = lambda module: sum(2 * 16 * p.numel() for p in module.parameters() if p.ndim == 2)
     way = products(agent.critic) + products(agent.encoder.zsa_mlp) + products(agent.encoder.za_linear)
     first = 2 * 16 * agent.actor.mlp.projection.weight.numel()  # z_s needs no gradient
     assert counter.get_total_flops() <= 2 * way + 3 * products(agent.actor) - first
 
 
-def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
+def test_burst_is_drawn_at_its_start_and_resumes_exactly():
     agent = tiny()
     buffer, drawn = agent.replay, []
     gather = buffer.gather
@@ -172,26 +173,6 @@ def test_a_burst_is_drawn_at_its_start_and_goes_on_from_its_state():
     assert not torch.equal(agent.encoder_indices, burst) and agent.encoder_position == 0
 
 
-@pytest.mark.parametrize("regimes", [("dense", "dst", "sst"), ("s2d", "d2s", "dst"), ("sst", "s2d", "d2s")])
-def test_every_regime_on_every_module(regimes):
-    modules = {name: ModuleConfig(preset.arch_type, regime) for (name, preset), regime in zip(MR_MST.items(), regimes)}
-    agent, buffer = tiny(modules), filled()
-    for _ in range(40):
-        agent.update()
-    for name, regime in zip(agent.networks, regimes):
-        final = {"dense": 1.0, "s2d": 1.0}.get(regime, 0.4)
-        weights = [p for p in agent.networks[name].parameters() if p.ndim == 2]
-        size = sum(w.numel() for w in weights)
-        assert abs(agent.sparse[name].density() - final) * size <= 0.5 + 1e-6
-        for network in (agent.networks[name], ):
-            for weight, mask in agent.sparse[name].masks.items():
-                assert not dict(network.named_parameters())[weight][~mask].any()
-        agent.refresh_targets()  # a hard copy is as sparse
-        for weight, mask in agent.sparse[name].masks.items():
-            assert not dict(agent.targets[name].named_parameters())[weight][~mask].any()
-    assert all(value.isfinite().all() for value in agent.info.values())
-
-
 def test_acting():
     agent = tiny()
     obs = np.random.RandomState(0).randn(3, 4).astype(np.float32)
@@ -206,7 +187,7 @@ def test_acting():
 
 
 @pytest.mark.parametrize("algo", REPLAY_AGENTS)
-def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
+def test_agent_resumes_exactly_from_its_state(algo):
     agent, buffer = tiny_of(algo)
     for _ in range(5):
         agent.update()
@@ -223,16 +204,17 @@ def test_an_agent_continues_from_its_state_as_if_nothing_had_happened(algo):
                 assert torch.equal(a, b)
     assert {k: v.tolist() for k, v in agent.info.items()} == {k: v.tolist() for k, v in other.info.items()}
     obs = np.ones(4, np.float32)
-    np.testing.assert_array_equal(agent.act(obs, explore=False), other.act(obs, explore=False))  # the normaliser too
+    np.testing.assert_array_equal(agent.act(obs, explore=False), other.act(obs, explore=False))  # the normalizer too
 
 
-def test_another_agents_state_is_refused_before_anything_changes():
+def test_state_of_another_agent_is_refused_before_anything_changes():
     agent = tiny_of("sac", seed=2)[0]
     weights = [p.clone() for p in agent.critic.parameters()]
     dense = tiny_of("sac", regimes_dense("sac"))[0].state_dict()
-    second = copy.deepcopy(tiny_of("sac", seed=3)[0].state_dict())  # the first module's masks fit, but are not this agent's
+    second = copy.deepcopy(tiny_of("sac", seed=3)[0].state_dict())  # the first module's masks fit
     second["sparse"]["actor"]["regime"] = "s2d"
-    for state, message in ((dense, "regime 'dense'"), (second, "regime 's2d'"), (tiny_of("mrsac")[0].state_dict(), "encoder, critic, actor, this agent has"),
+    for state, message in ((dense, "regime 'dense'"), (second, "regime 's2d'"),
+                           (tiny_of("mrsac")[0].state_dict(), "encoder, critic, actor, this agent has"),
                            (tiny_of("ddpg")[0].state_dict(), "the saved optimizers are critic, actor, this agent has")):
         with pytest.raises(ValueError, match=message):
             agent.load_state_dict(state)
@@ -240,4 +222,5 @@ def test_another_agents_state_is_refused_before_anything_changes():
     other, buffer = tiny_of("sac", critic_lr=0.5)
     other.update()
     agent.load_state_dict(other.state_dict())
-    assert agent.optimizers["critic"].param_groups[0]["lr"] == 1e-4 and agent.optimizers["critic"].state  # moments, not settings
+    optimizer = agent.optimizers["critic"]
+    assert optimizer.param_groups[0]["lr"] == 1e-4 and optimizer.state  # moments, not settings

@@ -1,4 +1,4 @@
-"""Tests of networks."""
+"""Tests of MR.Q's networks: sizes, types, definitions, initialization."""
 
 import math
 
@@ -20,28 +20,31 @@ def test_sizes_match_the_paper(scale, encoder_humanoid, encoder_dog, head, criti
     same = lambda module_count, expected: round(module_count / 1e6, digits(expected)) == expected
     with torch.device("meta"):
         for arch_type in networks.ARCH_CONFIGS:  # all six types have the same counts
-            for (obs, act), size, actor in (((67, 21), encoder_humanoid, actor_humanoid), ((223, 38), encoder_dog, actor_dog)):
+            for (obs, act), size, actor in (((67, 21), encoder_humanoid, actor_humanoid),
+                                            ((223, 38), encoder_dog, actor_dog)):
                 encoder = networks.Encoder(obs, act, arch_type, scale)
                 assert same(count(encoder) - count(encoder.model), size) and same(count(encoder.model), head)
                 assert same(count(networks.Actor(1536, act, arch_type, scale)), actor)
             assert same(count(networks.Critic(1536, arch_type, scale)), critic)
 
 
-def test_networks_without_further_words_are_the_papers_at_scale_1():
+def test_default_networks_are_those_of_scale_1():
     """Table 2's types 4, 4 and 3, one block of 512; a scale multiplies both."""
     shapes = lambda network: {name: tuple(p.shape) for name, p in network.named_parameters()}
-    for network, arguments, arch_type in ((networks.Encoder, (5, 2), 4), (networks.Critic, (512,), 4), (networks.Actor, (512, 2), 3),
-                                          (networks.GaussianActor, (512, 2), 3)):
-        plain, said = network(*arguments), network(*arguments, arch_type=arch_type, width_scale=1, depth_scale=1, residual="pre")
+    for network, arguments, arch_type in ((networks.Encoder, (5, 2), 4), (networks.Critic, (512,), 4),
+                                          (networks.Actor, (512, 2), 3), (networks.GaussianActor, (512, 2), 3)):
+        plain, said = network(*arguments), network(*arguments, arch_type=arch_type, width_scale=1, depth_scale=1,
+                                                   residual="pre")
         assert shapes(plain) == shapes(said) and str(plain) == str(said)
     assert shapes(networks.BlockMLP(3, 2, 8)) == shapes(networks.BlockMLP(3, 2, 8, True, "elu", 1))
-    assert networks.scaled_size(1) == (512, 1) and networks.scaled_size(3) == (1536, 3) and networks.scaled_size(3, 0.5, 2) == (256, 2)
+    assert [networks.scaled_size(*size) for size in ((1,), (3,), (3, 0.5, 2))] == [(512, 1), (1536, 3), (256, 2)]
 
 
-def test_the_whole_agent_at_scale_5_has_371_million_parameters():
+def test_agent_at_scale_5_has_371_million_parameters():
     with torch.device("meta"):
-        encoder = networks.Encoder(67, 21, 6, 5)
-        total = count(encoder) - count(encoder.model) + count(networks.Critic(2560, 6, 5)) + count(networks.Actor(2560, 21, 5, 5))
+        encoder, critic = networks.Encoder(67, 21, 6, 5), networks.Critic(2560, 6, 5)
+        actor = networks.Actor(2560, 21, 5, 5)
+        total = count(encoder) - count(encoder.model) + count(critic) + count(actor)
         wide = networks.Critic(512, 6, 1, width_scale=2, depth_scale=3).q1
         narrow = networks.Encoder(10, 2, 6, 5, width_scale=0.25, depth_scale=1)
     assert round(total / 1e6, 1) == 370.7
@@ -49,11 +52,13 @@ def test_the_whole_agent_at_scale_5_has_371_million_parameters():
     assert narrow.zs_dim == 128 and narrow.za_linear.out_features == 64 and len(narrow.zsa_mlp.blocks) == 1
 
 
-def test_the_six_types_are_the_papers():
+def test_six_types_match_the_paper():
     """Appendix C's table: what the other tests take from the code is pinned here."""
     relu, elu = {"activation": "relu"}, {"activation": "elu"}
-    plain, norm, both = ({"use_layer_norm": n, "use_residual": r} for n, r in ((False, False), (True, False), (True, True)))
-    assert networks.ARCH_CONFIGS == {1: relu | plain, 2: elu | plain, 3: relu | norm, 4: elu | norm, 5: relu | both, 6: elu | both}
+    plain, norm, both = ({"use_layer_norm": n, "use_residual": r} for n,
+                         r in ((False, False), (True, False), (True, True)))
+    assert networks.ARCH_CONFIGS == {1: relu | plain, 2: elu | plain, 3: relu | norm, 4: elu | norm, 5: relu | both,
+                                     6: elu | both}
     for number, config in networks.ARCH_CONFIGS.items():
         said = figures.TYPE_LABELS[number]
         assert (("LN" in said), ("residual" in said), "ELU" in said.replace("ReLU", "")) == (
@@ -97,7 +102,8 @@ def test_modules_against_their_definitions():
 
 def test_initialisation_and_bad_arguments():
     torch.manual_seed(0)
-    for module in (networks.Encoder(40, 30, 4), networks.Critic(512, 4), networks.Actor(512, 30), networks.GaussianActor(512, 30)):
+    for module in (networks.Encoder(40, 30, 4), networks.Critic(512, 4), networks.Actor(512, 30),
+                   networks.GaussianActor(512, 30)):
         for name, layer in module.named_modules():
             if isinstance(layer, nn.Linear):
                 bound = math.sqrt(2) * math.sqrt(6 / sum(layer.weight.shape))  # Xavier uniform with ReLU's gain
@@ -110,13 +116,14 @@ def test_initialisation_and_bad_arguments():
         networks.Actor(8, 2, 7)
 
 
-def test_post_residuals_are_in_all_of_the_encoder():
+def test_post_residuals_in_the_encoder():
     for arch_type in (5, 6):
         config, (obs, action) = networks.ARCH_CONFIGS[arch_type], (torch.randn(9, 5), torch.rand(9, 2))
         encoder = networks.Encoder(5, 2, arch_type, width_scale=1 / 32, depth_scale=2, residual="post")
         zs = encoder.zs(obs)
         torch.testing.assert_close(zs, encoder.zs_activation(naive_block_mlp(encoder.zs_mlp, obs, config, "post")))
-        torch.testing.assert_close(encoder(zs, action), naive_block_mlp(encoder.zsa_mlp, torch.cat([zs, encoder.za(action)], 1), config, "post"))
+        zsa = naive_block_mlp(encoder.zsa_mlp, torch.cat([zs, encoder.za(action)], 1), config, "post")
+        torch.testing.assert_close(encoder(zs, action), zsa)
 
 
 def test_scaled_sizes_are_rounded():

@@ -13,14 +13,15 @@ from sac import SAC
 from tests.helpers import count, naive_simba
 
 
-def test_simba_networks_against_their_definition_and_sizes():
+def test_simba_networks_and_sizes():
     torch.manual_seed(0)
     critic = simba.SimbaCritic(5, 2, 8, num_blocks=3, num_qs=2)
     for name, parameter in critic.named_parameters():
-        nn.init.normal_(parameter, std=1e-3 if "projection" in name else 0.5)  # so small that the epsilon tells
+        nn.init.normal_(parameter, std=1e-3 if "projection" in name else 0.5)  # so small that the epsilon counts
     obs, action = torch.randn(7, 5), torch.randn(7, 2)
     x = torch.cat([obs, action], 1)
-    torch.testing.assert_close(critic(obs, action), torch.cat([naive_simba(q, x, [])[1] for q in (critic.q1, critic.q2)], 1))
+    both = [naive_simba(q, x, [])[1] for q in (critic.q1, critic.q2)]
+    torch.testing.assert_close(critic(obs, action), torch.cat(both, 1))
     assert len(list(simba.SimbaCritic(5, 2, 8, 1).children())) == 1
     actor = simba.SimbaGaussian(5, 2, 8, 1)  # mean first, then log-std, each with a head of its own
     features, mean = naive_simba(actor, obs, [])
@@ -32,7 +33,8 @@ def test_simba_networks_against_their_definition_and_sizes():
 
     for width, depth, millions in ((1, 1, 4.39), (2, 1, 17.44), (1, 4, 17.40), (4, 3, 207.96)):  # humanoid-run, one Q
         with torch.device("meta"):
-            modules = {name: dataclasses.replace(m, width_scale=width, depth_scale=depth) for name, m in SAC.Config.presets["default"].items()}
+            modules = {name: dataclasses.replace(m, width_scale=width, depth_scale=depth) for name,
+                       m in SAC.Config.presets["default"].items()}
             agent = SAC(67, 21, modules, device="meta")
         counts = {name: count(network) for name, network in agent.networks.items()}  # log-std and mean: 21 outputs each
         assert counts == {"critic": size(88, 1, 512 * width, 2 * depth), "actor": size(67, 42, 128 * width, depth)}
@@ -51,10 +53,11 @@ def test_simba_initialisation():
         std = math.sqrt(2 / layer.in_features)  # He; the cut is at two standard deviations of the normal before it
         assert layer.weight.std().item() == pytest.approx(std, rel=0.02)
         assert 0.99 * 2 < layer.weight.abs().max().item() / (std / 0.8796257) <= 2
-    assert not any(layer.bias.any() for module in (q, actor) for layer in module.modules() if isinstance(layer, nn.Linear))
+    assert not any(layer.bias.any() for module in (q, actor) for layer in module.modules()
+                   if isinstance(layer, nn.Linear))
 
 
-def test_the_normalizer_against_numpy():
+def test_normalizer_against_numpy():
     rng = np.random.RandomState(0)
     seen = (rng.randn(500, 3) * [1, 10, 0] + [5, -300, 2]).astype(np.float32)
     normalizer = simba.RunningNormalizer(3)
@@ -64,10 +67,13 @@ def test_the_normalizer_against_numpy():
     weights = np.concatenate([[1e-4], np.ones(500)])
     values = np.concatenate([np.zeros((1, 3)), seen.astype(np.float64)])
     mean = np.average(values, axis=0, weights=weights)
-    var = np.average((values - mean) ** 2, axis=0, weights=weights) + 1e-4 / weights.sum()  # the first one's own variance
+    var = np.average((values - mean) ** 2, axis=0, weights=weights) + 1e-4 / weights.sum()  # with the first one's own
     np.testing.assert_allclose(normalizer.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(normalizer.var, var, rtol=1e-9)
     assert normalizer.count.item() == pytest.approx(500.0001, abs=1e-9)
     normalized = normalizer(torch.from_numpy(seen))
     np.testing.assert_allclose(normalized, (seen - mean) / np.sqrt(var + 1e-8), rtol=2e-4, atol=2e-4)
-    assert normalized.dtype == torch.float32 and normalized.shape == (500, 3) and normalizer(normalized[None]).shape == (1, 500, 3)
+    assert normalized.dtype == torch.float32 and normalized.shape == (500, 3)
+    assert normalizer(normalized[None]).shape == (1, 500, 3)
+    normalizer.mean.zero_(), normalizer.var.zero_()
+    np.testing.assert_allclose(normalizer(torch.full((3,), 1e-4)), 1, rtol=1e-6)  # only its epsilon of 1e-8 is left

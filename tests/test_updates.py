@@ -1,4 +1,4 @@
-"""Tests of updates."""
+"""A second, plain implementation of every agent's whole update, and what holds for all updates."""
 
 import copy
 import dataclasses
@@ -14,12 +14,13 @@ import networks
 from agents import AGENTS
 from replay import Batch
 import evaluate
-from tests.helpers import (REPLAY_AGENTS, dense_two_hot, layer_norm, naive_activation, naive_block_mlp, naive_counts, naive_simba,
-                           naive_update_mask, play, tiny_of)
+from sparsity import REGIMES
+from tests.helpers import (REPLAY_AGENTS, dense_two_hot, layer_norm, naive_activation, naive_block_mlp, naive_counts,
+                           naive_simba, naive_update_mask, play, regimes_dense, tiny_of)
 
 
 class Noise:
-    """Stands in for torch.randn_like: numbers that depend on the order of the calls alone, the same for both sides."""
+    """Replaces torch.randn_like: numbers that depend only on the order of the calls, equal on both sides."""
 
     def __init__(self, monkeypatch):
         self.calls = 0
@@ -37,9 +38,9 @@ def naive_adam(p, g, m, v, t, lr, decay=0.0):
 
 
 class Naive:
-    """An agent a second time: forward passes, losses, topology, AdamW, targets and temperature written out, in float64.
+    """A second implementation of an agent: networks, losses, topology, AdamW, targets and temperature, in float64.
 
-    It starts from the first one's weights and masks, and shares nothing with it afterwards.
+    It starts from the agent's weights and masks, and shares nothing with it afterwards.
     """
 
     def __init__(self, agent, modules, total_updates):
@@ -48,9 +49,11 @@ class Naive:
         self.normalizer = getattr(agent, "normalizer", None)
         for network in (*self.networks.values(), *self.targets.values()):
             network.double().requires_grad_(True)
-        self.masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
+        self.masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()}
+                      for name, sparse in agent.sparse.items()}
         self.seeds = {name: sparse.seed for name, sparse in agent.sparse.items()}
-        self.moments = {name: {n: [torch.zeros_like(p)] * 2 for n, p in network.named_parameters()} for name, network in self.networks.items()}
+        self.moments = {name: {n: [torch.zeros_like(p)] * 2 for n, p in network.named_parameters()}
+                        for name, network in self.networks.items()}
         self.updates, self.scale, self.target_scale, self.info = dict.fromkeys(self.networks, 0), 1.0, 1.0, {}
         self.gaussian = hasattr(self.config, "initial_temperature")
         if self.gaussian:
@@ -63,7 +66,8 @@ class Naive:
         """The model's features and its output."""
         if self.modules[name].arch_type == "simba":
             return naive_simba(model, x, seen)
-        y = naive_block_mlp(model, x, networks.ARCH_CONFIGS[self.modules[name].arch_type], self.modules[name].residual, seen)
+        y = naive_block_mlp(model, x, networks.ARCH_CONFIGS[self.modules[name].arch_type], self.modules[name].residual,
+                            seen)
         return seen[-1], y
 
     def zs(self, encoder, obs, seen=None):
@@ -83,11 +87,12 @@ class Naive:
         return torch.cat([self.mlp("critic", q, x, [] if seen is None else seen)[1] for q in critic.children()], -1)
 
     def policy(self, actor, x, noise=None, clip=math.inf):
-        """An action, its log-probability (0 where there is none) and what went into tanh. noise: its std; None for no noise."""
-        features, mean = self.mlp("actor", actor, x, []) if not hasattr(actor, "mlp") else self.mlp("actor", actor.mlp, x, [])
+        """An action, its log-probability (0 if it has none) and what went into tanh. noise: its std, or None."""
+        features, mean = self.mlp("actor", getattr(actor, "mlp", actor), x, [])
         if not self.gaussian:
             action = mean.tanh()
-            action = action if noise is None else (action + (noise * torch.randn_like(action)).clamp(-clip, clip)).clamp(-1, 1)
+            if noise is not None:
+                action = (action + (noise * torch.randn_like(action)).clamp(-clip, clip)).clamp(-1, 1)
             return action, torch.zeros(len(x), dtype=x.dtype), mean
         log_std = -10 + 6 * (1 + (features @ actor.log_std.weight.T + actor.log_std.bias).tanh())
         draw = torch.randn_like(mean)
@@ -97,18 +102,19 @@ class Naive:
 
     def act(self, obs, explore):
         x = self.normalized(obs) if self.normalizer else self.zs(self.networks["encoder"], obs)
-        action, _, mean = self.policy(self.networks["actor"], x, getattr(self.config, "exploration_noise", None) if explore else None)
+        action, _, mean = self.policy(self.networks["actor"], x, getattr(self.config, "exploration_noise", None)
+                                      if explore else None)
         return action if explore or not self.gaussian else mean.tanh()
 
     def normalized(self, obs):
         return (obs - self.normalizer.mean) / (self.normalizer.var + 1e-8).sqrt()
 
-    # ---- losses, one value a sample
+    # ---- losses, one value per sample
 
     def encoder_loss(self, batch, seen):
         c, encoder = self.config, self.networks["encoder"]
-        bins = [math.copysign(math.expm1(abs(x)), x) for x in np.linspace(-c.reward_symlog_limit, c.reward_symlog_limit, c.reward_bins)]
-        bins = torch.tensor(bins, dtype=torch.float64)
+        places = np.linspace(-c.reward_symlog_limit, c.reward_symlog_limit, c.reward_bins)
+        bins = torch.tensor([math.copysign(math.expm1(abs(x)), x) for x in places], dtype=torch.float64)
         zs, alive = self.zs(encoder, batch.obs[:, 0]), torch.ones(len(batch.obs), dtype=torch.float64)
         parts = dict.fromkeys(("reward_loss", "dynamics_loss", "terminal_loss"), 0.0)
         for k in range(c.encoder_horizon):
@@ -121,7 +127,7 @@ class Naive:
             parts["dynamics_loss"] += alive * ((zs - target) ** 2).mean(-1)
             parts["terminal_loss"] += alive * seen * (done - batch.terminated[:, k]) ** 2
             alive = alive * (batch.terminated[:, k] == 0)
-        loss = c.reward_weight * parts["reward_loss"] + c.dynamics_weight * parts["dynamics_loss"] + c.terminal_weight * parts["terminal_loss"]
+        loss = sum(getattr(c, f"{part}_weight") * parts[f"{part}_loss"] for part in ("reward", "dynamics", "terminal"))
         return loss, {"encoder_loss": loss} | parts
 
     def td_target(self, batch):
@@ -135,9 +141,11 @@ class Naive:
             action, log_prob, _ = self.policy(self.networks["actor"], x, getattr(c, "exploration_noise", None))
             x = torch.cat([x, action], -1)
         else:
-            actor = self.networks["actor"] if getattr(c, "target_policy", "target") == "online" else self.targets["actor"]
+            actor = self.networks["actor"] if getattr(c, "target_policy",
+                                                      "target") == "online" else self.targets["actor"]
             zs = self.zs(self.targets["encoder"], batch.obs[:, steps])
-            action, log_prob, _ = self.policy(actor, zs, getattr(c, "target_noise", None), getattr(c, "target_noise_clip", math.inf))
+            action, log_prob, _ = self.policy(actor, zs, getattr(c, "target_noise", None),
+                                              getattr(c, "target_noise_clip", math.inf))
             x = self.zsa(self.targets["encoder"], zs, action)
         value = self.reduced(self.q(self.targets["critic"], x), getattr(c, "target_q_reduce", "min"))
         value = value - math.exp(self.log_alpha) * log_prob if self.gaussian else value
@@ -154,8 +162,8 @@ class Naive:
         q = self.q(self.networks["critic"], x)
         error = (q - y).abs()
         loss = (error ** 2).sum(1) if self.normalizer else torch.where(error < 1, error ** 2 / 2, error - 0.5).mean(1)
-        info = {"critic_loss": loss, "q": q, "td_target": y} | ({} if self.normalizer else {"td_error": error.max(1).values})
-        return loss, info
+        info = {} if self.normalizer else {"td_error": error.max(1).values}
+        return loss, info | {"critic_loss": loss, "q": q, "td_target": y}
 
     def actor_loss(self, obs):
         c, actor = self.config, self.networks["actor"]
@@ -174,7 +182,8 @@ class Naive:
         elif not self.normalizer:
             loss = loss + c.pre_activation_weight * (pre ** 2).mean(1)
             info = {"pre_activation": pre.abs()}
-        return loss, {"actor_loss": loss} | info | ({"action_size": action.abs()} if self.gaussian or self.normalizer else {})
+        return loss, {"actor_loss": loss} | info | ({"action_size": action.abs()} if self.gaussian or self.normalizer
+                                                    else {})
 
     # ---- updates
 
@@ -187,7 +196,8 @@ class Naive:
             gradients[n] = gradients[n] * mask
         norm = math.sqrt(sum((g ** 2).sum().item() for g in gradients.values()))
         for n, p in parameters.items():
-            p.data, *self.moments[name][n] = naive_adam(p.data, gradients[n] * min(1.0, clip / (norm + 1e-6)), *self.moments[name][n], self.updates[name],
+            p.data, *self.moments[name][n] = naive_adam(p.data, gradients[n] * min(1.0, clip / (norm + 1e-6)),
+                                                        *self.moments[name][n], self.updates[name],
                                                         getattr(self.config, f"{name}_lr"), self.config.weight_decay)
         self.info |= {key: value.mean().item() for key, value in info.items()} | {f"{name}/grad_norm": norm}
 
@@ -201,7 +211,8 @@ class Naive:
         share = min(max((t - first) / (last - first), 0.0), 1.0)
         left = (1 - share) ** o["schedule_power"]
         wanted = {"dst": sparsity, "s2d": sparsity * left, "d2s": sparsity * (1 - left)}[regime]
-        zeta = o["drop_fraction_end"] + (o["drop_fraction_start"] - o["drop_fraction_end"]) / 2 * (1 + math.cos(math.pi * min(t, self.total) / self.total))
+        start, end = o["drop_fraction_start"], o["drop_fraction_end"]
+        zeta = end + (start - end) / 2 * (1 + math.cos(math.pi * min(t, self.total) / self.total))
         masks, moving = self.masks[name], 0
         for (n, mask), count in zip(masks.items(), naive_counts([tuple(parameters[n].shape) for n in masks], wanted)):
             if mask.all() and count == mask.numel():
@@ -215,7 +226,8 @@ class Naive:
 
     def temper(self, entropy):
         gradient = math.exp(self.log_alpha) * (entropy - self.target_entropy)
-        self.log_alpha, *self.alpha_moments = naive_adam(self.log_alpha, gradient, *self.alpha_moments, self.updates["actor"], self.config.temperature_lr)
+        self.log_alpha, *self.alpha_moments = naive_adam(self.log_alpha, gradient, *self.alpha_moments,
+                                                         self.updates["actor"], self.config.temperature_lr)
         self.info["temperature"] = math.exp(self.log_alpha)
 
     def update(self, batches, rewards, seen):
@@ -228,7 +240,8 @@ class Naive:
             if self.gaussian:
                 self.temper(self.info["entropy"])
             self.step("critic", *self.critic_loss(batch))
-            for (n, target), source in zip(self.targets["critic"].named_parameters(), self.networks["critic"].parameters()):
+            for (n, target), source in zip(self.targets["critic"].named_parameters(),
+                                           self.networks["critic"].parameters()):
                 target.data = (1 - self.config.tau) * target.data + self.config.tau * source.data
                 target.data = target.data * self.masks["critic"].get(n, 1)
             return None
@@ -248,22 +261,26 @@ class Naive:
 
 
 UNEQUAL = {  # no two alike that could be mistaken for one another
-    "batch_size": 12, "discount": 0.9, "target_update_freq": 4, "dynamics_weight": 0.7, "reward_weight": 0.3, "terminal_weight": 0.5,
-    "encoder_lr": 1e-3, "critic_lr": 2e-3, "actor_lr": 3e-3, "weight_decay": 0.05, "critic_grad_clip": 0.3, "reward_bins": 31,
-    "reward_symlog_limit": 3.0, "exploration_noise": 0.15, "target_noise": 0.35, "target_noise_clip": 0.25, "pre_activation_weight": 0.2,
-    "tau": 0.1, "initial_temperature": 0.3, "temperature_lr": 4e-3, "target_entropy": -0.8}
+    "batch_size": 12, "discount": 0.9, "target_update_freq": 4, "dynamics_weight": 0.7, "reward_weight": 0.3,
+    "terminal_weight": 0.5, "encoder_lr": 1e-3, "critic_lr": 2e-3, "actor_lr": 3e-3, "weight_decay": 0.05,
+    "critic_grad_clip": 0.3, "reward_bins": 31, "reward_symlog_limit": 3.0, "exploration_noise": 0.15,
+    "target_noise": 0.35, "target_noise_clip": 0.25, "pre_activation_weight": 0.2, "tau": 0.1,
+    "initial_temperature": 0.3, "temperature_lr": 4e-3, "target_entropy": -0.8}
 
 
-MOVING = {"update_interval": 3, "drop_fraction_start": 0.4, "drop_fraction_end": 0.15, "schedule_start": 0.1, "schedule_end": 0.75, "schedule_power": 3.0}
+MOVING = {"update_interval": 3, "drop_fraction_start": 0.4, "drop_fraction_end": 0.15, "schedule_start": 0.1,
+          "schedule_end": 0.75, "schedule_power": 3.0}
 
 
 def unequal_agent(algo, regimes, **settings):
     """An agent with unequal settings, moved away from its targets, its modules, T, and a buffer."""
     agent_class = AGENTS[algo]
     presets = agent_class.Config.presets["mst"]
-    modules = {name: dataclasses.replace(m, regime=regime, width_scale=width / (16 if m.arch_type == "simba" else 64), depth_scale=depth,
-                                         residual="post" if name == "critic" else "pre", sparsity=sparsity, sparse_options=MOVING)
-               for (name, m), regime, width, depth, sparsity in zip(presets.items(), regimes, (1, 1.5, 2), (1, 2, 1), (0.5, 0.6, 0.7))}
+    modules = {name: dataclasses.replace(m, regime=regime, width_scale=width / (16 if m.arch_type == "simba" else 64),
+                                         depth_scale=depth, residual="post" if name == "critic" else "pre",
+                                         sparsity=sparsity, sparse_options=MOVING)
+               for (name, m), regime, width, depth, sparsity in zip(
+                   presets.items(), regimes, (1, 1.5, 2), (1, 2, 1), (0.5, 0.6, 0.7))}
     fields = {spec.name for spec in dataclasses.fields(agent_class.Config)}
     config = agent_class.Config(**{name: value for name, value in UNEQUAL.items() if name in fields} | settings)
     torch.manual_seed(3)
@@ -271,7 +288,8 @@ def unequal_agent(algo, regimes, **settings):
     for network in agent.networks.values():  # biases and LayerNorms that matter
         for parameter in network.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter) * (parameter != 0 if parameter.ndim > 1 else 1)
-    buffer, episodes = play(3, 400, agent.config.horizon, 300, obs_dim=4, action_dim=2, prioritized=agent.config.prioritized)
+    buffer, episodes = play(3, 400, agent.config.horizon, 300, obs_dim=4, action_dim=2,
+                            prioritized=agent.config.prioritized)
     agent.replay = buffer
     for obs in buffer.obs[:50].numpy():
         agent.update_obs_stats(2 * obs + 1)
@@ -280,15 +298,17 @@ def unequal_agent(algo, regimes, **settings):
 
 WHOLE_UPDATES = [  # algorithm, regimes, settings
     ("mrq", ("s2d", "dst", "d2s"), {"encoder_horizon": 2, "q_horizon": 3}),
-    ("sac", ("d2s", "dst"), {"twin_critics": True, "actor_q_reduce": "mean"}), ("sac", ("dst", "s2d"), {"twin_critics": True, "target_q_reduce": "mean"}),
-    ("ddpg", ("dst", "d2s"), {}),
-    ("mrsac", ("dst", "s2d", "d2s"), {"encoder_horizon": 3, "q_horizon": 2, "target_policy": "online", "target_q_reduce": "mean"}),
+    ("sac", ("d2s", "dst"), {"twin_critics": True, "actor_q_reduce": "mean"}),
+    ("sac", ("dst", "s2d"), {"twin_critics": True, "target_q_reduce": "mean"}), ("ddpg", ("dst", "d2s"), {}),
+    ("mrsac", ("dst", "s2d", "d2s"), {"encoder_horizon": 3, "q_horizon": 2, "target_policy": "online",
+                                      "target_q_reduce": "mean"}),
     ("mrsac", ("d2s", "dst", "s2d"), {"encoder_horizon": 3, "q_horizon": 2, "actor_q_reduce": "mean"})]
 
 
-@pytest.mark.parametrize("algo, regimes, settings", WHOLE_UPDATES, ids=lambda value: value if isinstance(value, str) else "")
-def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regimes, settings, monkeypatch):
-    """Weights, targets, masks, moments' effect, temperature, priorities and everything logged, over fourteen updates."""
+@pytest.mark.parametrize("algo, regimes, settings", WHOLE_UPDATES, ids=lambda value: value if isinstance(value, str)
+                         else "")
+def test_whole_update_against_a_second_implementation(algo, regimes, settings, monkeypatch):
+    """Weights, targets, masks, temperature, priorities and everything logged, over fourteen updates."""
     agent, modules, buffer, episodes = unequal_agent(algo, regimes, **settings)
     stored = [step[3] for episode in episodes for step in episode]
     for network in (*agent.networks.values(), *agent.targets.values()):
@@ -316,7 +336,8 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
         agent.update()
         noise.calls = 0
         error = naive.update(drawn, stored, float(any(step[5] for episode in episodes for step in episode)))
-        assert {key: value.mean().item() for key, value in agent.info.items()} == pytest.approx(naive.info, rel=1e-5, abs=1e-7)
+        info = {key: value.mean().item() for key, value in agent.info.items()}
+        assert info == pytest.approx(naive.info, rel=1e-5, abs=1e-7)
         assert agent.updates == naive.updates
         if error is not None:  # LAP: at least 1, to the power 0.4; of a row drawn twice the larger one
             for row, delta in sorted(zip(drawn[-1].index.tolist(), error.tolist()), key=lambda pair: pair[1]):
@@ -327,8 +348,9 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
             assert all(torch.equal(mask, naive.masks[name][n]) for n, mask in agent.sparse[name].masks.items())
         for name, network in naive.targets.items():
             close(list(agent.targets[name].parameters()), list(network.parameters()))
-    for name, network in naive.networks.items():  # it was not in vain: topologies moved
-        assert modules[name].regime == "s2d" or any((first_masks[name][n] != mask).any() for n, mask in agent.sparse[name].masks.items())
+    for name, network in naive.networks.items():  # topologies moved
+        assert modules[name].regime == "s2d" or any((first_masks[name][n] != mask).any() for n,
+                                                    mask in agent.sparse[name].masks.items())
     own = getattr(agent.config, "encoder_horizon", 1), getattr(agent.config, "q_horizon", 1)
     assert set(horizons) == set(own) and agent.config.horizon == max(own)
     # Acting, in float32 as always.
@@ -342,9 +364,10 @@ def test_an_agent_follows_a_second_implementation_of_its_whole_update(algo, regi
         np.testing.assert_allclose(action, naive.act(obs.double(), explore).detach(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("algo, regimes, settings", [WHOLE_UPDATES[0], WHOLE_UPDATES[1], WHOLE_UPDATES[3], WHOLE_UPDATES[5]], ids=REPLAY_AGENTS)
-def test_every_column_of_measure_against_a_naive_computation(algo, regimes, settings, monkeypatch):
-    """On the second implementation's networks: its activations, its losses, and gradients of one sample after the other."""
+@pytest.mark.parametrize("algo, regimes, settings", [WHOLE_UPDATES[0], WHOLE_UPDATES[1], WHOLE_UPDATES[3],
+                                                     WHOLE_UPDATES[5]], ids=REPLAY_AGENTS)
+def test_metrics_against_a_second_implementation(algo, regimes, settings, monkeypatch):
+    """Its activations, its losses, and the gradients of one sample after the other."""
     agent, modules, buffer, _ = unequal_agent(algo, regimes, **settings)
     for _ in range(6):
         agent.update()
@@ -366,9 +389,12 @@ def test_every_column_of_measure_against_a_naive_computation(algo, regimes, sett
         z = torch.cat([x, batch.action[:, 0]], -1)
         if not naive.normalizer:
             x = naive.zs(naive.networks["encoder"], batch.obs[:, 0], seen["encoder"])
-            features["encoder"] = {"zsa": (z := naive.zsa(naive.networks["encoder"], x, batch.action[:, 0], seen["encoder"]))}
-        features["critic"] = {name: naive.mlp("critic", q, z, seen["critic"])[0] for name, q in naive.networks["critic"].named_children()}
-        features["actor"] = {"pi": naive.mlp("actor", getattr(naive.networks["actor"], "mlp", naive.networks["actor"]), x, seen["actor"])[0]}
+            features["encoder"] = {"zsa": (z := naive.zsa(naive.networks["encoder"], x, batch.action[:, 0],
+                                                          seen["encoder"]))}
+        features["critic"] = {name: naive.mlp("critic", q, z, seen["critic"])[0] for name,
+                              q in naive.networks["critic"].named_children()}
+        features["actor"] = {"pi": naive.mlp("actor", getattr(naive.networks["actor"], "mlp", naive.networks["actor"]),
+                                             x, seen["actor"])[0]}
     noise.calls = 0
     if "encoder" in naive.networks:
         losses["encoder"] = naive.encoder_loss(few, float(buffer.terminated.any()))[0]
@@ -377,13 +403,17 @@ def test_every_column_of_measure_against_a_naive_computation(algo, regimes, sett
         columns, parameters = {}, dict(network.named_parameters())
         for key, values in features[name].items():
             singular = np.linalg.svd(values.numpy(), compute_uv=False)
-            columns[f"srank_{key}"] = 1 + sum(singular[:k].sum() < 0.99 * singular.sum() for k in range(1, len(singular)))
+            columns[f"srank_{key}"] = 1 + sum(singular[:k].sum() < 0.99 * singular.sum()
+                                              for k in range(1, len(singular)))
             columns[f"srank_{key}_max"] = min(2048, values.shape[1])
-        dormant = [[score <= 0.025 * np.mean(scores) for score in scores] for scores in (v.abs().mean(0).numpy() for v in seen[name])]
+        dormant = [[score <= 0.025 * np.mean(scores) for score in scores]
+                   for scores in (v.abs().mean(0).numpy() for v in seen[name])]
         columns["dormant_ratio"] = np.mean(np.concatenate(dormant))
         gradients = [torch.cat([(g * naive.masks[name].get(n, 1)).flatten() for n, g in zip(
-            parameters, torch.autograd.grad(loss, list(parameters.values()), retain_graph=True))]) for loss in losses[name]]
-        cosines = [(a @ b / (a.norm() * b.norm())).item() for i, a in enumerate(gradients) for j, b in enumerate(gradients) if i != j]
+            parameters, torch.autograd.grad(loss, list(parameters.values()), retain_graph=True))])
+                     for loss in losses[name]]
+        cosines = [(a @ b / (a.norm() * b.norm())).item() for i, a in enumerate(gradients) for j,
+                   b in enumerate(gradients) if i != j]
         cosines = [cosine for cosine in cosines if cosine == cosine]  # a gradient of zeros has no direction
         columns["grad_cosine"], columns["grad_cosine_negative"] = np.mean(cosines), np.mean(np.array(cosines) < 0)
         columns["parameter_norm"] = math.sqrt(sum((p ** 2).sum().item() for p in parameters.values()))
@@ -397,8 +427,31 @@ def test_every_column_of_measure_against_a_naive_computation(algo, regimes, sett
 
 
 @pytest.mark.parametrize("algo", REPLAY_AGENTS)
-def test_no_loss_computes_a_gradient_for_another_modules_weights(algo):
-    """Between two optimiser steps, gradients arrive at the weights of the module that steps next, and at no other's."""
+@pytest.mark.parametrize("shift", range(5))
+def test_every_regime_on_every_module(algo, shift):
+    """Exact counts at the end of training; pruned weights are 0, in targets too; everything logged is finite."""
+    names = list(AGENTS[algo].Config.presets["default"])
+    regimes = [REGIMES[(shift + 2 * number) % 5] for number in range(len(names))]
+    agent, _ = tiny_of(algo, regimes_dense(algo, *regimes))
+    for _ in range(40):
+        agent.update()
+    if hasattr(agent, "refresh_targets"):
+        agent.refresh_targets()
+    for name, regime in zip(names, regimes):
+        sparse, weights = agent.sparse[name], dict(agent.networks[name].named_parameters())
+        size = sum(w.numel() for w in weights.values() if w.ndim >= 2)
+        kept = size * (1 if regime in ("dense", "s2d") else 0.4 if "encoder" in names else 0.2)
+        assert abs(sparse.density() * size - kept) <= 0.5 + 1e-6, (name, regime)
+        for network in (agent.networks[name], *([agent.targets[name]] if name in agent.targets else [])):
+            parameters = dict(network.named_parameters())
+            assert not any(parameters[weight][~mask].any() for weight, mask in sparse.masks.items())
+        assert all(mask.sum() == sparse.active[weight] for weight, mask in sparse.masks.items())
+    assert all(value.isfinite().all() for value in agent.info.values())
+
+
+@pytest.mark.parametrize("algo", REPLAY_AGENTS)
+def test_losses_give_gradients_only_to_their_own_module(algo):
+    """Between two optimizer steps, gradients arrive at the weights of the module that steps next, and at no other's."""
     agent, buffer = tiny_of(algo)
     arrived, seen = set(), []
     for kind, parts in (("", agent.networks), ("target ", agent.targets)):
@@ -419,8 +472,8 @@ def test_no_loss_computes_a_gradient_for_another_modules_weights(algo):
 
 
 @pytest.mark.parametrize("algo", REPLAY_AGENTS)
-def test_what_a_captured_graph_reads_changes_in_place(algo):
-    """Every tensor of agent, buffer, optimisers, masks and targets lies where it lay, whatever happens; and most have changed."""
+def test_tensors_change_in_place(algo):
+    """Every tensor of agent, replay, optimizers, masks and targets keeps its address, as a captured graph needs."""
     agent, buffer = tiny_of(algo)
     for _ in range(2):
         agent.update()
@@ -435,9 +488,11 @@ def test_what_a_captured_graph_reads_changes_in_place(algo):
             for key, value in parts.items():
                 yield from tensors(value, f"{path}.{key if isinstance(key, str) else id(key)}", depth - 1)
 
-    before = {path: (tensor, tensor.data_ptr(), tensor.detach().clone()) for path, tensor in (*tensors(agent, "agent"), *tensors(buffer, "buffer"))}
+    before = {path: (tensor, tensor.data_ptr(), tensor.detach().clone()) for path,
+              tensor in (*tensors(agent, "agent"), *tensors(buffer, "buffer"))}
     watched = " ".join(before)
-    assert all(name in watched for name in ("max_priority", "termination_seen", "nonfinite", "masks", "exp_avg", "projection.weight"))
+    assert all(name in watched for name in ("max_priority", "termination_seen", "nonfinite", "masks", "exp_avg",
+                                            "projection.weight"))
     assert ("reward_scale" in watched and "target_reward_scale" in watched) == ("encoder" in agent.networks)
     reward = 5.0
     for step in range(12):  # bursts, topology changes and new targets among them
@@ -446,6 +501,6 @@ def test_what_a_captured_graph_reads_changes_in_place(algo):
         agent.update()
     after = dict([*tensors(agent, "agent"), *tensors(buffer, "buffer")])
     for path, (tensor, address, value) in before.items():
-        assert after[path] is tensor and tensor.data_ptr() == address, f"{path} was bound anew"
+        assert after[path] is tensor and tensor.data_ptr() == address, f"{path} was replaced"
     changed = {path for path, (tensor, _, value) in before.items() if not torch.equal(tensor.detach(), value)}
     assert len(changed) > len(before) / 2
