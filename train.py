@@ -151,6 +151,8 @@ class Monitor:
         run.logged_step, run.logged_seconds = step, now
         self.log.write("train", {"agent_step": step, "env_frames": self.env.frames, "episode_return": run.last_return} | info
                        | {f"{name}/density": sparse.density() for name, sparse in self.agent.sparse.items()}
+                       | {f"{name}/{key}": value for name, sparse in self.agent.sparse.items() if sparse.dynamic
+                          for key, value in sparse.movement().items()}
                        | {"steps_per_second": speed, "seconds": now})
         self.saved.check_health()
 

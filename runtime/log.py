@@ -225,6 +225,7 @@ class Table:
         # The file is certain up to `synced`; `kept` follows it, of which `written` bytes are in the file.
         self.synced, self.kept, self.written, self.failure = end, waiting.encode(), 0, None
         header = self.file.readline() if end else self.kept.split(b"\r\n")[0]
+        self.continued = bool(header)
         self.columns = [rename(column) for column in next(csv.reader([header.decode()]))] if header else None
         self.file.truncate(end)
         self.file.seek(end)
@@ -233,6 +234,8 @@ class Table:
         if self.columns is None:
             self.columns = list(row)
             self.kept += _line(self.columns)
+        if self.continued:  # columns that are newer than the run's header are not written
+            row = {name: value for name, value in row.items() if name in self.columns}
         if row.keys() != set(self.columns):
             raise ValueError(f"a row must have the columns {', '.join(self.columns)}, not {', '.join(row)}")
         values = [row[name] for name in self.columns]

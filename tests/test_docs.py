@@ -36,7 +36,8 @@ def columns(algo):
         agent, _ = tiny_of(algo)
         agent.update()
     density = {f"{name}/density" for name in agent.sparse}
-    return {generic(name) for name in {*evaluate.measure(agent), *agent.info, *density}}
+    movement = {f"{name}/{key}" for name, sparse in agent.sparse.items() if sparse.dynamic for key in sparse.movement()}
+    return {generic(name) for name in {*evaluate.measure(agent), *agent.info, *density, *movement}}
 
 
 def test_docs_name_every_column_and_no_other():
