@@ -16,7 +16,7 @@ def test_train_csv_shows_whether_a_topology_moves(tmp_path):
     assert not {"encoder/dropped", "actor/dropped"} & rows[0].keys()  # only regimes that move have the columns
     dropped, kept = ([float(row[f"critic/{key}"]) for row in rows] for key in ("dropped", "initial_kept"))
     assert all(value > 0 for value in dropped)  # an interval of 15 updates ends with each row
-    assert kept == sorted(kept, reverse=True) and kept[-1] < kept[0] < 1
+    assert all(0 < value < 1 for value in kept)
     for row in rows:
         assert float(row["critic/dropped"]) == float(row["critic/grown"]) >= float(row["critic/regrown"])
 
