@@ -90,7 +90,7 @@ def test_evaluations_at_the_start_every_n_steps_and_at_the_end(total, every, met
 
 def test_rows_have_the_density_and_the_speed_of_learning(monkeypatch):
     run = RecordedRun()
-    run.sparse = {"net": argparse.Namespace(density=lambda: 0.25, sparsity=0.75, masks={})}
+    run.sparse = {"net": argparse.Namespace(density=lambda: 0.25, sparsity=0.75, masks={}, first_masks={})}
     monkeypatch.setattr(SavedRun, "seconds", lambda saved: float(len(run.events)))  # a clock that only events move
     recorded_run(monkeypatch, run)
     rows = [row for name, row in run.rows if name == "train"]

@@ -217,7 +217,8 @@ class Naive:
         for (n, mask), count in zip(masks.items(), naive_counts([tuple(parameters[n].shape) for n in masks], wanted)):
             if mask.all() and count == mask.numel():
                 continue
-            generator = torch.Generator().manual_seed(hash((self.seeds[name], t, moving)))  # gradients of 0 rank at random
+            # Gradients of 0 rank at random.
+            generator = torch.Generator().manual_seed(hash((self.seeds[name], t, moving)))
             order, moving = torch.rand(mask.shape, dtype=torch.float64, generator=generator), moving + 1
             masks[n] = naive_update_mask(parameters[n].detach(), gradients[n], mask, zeta, count, order)
             stays = mask & masks[n]
