@@ -64,7 +64,7 @@ def error_message(error):
     if isinstance(error, RuntimeError) and not memory:
         raise error
     advice = ": choose a smaller --scale, --batch-size or --buffer-size" if memory else ""
-    return str(error).splitlines()[0] + advice
+    return next(iter(str(error).splitlines()), type(error).__name__) + advice
 
 
 def describe(agent, modules, args, device, folder):

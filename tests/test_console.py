@@ -132,3 +132,7 @@ def test_signal_before_training_ends_in_one_line(number, status, tmp_path):
     process.send_signal(number)
     assert process.communicate(timeout=60)[1].startswith("\ntrain.py: stopped") and process.returncode == status
     assert not os.listdir(tmp_path)
+
+
+def test_an_error_without_text_is_named():
+    assert console.error_message(MemoryError()).startswith("MemoryError") and console.error_message(ValueError("a\nb")) == "a"
