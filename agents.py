@@ -5,6 +5,8 @@
     count_parameters(args, obs_dim=24, action_dim=6)                           # {"critic": ..., "actor": ...}
 """
 
+import warnings
+
 import torch
 
 from base import ModuleConfig
@@ -51,8 +53,10 @@ def build_agent(args, obs_dim, action_dim, device, buffer_size=None):
     precision = fast.resolve_precision(args.precision, device)
     compile, graphs, _ = fast.resolve_speed(args.compile, args.cuda_graphs, device)
     check_memory(args, obs_dim, action_dim, device)
-    agent = AGENTS[args.algo](obs_dim, action_dim, module_configs(args), args.agent, total_updates(args), device, args.seed,
-                              buffer_size=replay_rows(args) if buffer_size is None else buffer_size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the topology never changes")  # settings.plan_notes says it in the header
+        agent = AGENTS[args.algo](obs_dim, action_dim, module_configs(args), args.agent, total_updates(args), device, args.seed,
+                                  buffer_size=replay_rows(args) if buffer_size is None else buffer_size)
     fast.speed_up(agent, precision, compile)
     if graphs:
         fast.captured(agent)

@@ -138,6 +138,9 @@ class SavedRun:
         try:
             if difference := differs(state["config"]):
                 raise ValueError(f"it belongs to another run: {difference}")
+            if self.args.extend:  # the schedules follow the new length
+                for sparse in state["agent"]["sparse"].values():
+                    sparse.pop("schedule", None)
             self.agent.load_state_dict(state["agent"])
             self.agent.info = {current_name("train", name): value.to(self.device) for name, value in state["info"].items()}
             for first, rows in self.checkpoints.rows():

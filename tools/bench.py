@@ -209,8 +209,10 @@ def phases(agent, replay, env):
 
     def topology():
         for sparse in agent.sparse.values():
-            sparse.last_step = 0
-            sparse.update_topology(sparse.update_interval)
+            before, sparse.last_step = sparse.last_step, 0
+            weights = dict(sparse.module.named_parameters())  # by their gradients, which are masked by now
+            sparse.update_topology(sparse.update_interval, scores={name: weights[name].grad.detach() for name in sparse.masks})
+            sparse.last_step = before
 
     def environment():
         if any(env.step(env.random_action())[2:]):  # terminated, truncated
