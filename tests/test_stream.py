@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from base import ModuleConfig
-from stream import (STREAM, STREAM_MST, FastMLP, Learner, ObGD, RewardScale, RunningStats, StreamAC, StreamConfig, StreamMLP,
+from stream import (FastMLP, ObGD, RewardScale, RunningStats, StreamAC, StreamConfig, StreamMLP,
                     TimedEnv, sparse_init)
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
@@ -460,58 +459,3 @@ def test_timed_env_appends_the_time_and_restores():
     state = env.state()
     assert env.step(None)[0].tolist() == [2, 2, 0]
     assert env.restore(state).tolist() == [1, 1, -0.25] and env.step(None)[0].tolist() == [2, 2, 0]
-
-
-# ---- speed ----
-
-class TensorByTensor(torch.optim.Optimizer):
-    """ObGD with the published code's cost: one tensor after the other, and one read from it for each norm."""
-
-    def __init__(self, params, kappa, decay):
-        super().__init__(params, {"kappa": kappa, "decay": decay})
-
-    @torch.no_grad()
-    def step(self, delta):
-        group, norm = self.param_groups[0], 0.0
-        for parameter in group["params"]:
-            trace = self.state[parameter].setdefault("trace", torch.zeros_like(parameter))
-            trace.mul_(group["decay"]).add_(parameter.grad)
-            norm += trace.abs().sum().item()
-        bound = group["kappa"] * max(abs(delta), 1.0) * norm
-        for parameter in group["params"]:
-            parameter.add_(delta * self.state[parameter]["trace"], alpha=-1.0 / max(bound, 1.0))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [1, 4])
-def test_an_update_takes_less_than_half_the_time_of_autograd_tensor_by_tensor(width):
-    """CPU time, in turns within one process, so that neighbors slow both."""
-    agent = StreamAC(25, 6, {name: ModuleConfig("stream", width_scale=width) for name in ("critic", "actor")})
-    critic, actor = StreamMLP(25, [1], 128 * width, 2), StreamMLP(25, [6, 6], 128 * width, 2)
-    optimizers = TensorByTensor(critic.parameters(), 2.0, 0.792), TensorByTensor(actor.parameters(), 3.0, 0.792)
-    observations, action = np.random.RandomState(0).randn(61, 25).astype(np.float32), np.zeros(6, np.float32)
-
-    def plain(index):
-        obs, next_obs = torch.from_numpy(observations[index]), torch.from_numpy(observations[index + 1])
-        value = critic(obs)[0]
-        with torch.no_grad():
-            delta = 0.1 + 0.99 * critic(next_obs)[0].item() - value.item()
-        mean, rho = actor(obs)
-        policy = torch.distributions.Normal(mean, F.softplus(rho))
-        loss = -policy.log_prob(torch.from_numpy(action)).sum() - 0.01 * math.copysign(1.0, delta) * policy.entropy().sum()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        (-value).sum().backward()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step(delta)
-
-    def seconds(update):
-        begin = time.process_time()
-        for index in range(60):
-            update(index)
-        return time.process_time() - begin
-
-    ours = lambda index: agent.add(observations[index], action, 0.1, observations[index + 1], False, False)
-    rounds = [(seconds(ours), seconds(plain)) for _ in range(7)][1:]
-    assert 2 * np.median([one for one, _ in rounds]) < np.median([other for _, other in rounds])
