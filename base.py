@@ -1,14 +1,16 @@
 """What all agents share: each module with its own size, optimizer and regime, and one optimizer step of one module.
 
 Guarantees: the order that sparse training needs (backward, topology, masking, clipping, optimizer step), whatever the
-algorithm; a state of tensors and plain values that restores the agent exactly; and no read from the device during an update.
+algorithm; a state of tensors and plain values that restores the agent exactly; and no read from the device during an
+update.
 
 Paper: Section 4, "Module-Specific Training". The methods that the training loop calls are listed at `BaseAgent`.
 
-CUDA graphs. `runtime/fast.py` can record an update once and replay it, which saves the cost of launching a thousand small
-operations. A recorded update sees new values only in tensors that stay where they are. So the agents keep changing numbers
-(reward scales, priorities, the `nonfinite` flags) in tensors, change weights, masks and moments in place, and never read a
-value back inside an update. Comments that begin with "CUDA graph:" mark the lines that are written for this.
+CUDA graphs. `runtime/fast.py` can record an update once and replay it, which saves the cost of launching a thousand
+small operations. A recorded update sees new values only in tensors that stay where they are. So the agents keep
+changing numbers (reward scales, priorities, the `nonfinite` flags) in tensors, change weights, masks and moments in
+place, and never read a value back inside an update. Comments that begin with "CUDA graph:" mark the lines that are
+written for this.
 """
 
 import contextlib
@@ -29,7 +31,8 @@ SPARSE_OPTIONS = {  # what a regime reads besides its sparsity; other options ha
     "dense": (),
     "sst": ("distribution",),
     "dst": ("distribution", "grow", "update_interval", "drop_fraction_start", "drop_fraction_end")}
-SPARSE_OPTIONS["s2d"] = SPARSE_OPTIONS["d2s"] = (*SPARSE_OPTIONS["dst"], "schedule_start", "schedule_end", "schedule_power")
+SPARSE_OPTIONS["s2d"] = (*SPARSE_OPTIONS["dst"], "schedule_start", "schedule_end", "schedule_power")
+SPARSE_OPTIONS["d2s"] = SPARSE_OPTIONS["s2d"]
 
 
 @dataclass(frozen=True)
@@ -71,19 +74,19 @@ class Choices:
 
 
 class BaseAgent:
-    """Networks, optimizers, masks, targets and experience, by module name, and the methods that the training loop calls.
+    """Networks, optimizers, masks, targets and experience, by module name, and what the training loop calls.
 
-    A subclass has `Config` (its settings, with `presets`, `learning_starts`, `horizon` and `prioritized`), `make_networks`,
-    `network_calls`, `act`, `update`, `compute_features` and `per_sample_losses`. The loop calls `add` once per agent step and `update`
-    `updates_per_step` times once learning has started. `info` holds what the last updates computed, on the device; the log
-    writes means.
+    A subclass has `Config` (its settings, with `presets`, `learning_starts`, `horizon` and `prioritized`),
+    `make_networks`, `network_calls`, `act`, `update`, `compute_features` and `per_sample_losses`. The loop calls `add`
+    once per agent step and `update` `updates_per_step` times once learning has started. `info` holds what the last
+    updates computed, on the device; the log writes means.
 
     To train a network of your own, override `make_encoder`, `make_critic` or `make_actor`: they take the sizes and a
-    ModuleConfig, and return a module. `network_calls` says which methods and shapes the agent needs; they are checked at
-    construction. `features(x)`, for SRank, is optional: without it, that metric is NaN.
+    ModuleConfig, and return a module. `network_calls` says which methods and shapes the agent needs; they are checked
+    at construction. `features(x)`, for SRank, is optional: without it, that metric is NaN.
     """
 
-    compiled_methods = ()  # methods that return (one value per sample, ...): may be compiled; run in the chosen precision
+    compiled_methods = ()  # methods that return (one value per sample, ...): compiled, and run in the chosen precision
     autocast_methods = ()  # further methods that run in the chosen precision
     graph_methods = {}  # method that may be captured as a CUDA graph -> modules that one call of it updates
     target_modules = ()  # modules that have a target copy
@@ -128,10 +131,12 @@ class BaseAgent:
         """ValueError, in one line, for an overridden network whose methods or output shapes do not fit. `network_calls`
         yields (module, what is called, its output, the shape it must have), with None for any size."""
         try:
-            for name, call, output, shape in self.network_calls(torch.zeros(2, *np.atleast_1d(obs_dim), device=self.device),
-                                                                torch.zeros(2, self.action_dim, device=self.device)):
+            obs = torch.zeros(2, *np.atleast_1d(obs_dim), device=self.device)
+            action = torch.zeros(2, self.action_dim, device=self.device)
+            for name, call, output, shape in self.network_calls(obs, action):
                 found = tuple(output.shape) if torch.is_tensor(output) else type(output).__name__
-                if not torch.is_tensor(output) or len(found) != len(shape) or any(b not in (None, a) for a, b in zip(found, shape)):
+                if (not torch.is_tensor(output) or len(found) != len(shape)
+                        or any(b not in (None, a) for a, b in zip(found, shape))):
                     wanted = f"({', '.join('any' if size is None else str(size) for size in shape)})"
                     raise ValueError(f"make_{name}: {call} must return a tensor of shape {wanted}, not {found}")
         except (AttributeError, TypeError, RuntimeError) as error:
@@ -168,7 +173,7 @@ class BaseAgent:
         self.replay.end_episode()
 
     def metric_batch(self, size):
-        """(a batch for the metrics, True), or (a blank batch of two samples, False) for size 0 or while nothing is stored."""
+        """(a batch for the metrics, True), or (a blank batch of two, False) for size 0 or while nothing is stored."""
         if size and self.replay.num_valid:
             return self.replay.sample(size), True
         return self.replay.gather(torch.zeros(2, dtype=torch.long, device=self.device)), False
@@ -183,15 +188,15 @@ class BaseAgent:
         loss.backward()
         self.sparse[name].update_topology(self.updates[name])  # ranks growth by this loss's dense gradient
         norm = self.mask_and_clip(name, clip)
-        # CUDA graph: a module whose loss or gradient is not finite stops updating, without asking the device: AdamW's fused
-        # kernel skips its step while `nonfinite` is true. x - x is 0 if x is finite, else NaN, which counts as true.
+        # CUDA graph: a module whose loss or gradient is not finite stops updating, without a sync: AdamW's
+        # fused kernel skips its step while `nonfinite` is true. x - x is 0 if x is finite, else NaN, which is true.
         x = loss.detach() + norm
         self.nonfinite[name].logical_or_(x - x)
         optimizer.step()
         self.info[f"{name}/grad_norm"] = norm
 
     def mask_and_clip(self, name, clip):
-        """Masks the gradients, then clips them, so that pruned weights do not count. Returns their norm before clipping."""
+        """Masks the gradients, then clips them, so that pruned weights do not count. Returns the norm before."""
         self.sparse[name].mask_gradients()
         parameters = [parameter for parameter in self.networks[name].parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
@@ -200,13 +205,14 @@ class BaseAgent:
         return norm
 
     def nonfinite_report(self):
-        """(what became NaN or infinite first, its learning step), or None. Syncs with the device: call it when logging."""
+        """(what became NaN or infinite first, its learning step), or None. Syncs with the device: call it for logs."""
         found = []
         for name, nonfinite in self.nonfinite.items():
             if nonfinite.item():
                 state = next(iter(self.optimizers[name].state.values()), {})
                 update = int(state.get("step", 0)) + 1  # the optimizer counts only the steps that it took
-                found.append((self.learning_step(name, update), f"the {name}'s loss or gradient (its update {update:,})"))
+                what = f"the {name}'s loss or gradient (its update {update:,})"
+                found.append((self.learning_step(name, update), what))
         if not found:
             return None
         first = min(step for step, _ in found)
@@ -220,7 +226,8 @@ class BaseAgent:
 
     def float32_layers(self):
         """Last layers whose output stays in float32 at any precision: a Q of 100 in bfloat16 has an error of ±0.25."""
-        return [q.output for critic in (self.critic, self.targets["critic"]) for q in critic.children() if hasattr(q, "output")]
+        critics = (self.critic, self.targets["critic"])
+        return [q.output for critic in critics for q in critic.children() if hasattr(q, "output")]
 
     def tensors(self):
         """Further state: name -> tensor, restored in place."""
@@ -229,7 +236,7 @@ class BaseAgent:
     def state_dict(self):
         """Tensors and plain values. The replay buffer and PyTorch's random generators are not included.
 
-        As in any module's state_dict, weights and moments are the live ones: save or copy them before training continues.
+        Weights and moments are the live ones, as in any state_dict: save or copy them before training continues.
         """
         parts = {kind: {name: part.state_dict() for name, part in getattr(self, kind).items()} for kind in STATE}
         return parts | {"updates": dict(self.updates),
@@ -260,7 +267,7 @@ class BaseAgent:
 
 
 def features(network, *inputs):
-    """`network.features`, for SRank: (batch, ·). Without that method: one pass for the activations' hooks, and (batch, 0)."""
+    """`network.features`, for SRank: (batch, ·). Without that method: a pass for the hooks, and (batch, 0)."""
     if hasattr(network, "features"):
         return network.features(torch.cat(inputs, -1))
     network(*inputs)

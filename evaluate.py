@@ -4,9 +4,10 @@
     python evaluate.py runs/NAME --episodes 50 --seed 5            # other episodes
     python evaluate.py runs/NAME --video out.mp4                   # also film the first of them
 
-Guarantees: the same seed gives the same episodes; the default seed gives episodes that training never used; with the run's own
-seed and as many episodes as its evaluations had, a finished run's returns are those of the last row of its eval.csv. The
-filmed episode is the first of those listed. A run that has not finished is evaluated from its newest checkpoint.
+Guarantees: the same seed gives the same episodes; the default seed gives episodes that training never used; with the
+run's own seed and as many episodes as its evaluations had, a finished run's returns are those of the last row of its
+eval.csv. The filmed episode is the first of those listed. A run that has not finished is evaluated from its newest
+checkpoint.
 
 The training loop uses `evaluate` and `measure` of this file. MuJoCo draws with OpenGL: on a display, a GPU or Mesa
 (MUJOCO_GL=egl), or libOSMesa (MUJOCO_GL=osmesa).
@@ -30,7 +31,7 @@ from runtime.checkpoint import Checkpoints, read
 
 METRIC_BATCH = 2048  # samples for SRank and the dormant ratio
 INTERFERENCE_SAMPLES = 32  # per-sample gradients that are compared
-FRESH_SEEDS = 1_000_000  # added to a run's seed by default: no training run has such a seed
+FRESH_SEEDS = 1_000_000  # added to a run's seed by default, so that episodes differ from the run's own
 
 
 # ---- during training ----

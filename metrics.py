@@ -1,4 +1,4 @@
-"""Plasticity metrics: what goes wrong inside a network before its return drops.
+"""Plasticity metrics: what changes inside a network before its return drops.
 
 Guarantees: each metric equals the definition it cites, for any `nn.Module`, ReLU or ELU, linear or convolution,
 compiled or not, at any size; a metric with nothing to measure is NaN, never 0, and missing activations are reported.
@@ -104,7 +104,7 @@ def dormant_ratio(activations, tau=0.025):
 
     activations: dict of layer name -> (batch, units). A layer of zeros is all dormant.
     Returns (ratio over all neurons, dict of layer name -> ratio). A layer is NaN if it has no neuron or no batch, or if
-    an activation is not finite; the first is NaN if there is no neuron at all, or if a layer with neurons is NaN.
+    an activation is not finite; the first is NaN if there are no neurons, or if a layer with neurons is NaN.
     """
     dormant, per_layer, total = 0, {}, 0
     for name, activation in activations.items():

@@ -1,14 +1,15 @@
 """MR.Q with module-specific training: encoder, critic and actor, each with its own architecture, size and regime.
 
-Guarantees: the losses of Eqs. (7)-(12) with the settings of Tables 1 and 2, updated in the paper's order; no module's loss
-computes a gradient for another module's weights; and an update never waits for the device.
+Guarantees: the losses of Eqs. (7)-(12) with the settings of Tables 1 and 2, updated in the paper's order; no module's
+loss computes a gradient for another module's weights; and an update never waits for the device.
 
 Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it with `python train.py`, or use it as a part:
 
     import numpy as np
     from mrq import MR_MST, MRQ, MRQConfig
 
-    agent = MRQ(obs_dim=3, action_dim=1, modules=MR_MST, config=MRQConfig(batch_size=32, target_update_freq=10), buffer_size=1000)
+    config = MRQConfig(batch_size=32, target_update_freq=10)
+    agent = MRQ(obs_dim=3, action_dim=1, modules=MR_MST, config=config, buffer_size=1000)
     for step in range(80):
         obs, next_obs = np.full(3, step, np.float32), np.full(3, step + 1, np.float32)
         action = agent.act(obs, explore=True)                                       # numpy in, numpy out
@@ -28,7 +29,7 @@ from networks import Actor, Critic, Encoder
 from replay import alive_discount, to_device
 
 MR_DEFAULT = {"encoder": ModuleConfig(4), "critic": ModuleConfig(4), "actor": ModuleConfig(3)}  # Table 2
-MR_MST = {"encoder": ModuleConfig(6, "dense"), "critic": ModuleConfig(6, "dst"), "actor": ModuleConfig(5, "sst")}  # Sec. 4
+MR_MST = {"encoder": ModuleConfig(6), "critic": ModuleConfig(6, "dst"), "actor": ModuleConfig(5, "sst")}  # Section 4
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class MRQ(BaseAgent):
         # CUDA graph: the scales are tensors, because a Python number would be recorded as a constant.
         self.reward_scale = torch.ones((), device=self.device)  # r̄
         self.target_reward_scale = torch.ones((), device=self.device)  # r̄', the previous scale
-        # The subtrajectories of 250 encoder updates are drawn together, when priorities do not change. Position: the next one.
-        self.encoder_indices = torch.zeros(config.target_update_freq, config.batch_size, dtype=torch.long, device=self.device)
-        self.encoder_position = torch.zeros(1, dtype=torch.long, device=self.device)
+        # The subtrajectories of 250 encoder updates are drawn at once: priorities do not change between them.
+        shape = (config.target_update_freq, config.batch_size)
+        self.encoder_indices = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.encoder_position = torch.zeros(1, dtype=torch.long, device=self.device)  # row of the next update
         limit = config.reward_symlog_limit
         self.bins = symexp(torch.linspace(-limit, limit, config.reward_bins, device=self.device))
 
@@ -141,28 +143,29 @@ class MRQ(BaseAgent):
     # ---- learning ----
 
     def update(self):
-        """One update. Every 250 of them: new targets, new reward scales, and 250 encoder updates in a row.
-
-        The update counts say how many encoder updates are done, so an agent saved between two of them continues there.
-        """
-        if self.updates["critic"] % self.config.target_update_freq == 0:
-            if self.updates["encoder"] == self.updates["critic"]:
+        """One update. Every `target_update_freq` of them (250, Table 2): new targets and reward scales, then as many
+        encoder updates in a row. An agent saved between two encoder updates continues there."""
+        period = self.config.target_update_freq
+        if self.updates["critic"] % period == 0:
+            if self.updates["encoder"] == self.updates["critic"]:  # else restored within a period
                 self.refresh_targets()
-            while self.updates["encoder"] < self.updates["critic"] + self.config.target_update_freq:
+            while (done := self.updates["encoder"] - self.updates["critic"]) < period:
                 self.update_encoder()
-                done = self.updates["encoder"] - self.updates["critic"]
-                self.on_encoder_update(f"encoder update {done} of {self.config.target_update_freq}")
+                self.on_encoder_update(f"encoder update {done + 1} of {period}")
         self.update_critic_and_actor()
 
     @torch.no_grad()
     def refresh_targets(self):
-        """Copies the targets, sets r̄' to the r̄ that the copied critic was trained with, draws the encoder's subtrajectories."""
+        """New targets, new reward scales, and the subtrajectories of the next encoder updates.
+
+        Stored weights are masked, so the copied targets are as sparse as their networks, without `apply_masks`.
+        """
         for name, network in self.networks.items():
             torch._foreach_copy_(list(self.targets[name].parameters()), list(network.parameters()))
-        self.target_reward_scale.copy_(self.reward_scale)
-        # "Recent experiences in the replay buffer" (the paper) is read as the whole buffer, as in the published MR.Q. The
-        # scale stays 1 until a nonzero reward is stored. The published MR.Q divides by 1e-8 instead: its first targets are
-        # 1e8 times a Q, and so is the largest priority, which never falls.
+        self.target_reward_scale.copy_(self.reward_scale)  # r̄' is the r̄ that the copied critic was trained with
+        # "Recent experiences in the replay buffer" (the paper) is read as the whole buffer, as in the published MR.Q.
+        # r̄ stays 1 until a nonzero reward is stored. The published MR.Q clamps it at 1e-8 instead, which makes its
+        # first TD targets, and its largest priority for good, about 1e8 times too large.
         scale = self.replay.mean_absolute_reward()
         self.reward_scale.copy_(torch.where(scale > 0, scale, 1.0))
         self.info["reward_scale"] = self.reward_scale
@@ -208,8 +211,8 @@ class MRQ(BaseAgent):
     def encoder_loss(self, batch, termination_seen):
         """Unrolls z_s along the real actions and predicts reward, next z_s and done at each step.  Eqs. (7)-(10)
 
-        batch: at least H_Enc steps. termination_seen: scalar tensor, 1.0 once any termination is stored; without one the done
-        loss would have nothing to separate.
+        batch: at least H_Enc steps. termination_seen: scalar tensor, 1.0 once any termination is stored; without one,
+        the done loss would have nothing to separate.
         """
         config, horizon = self.config, self.config.encoder_horizon
         action, reward, terminated = (part[:, :horizon] for part in (batch.action, batch.reward, batch.terminated))
@@ -219,18 +222,19 @@ class MRQ(BaseAgent):
             target_zs = self.targets["encoder"].zs(next_obs).unflatten(0, (len(batch.obs), -1))  # (batch, H, zs)
         zs = self.encoder.zs(batch.obs[:, 0])  # (batch, zs)
         done, zs, reward_logits = self.encoder.unroll(zs, action)  # Eq. (7): (batch, H, ·) each
-        alive = alive_discount(terminated)[:, :-1]  # (batch, H) 0 after a termination; the terminating step itself counts
+        alive = alive_discount(terminated)[:, :-1]  # (batch, H) 0 after a termination; that step counts
         reward_loss = (alive * two_hot_cross_entropy(reward_logits, reward, self.bins)).sum(1)  # Eqs. (8), (9)
         dynamics_loss = (alive * F.mse_loss(zs, target_zs, reduction="none").mean(-1)).sum(1)  # Eqs. (8), (10)
         terminal_loss = (alive * F.mse_loss(done.squeeze(-1), terminated, reduction="none")).sum(1)  # Eqs. (8), (10)
         terminal_loss = termination_seen * terminal_loss
         loss = (config.reward_weight * reward_loss + config.dynamics_weight * dynamics_loss
                 + config.terminal_weight * terminal_loss)  # (batch,)  Eq. (8)
-        info = {"encoder_loss": loss, "reward_loss": reward_loss, "dynamics_loss": dynamics_loss, "terminal_loss": terminal_loss}
+        info = {"encoder_loss": loss, "reward_loss": reward_loss, "dynamics_loss": dynamics_loss,
+                "terminal_loss": terminal_loss}
         return loss, {name: value.detach() for name, value in info.items()}
 
     def critic_loss(self, batch, zs):
-        """Huber loss to the multi-step TD target, for both Q.  Eq. (11)
+        """Huber loss to the multi-step TD target (the two methods below), for both Q.  Eq. (11)
 
         zs: (batch, zs) of the first observation. Also returns |δ|, the larger of the two critics': (batch,).
         """
@@ -247,16 +251,17 @@ class MRQ(BaseAgent):
     def td_target(self, batch):
         """y = [Σ γ^k r_k + γ^H · (not done) · r̄' · V'(s_H)] / r̄: (batch, 1).  Eq. (11)"""
         horizon = self.config.q_horizon
-        weight = alive_discount(batch.terminated[:, :horizon], self.config.discount)  # (batch, H + 1) γ^k, 0 once terminated
+        weight = alive_discount(batch.terminated[:, :horizon], self.config.discount)  # (batch, H + 1) γ^k or 0
         returns = (batch.reward[:, :horizon] * weight[:, :-1]).sum(1, keepdim=True)  # (batch, 1)
         value = self.target_value(self.targets["encoder"].zs(batch.obs[:, horizon]))  # (batch, 1)
         return (returns + weight[:, -1:] * self.target_reward_scale * value) / self.reward_scale
 
     def target_value(self, zs):
-        """V' = min Q'(s, π'(s) + noise) of the target networks, in units of r̄': (batch, zs) -> (batch, 1).  Eq. (11)"""
+        """V' = min Q'(s, π'(s) + noise), target networks, in units of r̄': (batch, zs) -> (batch, 1).  Eq. (11)"""
         config = self.config
         action, _ = self.targets["actor"](zs)
-        noise = (torch.randn_like(action) * config.target_noise).clamp(-config.target_noise_clip, config.target_noise_clip)
+        limit = config.target_noise_clip
+        noise = (torch.randn_like(action) * config.target_noise).clamp(-limit, limit)
         action = (action + noise).clamp(-1, 1)
         return self.targets["critic"](self.targets["encoder"](zs, action)).amin(1, keepdim=True)
 
@@ -278,7 +283,8 @@ class MRQ(BaseAgent):
         """
         zs = self.encoder.zs(batch.obs[:, 0])
         zsa = self.encoder(zs, batch.action[:, 0])
-        return {"encoder": {"zsa": zsa}, "critic": q_features(self.critic, zsa), "actor": {"pi": features(self.actor, zs)}}
+        return {"encoder": {"zsa": zsa}, "critic": q_features(self.critic, zsa),
+                "actor": {"pi": features(self.actor, zs)}}
 
     def per_sample_losses(self, batch):
         """Each module's own loss per sample, with its graph: module -> (batch,).

@@ -2,10 +2,10 @@
 
 Guarantees: MR.Q's encoder, buffer, horizons, reward scales, LAP and targets, unchanged; SAC's policy and temperature.
 
-Paper: Figure 26 and Appendix E, which gives no details. These are therefore choices of this code: the log-std lies in [-10, 2]
-as in SAC; mean and log-std have separate heads; the penalty on pre-activations of Eq. (12) is omitted, since the entropy term
-already keeps tanh from saturating; α is in units of the reward scale, and is updated after the actor, with the entropy of the
-actor's own update. Run it with `python train.py --algo mrsac`.
+Paper: Figure 26 and Appendix E, which gives no details. These are therefore choices of this code: the log-std lies in
+[-10, 2] as in SAC; mean and log-std have separate heads; the penalty on pre-activations of Eq. (12) is omitted, since
+the entropy term already keeps tanh from saturating; α is in units of the reward scale, and is updated after the actor,
+with the entropy of the actor's own update. Run it with `python train.py --algo mrsac`.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,8 @@ class MRSAC(MRQ):
         action, log_prob = tanh_gaussian(self.actor(zs))
         q = reduce_q(self.critic(self.encoder(zs, action)), self.config.actor_q_reduce)  # (batch,)
         loss = self.temperature.value() * log_prob - q
-        return loss, {"actor_loss": loss.detach(), "action_size": action.detach().abs(), "entropy": -log_prob.detach().mean()}
+        info = {"actor_loss": loss, "action_size": action.abs(), "entropy": -log_prob.mean()}
+        return loss, {name: value.detach() for name, value in info.items()}
 
     def update_actor(self, zs):
         super().update_actor(zs)
@@ -73,7 +74,8 @@ class MRSAC(MRQ):
         self.info["temperature"] = self.temperature.value()
 
     def float32_layers(self):
-        return super().float32_layers() + [head for actor in (self.actor, self.targets["actor"]) for head in (actor.output, actor.log_std)]
+        actors = (self.actor, self.targets["actor"])
+        return super().float32_layers() + [head for actor in actors for head in (actor.output, actor.log_std)]
 
     def tensors(self):
         return super().tensors() | {"log_temperature": self.temperature.log}

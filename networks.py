@@ -116,7 +116,7 @@ def arch_config(arch_type):
 
 
 def scaled_size(scale, width_scale=None, depth_scale=None, width=WIDTH, depth=1):
-    """(hidden width, number of blocks). A scale multiplies both; width_scale and depth_scale replace it for one of them.
+    """(hidden width, number of blocks). scale multiplies both; width_scale or depth_scale replaces it for one.
 
     The paper scales "hidden dimensions and block numbers" by 3 and 5. Fractions shrink the width for small machines;
     the number of blocks is rounded, and is at least one.
@@ -132,8 +132,8 @@ def scaled_size(scale, width_scale=None, depth_scale=None, width=WIDTH, depth=1)
 class Encoder(nn.Module):
     """f_ω and g_ω of MR.Q, and the linear head m that predicts the next step.  Eq. (7)
 
-    z_s, z_a and z_sa scale with the encoder: the paper's printed sizes (2, 37 and 154 M) require it. z_sa has no activation.
-    Shapes: obs (..., obs_dim), action (..., action_dim), z_s (..., zs_dim), z_sa (..., zsa_dim).
+    z_s, z_a and z_sa scale with the encoder: the paper's printed sizes (2, 37 and 154 M) require it. z_sa has no
+    activation. Shapes: obs (..., obs_dim), action (..., action_dim), z_s (..., zs_dim), z_sa (..., zsa_dim).
     """
 
     def __init__(self, obs_dim, action_dim, arch_type=4, scale=1, width_scale=None, depth_scale=None, residual="pre",
@@ -168,7 +168,7 @@ class Encoder(nn.Module):
         return self.zsa_mlp(torch.cat([zs, self.za(action)], -1))
 
     def predict(self, zsa):
-        """The next step's (done (..., 1), z_s (..., zs_dim), reward logits (..., bins)), all linear in z_sa.  Eq. (7)"""
+        """The next step's done (..., 1), z_s (..., zs_dim), reward logits (..., bins): linear in z_sa.  Eq. (7)"""
         return self.model(zsa).split([1, self.zs_dim, self.num_bins], -1)
 
     def unroll(self, zs, actions):
@@ -215,7 +215,7 @@ class Actor(nn.Module):
 
 
 class GaussianHeads:
-    """Separate heads for mean and raw log-std: ER would give a single layer for both another density."""
+    """Separate heads for mean and raw log-std: ER would give one joint layer a different density."""
 
     def forward(self, x):
         """(..., input) -> (..., 2·action_dim)"""

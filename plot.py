@@ -1,7 +1,8 @@
 """Draws any runs, or compares them in a table.
 
-Guarantees: what a picture shows is in the CSV files, and nothing else is on it. What is asked for and cannot be done ends
-in one line and a non-zero status. Runs that are missing, unfinished or unreadable are named, and the rest is drawn.
+Guarantees: what a picture shows is in the CSV files, and nothing else is on it. A request that cannot be met prints one
+line and exits with a non-zero status. Runs that are missing, unfinished or unreadable are named, and the rest is
+drawn.
 
     python plot.py runs/                                        # every run there; writes curves.png and curves.pdf
     python plot.py runs/A__seed=0 runs/A__seed=1 others.csv     # single runs, and a CSV of runs (--save)
@@ -9,9 +10,9 @@ in one line and a non-zero status. Runs that are missing, unfinished or unreadab
     python plot.py runs/ --columns return critic/dormant_ratio train:critic/grad_norm --only mst=true
     python plot.py runs/ --reference published.csv --out figure.png
 
-Runs that differ in more than the seed are different arms, labeled by the flags and values that differ. Statistics are in
-runtime/aggregate.py. The paper's figures: ./sweep.sh plot fig6 runs/. Colors are Okabe and Ito's, which the color-blind
-can tell apart; in grey, markers and lines differ.
+Runs that differ in more than the seed are different arms, labeled by the flags and values that differ. Statistics are
+in runtime/aggregate.py. The paper's figures: ./sweep.sh plot fig6 runs/. Colors are Okabe and Ito's, which the
+color-blind can tell apart; in gray, markers and lines differ.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import os
 import re
 import sys
 import textwrap
+from collections import Counter
 
 import matplotlib
 import numpy as np
@@ -36,7 +38,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend that needs no display)
 
 REFERENCE_LINES = ((0, (1, 1)), (0, (4, 2)), (0, (4, 1, 1, 1)))
-STYLES = {  # color (Okabe and Ito's, and grey), marker (the paper's), line
+STYLES = {  # color (Okabe and Ito's, and gray), marker (the paper's), line
     "dense": ("#7f7f7f", "o", "-"), "sst": ("#0072B2", "s", "--"), "dst": ("#009E73", "D", "-"),
     "s2d": ("#E69F00", "<", ":"), "d2s": ("#D55E00", ">", "-."),
     "plain": ("#7f7f7f", "o", "--"), "MST": ("#009E73", "D", "-"),  # Figs. 13, 26: plain scaling is dashed
@@ -61,8 +63,8 @@ def display_name(series):
 
 
 def draw_curves(axes, lines, published):
-    """lines: [(series, number, _, frames, center, low, high)]; published: [(label, frames, center, low, high)], drawn no
-    further than ours."""
+    """lines: [(series, number, _, frames, center, low, high)]; published: [(label, frames, center, low, high)], drawn
+    no further than ours."""
     furthest = max((line[3][-1] for line in lines), default=np.inf)
     for number, (_, x, *values) in enumerate(published):
         x, center, low, high = (part[x <= furthest] for part in (x, *values))
@@ -83,7 +85,7 @@ def draw_curves(axes, lines, published):
 
 
 def draw_points(axes, points, ticks, joined, count):
-    """points: [(series, number, place, center, low, high)]; ticks: label of every place; joined: a line a series."""
+    """points: [(series, number, place, center, low, high)]; ticks: label of each place; joined: connect each series."""
     by_series = {}
     for series, number, *point in points:
         by_series.setdefault((series, number), []).append(point)
@@ -120,9 +122,9 @@ def sheet(rows, columns, width, height, room, caption, legend, title_lines, tick
 
 
 def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
-    """panels: [(title, y label)]; rows: names; draw(axes, panel's number, row) returns whether there was anything to draw.
-    With one panel, the rows go across, three beside one another at most or in a square. Panels of one row and one y label
-    share their scale."""
+    """panels: [(title, y label)]; rows: names; draw(axes, panel's number, row) returns whether there was anything to
+    draw. With one panel, the rows go across, three beside one another at most or in a square. Panels of one row and one
+    y label share their scale."""
     across, title_lines = len(panels) == 1, 1 + max(title.count("\n") for title, _ in panels)
     if across:
         columns = len(rows) if len(rows) <= 3 else math.ceil(math.sqrt(len(rows)))
@@ -178,7 +180,7 @@ def legend_of(series, labels, published, joined=True):
 # ---- published curves ----
 
 def references(path, statistic):
-    """Published curves: task -> [(label, frames, centre, low, high)]. Columns env, seed, return, agent_step (of two
+    """Published curves: task -> [(label, frames, center, low, high)]. Columns env, seed, return, agent_step (of two
     frames) or env_step (a frame), and, if there are several, algo."""
     runs = {}
     with open(path, newline="") as file:
@@ -204,7 +206,8 @@ def references(path, statistic):
 def load(options):
     """({label: runs}, lines of the caption, notes): of a grid's file, or of whatever runs are there."""
     columns = [*options.columns, *["returns"] * options.episodes]
-    grids = [path for path in options.paths if path.endswith((".toml", ".json")) and os.path.basename(path) != "config.json"]
+    grids = [path for path in options.paths
+             if path.endswith((".toml", ".json")) and os.path.basename(path) != "config.json"]
     if not grids:
         runs, notes = find_runs(options.paths or ["runs"], columns)
         arms, common = label_arms(select(runs, options))
@@ -237,8 +240,8 @@ def draw_runs(arms, lines, options):
     published = references(options.reference, statistic) if options.reference else {}
     shown = [published[task] for task in tasks if task in published]
     if options.reference and (not shown or "return" not in options.columns):
-        raise ValueError(f"--reference {options.reference}: " + ("it has none of the tasks " + ", ".join(tasks) if not shown
-                                                                  else "it is drawn beside --columns return only"))
+        reason = "it needs `return` in --columns" if shown else "it has none of the tasks " + ", ".join(tasks)
+        raise ValueError(f"--reference {options.reference}: {reason}")
 
     def draw(axes, column, row):
         drawn = []
@@ -250,8 +253,10 @@ def draw_runs(arms, lines, options):
         draw_curves(axes, drawn, published.get(row, []) if options.columns[column] == "return" else [])
         return bool(drawn)
 
-    counts = sorted({len([run for run in of_arm if task_of(run) == task]) for of_arm in arms.values() for task in tasks} - {0})
-    text = [f"{what}, over {' to '.join(map(str, sorted({counts[0], counts[-1]})))} run{'s' * (counts[-1] > 1)} per line.", *lines]
+    counts = Counter((name, task_of(run)) for name, of_arm in arms.items() for run in of_arm).values()
+    few, many = min(counts), max(counts)
+    number = f"{many} run{'s' * (many > 1)}" if few == many else f"{few} to {many} runs"
+    text = [f"{what}, over {number} per line.", *lines]
     titles = [(column if len(options.columns) > 1 else "", column) for column in options.columns]
     return lay_out(titles, tasks, draw, text + reference_note(options.reference) if shown else text,
                    legend_of(names, str, shown), "environment frames")
@@ -279,11 +284,12 @@ def command_line():
 def add_output(parser):
     """How it is drawn and where it goes: here and in ./sweep.sh plot."""
     parser.add_argument("--statistic", choices=STATISTICS, default="iqm", help="center and interval over seeds")
-    parser.add_argument("--episodes", action="store_true", help="pool single episodes' returns in the IQM, not their means")
+    parser.add_argument("--episodes", action="store_true", help="pool episodes' returns in the IQM, not their means")
     parser.add_argument("--reference", metavar="FILE.csv", help="published curves to draw below ours: columns env, seed, "
                         "return, agent_step or env_step, and, if you like, algo")
     parser.add_argument("--save", metavar="FILE.csv", help="also write the runs as one CSV, which can be drawn again")
-    parser.add_argument("--out", metavar="PATH", help="folder of the pictures, or one .png, .pdf or .svg file; default: here")
+    parser.add_argument("--out", metavar="PATH", 
+                        help="folder of the pictures, or one .png, .pdf or .svg file; default: here")
 
 
 def write_page(page, name, out):
@@ -314,9 +320,11 @@ def main():
         if options.table:
             print(format_table(list(table_rows(arms, options.columns)), options.table))
         if not options.table or options.out is not None:
-            print(*write_page(draw_runs(arms, lines, options), "curves", options.out), file=sys.stderr if options.table else sys.stdout)
+            written = write_page(draw_runs(arms, lines, options), "curves", options.out)
+            print(*written, file=sys.stderr if options.table else sys.stdout)
         if options.save:
-            save(options.save, [run for of_arm in arms.values() for run in of_arm], [*options.columns, *["returns"] * options.episodes])
+            columns = [*options.columns, *["returns"] * options.episodes]
+            save(options.save, [run for of_arm in arms.values() for run in of_arm], columns)
     except (ValueError, OSError) as error:
         sys.exit(f"plot.py: {error_line(error)}")
 

@@ -8,16 +8,17 @@ Paper: Table 1 (LAP: α = 0.4, minimum priority 1; H_Enc = 5, H_Q = 3). LAP is F
 torch and numpy; copy it into your project.
 
     import numpy as np
-    from replay import ReplayBuffer, multi_step_return
+    from replay import ReplayBuffer, alive_discount
 
     buffer = ReplayBuffer(obs_dim=3, action_dim=1, capacity=1000, horizon=5)
     for t in range(200):
         obs, next_obs = np.full(3, t, np.float32), np.full(3, t + 1, np.float32)
         buffer.add(obs, np.zeros(1), 1.0, next_obs, terminated=False, truncated=(t + 1) % 50 == 0)
     batch = buffer.sample(batch_size=32, horizon=3)
-    returns, bootstrap = multi_step_return(batch.reward, batch.terminated, discount=0.99)  # (32, 1) each
-    buffer.update_priority(batch.index, td_error=returns.squeeze(1))
-    print(batch.obs.shape, returns[0])                                                     # (32, 4, 3)
+    weight = alive_discount(batch.terminated, discount=0.99)          # (32, 4) γ^k, 0 after a termination
+    returns = (batch.reward * weight[:, :-1]).sum(1)                  # (32,) and weight[:, -1] for the next value
+    buffer.update_priority(batch.index, td_error=returns)
+    print(batch.obs.shape, returns[0])                                # (32, 4, 3)
 """
 
 from typing import NamedTuple
@@ -58,7 +59,7 @@ class ReplayBuffer:
         if horizon < 1:
             raise ValueError(f"horizon must be at least 1, not {horizon}")
         if capacity < (needed := 2 * horizon + 2 + self.history):
-            raise ValueError(f"a buffer of {capacity} rows is too small for a horizon of {horizon}: use {needed} or more")
+            raise ValueError(f"a buffer of {capacity} rows is too small for horizon {horizon}: use {needed} or more")
         self.obs_shape = tuple(obs_dim) if isinstance(obs_dim, (tuple, list)) else (obs_dim,)
         self.obs_dtype, self.action_dim = obs_dtype, action_dim
         self.capacity, self.horizon, self.device = capacity, horizon, torch.device(device)
@@ -70,8 +71,8 @@ class ReplayBuffer:
         # in a terminal state, and 1.0 if there is a transition at all (a row may hold only o_T).
         self.rows = torch.zeros(capacity, action_dim + 3, device=self.device)
         self.steps = torch.arange(horizon + 1, device=self.device)
-        # 0: no subtrajectory may start here (an episode's end, the ring's head, an empty row). float64, because the
-        # sums must be: converting a million priorities takes longer than adding them.
+        # 0: no subtrajectory may start here (an episode's end, the ring's head, an empty row). Stored in float64,
+        # because sums are float64, and converting a million priorities takes longer than adding them.
         self.priority = torch.zeros(padded, dtype=torch.float64, device=self.device)
         # CUDA graphs: scalars on the device, so that a captured graph sees them change.
         self.max_priority = torch.full((), float(min_priority ** alpha), device=self.device)
@@ -179,7 +180,7 @@ class ReplayBuffer:
             tensor[0].copy_(pair[1])
 
     def _invalidate(self, row):
-        """This row is about to be overwritten: no subtrajectory may start here, nor where its observation is needed."""
+        """This row is about to be overwritten: nothing may start here, or where its observation is needed."""
         for row in range(row, row + 1 + self.history):
             row %= self.capacity
             self.priority[row].zero_()
@@ -273,10 +274,11 @@ class ReplayBuffer:
     def load_state_dict(self, state):
         """Restores what `state_dict` returned. ValueError, before anything changes, for another capacity.
 
-        A larger buffer takes the state of a smaller one whose ring has not come round yet: its rows are the same.
+        A larger buffer takes the state of a smaller one that has not wrapped around yet: its rows are the same.
         """
         priority = state["priority"].to(self.device)
-        # Older code saved no capacity, only whole blocks of priorities: rows beyond this buffer's end give it away.
+        # Older code saved no capacity, only whole blocks of priorities: rows beyond this buffer's end show a larger
+        # one.
         saved = state.get("capacity", self.capacity)
         grows = saved < self.capacity and state["position"] < saved and len(priority) <= len(self.priority)
         if grows:
@@ -300,15 +302,6 @@ def to_device(values, device, dtype=None):
     tensor = torch.as_tensor(np.asarray(values))
     tensor = tensor.to(dtype or (torch.uint8 if tensor.dtype == torch.uint8 else torch.float32))
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
-def multi_step_return(reward, terminated, discount):
-    """Σ γ^k r_k up to the termination, its own reward included, and the weight of the value that follows.  Eq. (11)
-
-    reward, terminated: (batch, H). Returns (batch, 1) twice: the return, and γ^H where no step terminated, else 0.
-    """
-    weight = alive_discount(terminated, discount)
-    return (reward * weight[:, :-1]).sum(1, keepdim=True), weight[:, -1:]
 
 
 def alive_discount(terminated, discount=1.0):

@@ -1,7 +1,7 @@
 """SAC and DDPG on SimBa networks, with module-specific training.
 
-Guarantees: the losses of soft actor-critic and of DDPG as in the published SimBa, all five regimes on both modules, and soft
-targets that stay exactly as sparse as the network they follow.
+Guarantees: the losses of soft actor-critic and of DDPG as in the published SimBa, all five regimes on both modules, and
+soft targets that stay exactly as sparse as the network they follow.
 
 Paper: Section 4, Figures 13 and 14. SAC is Haarnoja et al., 2018; DDPG Lillicrap et al., 2016; SimBa Lee et al., 2024.
 Run it with `python train.py --algo sac`, or use it as a part:
@@ -16,7 +16,7 @@ Run it with `python train.py --algo sac`, or use it as a part:
         action = agent.act(obs, explore=True)                                       # numpy in, numpy out
         agent.add(obs, action, 1.0, next_obs, terminated=False, truncated=False)
         if step > 70:
-            agent.update()                                                          # updates_per_step times per agent step
+            agent.update()                                                   # updates_per_step times per agent step
     print(agent.info["critic_loss"].mean())                                         # of the last update, on the device
 """
 
@@ -79,8 +79,8 @@ class DDPGConfig(SimbaConfig):
 def tanh_gaussian(output):
     """A random action and its log-probability: (..., 2·action_dim) -> (..., action_dim) and (...,).
 
-    output: the mean and the raw log-std of a Gaussian, which tanh squashes. log π(a) is the Gaussian's log-density at x,
-    a = tanh(x), less log |da/dx| = log(1 - tanh²x) = 2·(log 2 - x - softplus(-2x)): finite even where tanh rounds to 1.
+    output: mean and raw log-std of a Gaussian; a = tanh(x) for a sample x. log π(a) is the Gaussian's log-density at x,
+    less log |da/dx| = log(1 - tanh²x) = 2·(log 2 - x - softplus(-2x)): finite even where tanh rounds to 1.
     """
     mean, raw = output.chunk(2, -1)
     log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (1.0 + torch.tanh(raw))
@@ -130,8 +130,8 @@ class Temperature:
 class SimbaAgent(BaseAgent):
     """What SAC and DDPG share: everything but the policy and its entropy term.
 
-    A subclass gives `Config`, `actor_class`, `policy` and `best_action`. modules: a ModuleConfig for "critic" and "actor";
-    their arch_type and residual are ignored.
+    A subclass gives `Config`, `actor_class`, `policy` and `best_action`. modules: a ModuleConfig for "critic" and
+    "actor"; their arch_type and residual are ignored.
     """
 
     target_modules = ("critic",)
@@ -149,7 +149,8 @@ class SimbaAgent(BaseAgent):
                 "actor": self.make_actor(obs_dim, action_dim, modules["actor"])}
 
     def make_critic(self, obs_dim, action_dim, module):
-        return SimbaCritic(obs_dim, action_dim, *simba_size("critic", module), num_qs=2 if self.config.twin_critics else 1)
+        num_qs = 2 if self.config.twin_critics else 1
+        return SimbaCritic(obs_dim, action_dim, *simba_size("critic", module), num_qs=num_qs)
 
     def make_actor(self, obs_dim, action_dim, module):
         return self.actor_class(obs_dim, action_dim, *simba_size("actor", module))
@@ -201,7 +202,7 @@ class SimbaAgent(BaseAgent):
     def update_target(self, topology_changed):
         for target, source in zip(self.targets["critic"].parameters(), self.critic.parameters()):
             target.lerp_(source, self.config.tau)
-        if topology_changed:  # the average still holds weights that were just pruned; otherwise both are 0 there
+        if topology_changed:  # the average still holds weights just pruned; at other steps they are 0
             self.sparse["critic"].apply_masks(self.targets["critic"])
 
     # ---- losses: one value per sample, (batch,) ----
@@ -225,7 +226,8 @@ class SimbaAgent(BaseAgent):
         """y = r + γ·(not done)·(Q'(s', a') - α·log π(a'|s')), a' from the current policy: (batch, 1)"""
         next_obs = batch.obs[:, 1]
         action, entropy_cost, _ = self.policy(next_obs)
-        value = reduce_q(self.targets["critic"](next_obs, action), self.config.target_q_reduce) - entropy_cost  # (batch,)
+        q = self.targets["critic"](next_obs, action)  # (batch, 1 or 2)
+        value = reduce_q(q, self.config.target_q_reduce) - entropy_cost  # (batch,)
         return (batch.reward[:, 0] + self.config.discount * (1.0 - batch.terminated[:, 0]) * value).unsqueeze(1)
 
     # ---- metrics, state ----
@@ -270,7 +272,7 @@ class SAC(SimbaAgent):
         info["temperature"] = self.temperature.value()
 
     def float32_layers(self):
-        return super().float32_layers() + [self.actor.output, self.actor.log_std]  # in bfloat16, small changes would be lost
+        return super().float32_layers() + [self.actor.output, self.actor.log_std]  # bfloat16 would lose small changes
 
     def tensors(self):
         return super().tensors() | {"log_temperature": self.temperature.log}

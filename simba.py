@@ -1,10 +1,10 @@
 """SimBa's networks and its running observation normalizer, for SAC and DDPG.
 
-Guarantees: the published SimBa's layers, initialization and sizes. On humanoid-run, the actor and one critic together have
-4.39 M parameters at scale 1.
+Guarantees: the published SimBa's layers, initialization and sizes. On humanoid-run, the actor and one critic together
+have 4.39 M parameters at scale 1.
 
-Paper: SimBa is Lee et al., 2024; Section 4 and Figures 13 and 14 train it with module-specific regimes. This file needs torch
-and networks.py.
+Paper: SimBa is Lee et al., 2024; Section 4 and Figures 13 and 14 train it with module-specific regimes. This file needs
+torch and networks.py.
 
     import torch
     from simba import RunningNormalizer, SimbaCritic
@@ -101,8 +101,9 @@ class SimbaCritic(nn.Module):
 class RunningNormalizer(nn.Module):
     """(obs - mean) / std, the statistics over all observations so far, by Welford's running form in float64.
 
-    As in the published SimBa, it starts from mean 0 and variance 1 with the weight of 1e-4 observations. The statistics are
-    buffers that change in place, so they are part of `state_dict`, and a captured CUDA graph reads the current values.
+    As in the published SimBa, it starts from mean 0 and variance 1 with the weight of 1e-4 observations. The statistics
+    are buffers that change in place, so they are part of `state_dict`, and a captured CUDA graph reads the current
+    values.
     """
 
     def __init__(self, dim, eps=1e-8):

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs, draws and judges the paper's figures, laptop studies and your own grids, here or on a SLURM cluster. Started again,
-# it finishes what is unfinished and repeats nothing.
+# Runs, draws and judges the paper's figures, laptop studies and your own grids, here or on a SLURM cluster. Started
+# again, it finishes what is unfinished and repeats nothing.
 #
 #   ./sweep.sh list                                  figures and laptop studies: runs, network sizes, hours
 #   ./sweep.sh fig6                                  run it here: one run per GPU, or one per core
 #   ./sweep.sh fig6 fig7 --tasks dog-run --seeds 3   a part of two figures; runs that they share are run once
 #   ./sweep.sh fig11 --laptop                        a study that two cores finish in hours
 #   ./sweep.sh my-grid.toml                          your own arms, tasks and seeds: runtime/grid.py shows such a file
-#   ./sweep.sh all --smoke --jobs 2                  every figure's grid at a toy size, into runs/smoke, two runs at a time
+#   ./sweep.sh all --smoke --jobs 2                  every figure's grid at a toy size, into runs/smoke, two at a time
 #   ./sweep.sh fig6 --print                          the plain train.py commands, to run them by other means
 #   ./sweep.sh fig6 -- --precision bf16              flags after -- are passed to every train.py
 #   ./sweep.sh fig6 --slurm --partition gpu --time 24:00:00 --gres=gpu:1 --jobs 50     a job array, 50 runs at a time
@@ -15,15 +15,16 @@
 #   ./sweep.sh plot fig6 runs/                       draw a figure from whatever runs are there (plot --help)
 #   ./sweep.sh claims                                the paper's claims and what the runs say (claims --help)
 #
-# --tasks, --seeds, --steps, --smoke and --laptop narrow the grid; --runs DIR is the folder of the runs (runs). With --slurm,
-# any other --option=value is passed to sbatch. PYTHON is the interpreter (python). Output of a run: DIR/logs/NAME.log.
+# --tasks, --seeds, --steps, --smoke and --laptop narrow the grid; --runs DIR is the folder of the runs (runs). With
+# --slurm, any other --option=value is passed to sbatch. PYTHON is the interpreter (python). Output of a run:
+# DIR/logs/NAME.log.
 #
-# A run is finished if and only if its folder holds final.pt. The rest is train.py --resume: it starts or continues a run;
-# on SIGTERM or SIGUSR1 it saves and ends with status 75; if another process trains that run it ends with 76. The sweep
-# keeps no state of its own, so one that was killed, or started twice, needs no repair.
+# A run is finished if and only if its folder holds final.pt. The rest is train.py --resume: it starts or continues a
+# run; on SIGTERM or SIGUSR1 it saves and ends with status 75; if another process trains that run it ends with 76. The
+# sweep keeps no state of its own, so one that was killed, or started twice, needs no repair.
 #
-# Exit status: 0 all runs are finished (--slurm: submitted), 1 some failed, 2 wrong arguments, 75 stopped, 76 the remaining
-# runs are being trained by other processes.
+# Exit status: 0 all runs are finished (--slurm: submitted), 1 some failed, 2 wrong arguments, 75 stopped, 76 the
+# remaining runs are being trained by other processes.
 
 set -euo pipefail
 
@@ -55,8 +56,8 @@ read_arguments() {
         shift
     done
     ((${#grid[@]})) || fail "which figure? ./sweep.sh list names them"
-    [[ $mode == slurm || ${#sbatch_options[@]} == 0 ]] || fail "unknown option ${sbatch_options[0]}: options of sbatch need" \
-        "--slurm, flags of train.py come after --"
+    [[ $mode == slurm || ${#sbatch_options[@]} == 0 ]] ||
+        fail "unknown option ${sbatch_options[0]}: options of sbatch need --slurm, flags of train.py come after --"
     [[ $runs ]] || { [[ $size == *--smoke* ]] && runs=runs/smoke || runs=runs; }
     ((${#more[@]} == 0)) || more=("$(printf '%q ' "${more[@]}")")
     grid+=("--more=${more[*]}")
@@ -74,7 +75,7 @@ project() {
 
 finished() { [[ -e $runs/$1/final.pt ]]; }
 
-# Becomes the training of the run in line $1. The name is given, so that what runs is what was listed.
+# Replaces this shell with train.py for the run in line $1. The name is given, so that what runs is what was listed.
 train() {
     local name=${1%%$'\t'*}
     export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
@@ -112,7 +113,7 @@ run_here() {
     report
 }
 
-# The GPUs at hand, by the names that CUDA knows.
+# The available GPUs, by CUDA's names.
 find_gpus() {
     if [[ ${CUDA_VISIBLE_DEVICES+set} ]]; then
         local named gpu
@@ -196,11 +197,11 @@ report() {
     ((elsewhere == 0)) || exit 76
 }
 
-# ---- on a cluster: a job array over a file of runs, written now, so that later changes of the code do not shift it ----
+# ---- on a cluster: a job array over a file of runs, written now, so that later code changes do not shift it ----
 
 submit() {
     local config limit task job file first id="" rest=() line
-    command -v sbatch >/dev/null || fail "--slurm: no sbatch here; run this on a login node of the cluster, or drop --slurm"
+    command -v sbatch >/dev/null || fail "--slurm: no sbatch here; run this on a login node, or drop --slurm"
     config=$(scontrol show config 2>/dev/null) || fail "--slurm: no SLURM controller answers (scontrol show config)"
     limit=$(sed -n 's/^MaxArraySize *= *//p' <<<"$config")  # of indices from 0
     ((limit > 1)) || fail "--slurm: this cluster allows no job arrays (MaxArraySize = $limit)"
@@ -214,34 +215,39 @@ submit() {
     for line in "${list[@]}"; do
         [[ ${queued[${line%%$'\t'*}]-} ]] || rest+=("$line")
     done
-    echo "$done of $total runs are finished, $((${#list[@]} - ${#rest[@]})) are queued or running, ${#rest[@]} are submitted now"
+    echo "$done of $total runs are finished, $((${#list[@]} - ${#rest[@]})) are queued or running," \
+        "${#rest[@]} are submitted now"
     for ((first = 0; first < ${#rest[@]}; first += limit)); do
         file=$(mktemp "$runs/slurm/sweep-XXXXXX.tsv")
         printf '%s\n' "${rest[@]:first:limit}" >"$file"
-        local options=(--job-name="$(basename "$file" .tsv)" --output="$runs/slurm/%x-%a.log" --open-mode=append --requeue
-            --array="0-$(($(wc -l <"$file") - 1))${jobs:+%$jobs}"
+        local options=(--job-name="$(basename "$file" .tsv)" --output="$runs/slurm/%x-%a.log" --open-mode=append
+            --requeue --array="0-$(($(wc -l <"$file") - 1))${jobs:+%$jobs}"
             # The warning goes only to the batch shell (B), 120 s before the limit: `run_task` passes it to train.py.
             --signal=B:USR1@120)
         # One array after the other: the throttle counts within an array.
         [[ ! $jobs || ! $id ]] || options+=(--dependency="afterany:$id")
-        id=$(sbatch --parsable "${options[@]}" "${sbatch_options[@]}" "$here/sweep.sh" --task "$file" "$here" "$python") ||
-            { rm "$file"; echo "sweep.sh: sbatch took $first of ${#rest[@]} runs; the same command submits the rest later" >&2; exit 1; }
+        if ! id=$(sbatch --parsable "${options[@]}" "${sbatch_options[@]}" \
+            "$here/sweep.sh" --task "$file" "$here" "$python"); then
+            rm "$file"
+            echo "sweep.sh: sbatch took $first of ${#rest[@]} runs; the same command submits the rest later" >&2
+            exit 1
+        fi
         id=${id%%;*}
         echo "job $id: $(wc -l <"$file") runs of $file"
     done
 }
 
-# One task of the array $1. SLURM's own signals at the end of a job (cancelled, preempted, limit reached) go to train.py
+# One task of the array $1. SLURM's own signals at the end of a job (canceled, preempted, limit reached) go to train.py
 # and to this shell, which waits while train.py saves.
 run_task() {
-    local line run="" status=0 cancelled="" warned=""
+    local line run="" status=0 canceled="" warned=""
     trap 'warned=yes; [[ ! $run ]] || kill -USR1 "$run" || true' USR1
     runs=${1%/slurm/*} here=$2 python=$3
     line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")
     echo "$(date '+%F %T') $(hostname) job $SLURM_ARRAY_JOB_ID: ${line%%$'\t'*}"
     ! finished "${line%%$'\t'*}" || exit 0
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-    trap 'cancelled=yes' TERM
+    trap 'canceled=yes' TERM
     if [[ $warned ]]; then  # too late to start
         status=75
     else
@@ -255,7 +261,7 @@ run_task() {
     echo "$(date '+%F %T') status $status"
     # By index: the last task has the number of the array itself, and requeueing that would requeue the whole array.
     # 138: SIGUSR1 came before train.py could handle it, and there was nothing to save.
-    [[ $status != 75 && $status != 138 || $cancelled ]] || scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    [[ $status != 75 && $status != 138 || $canceled ]] || scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
     exit "$status"
 }
 
@@ -276,7 +282,8 @@ case ${1-} in
     "" | -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
     --task) run_task "${@:2}" ;;
 esac
-"$python" -c "import tyro" 2>/dev/null || fail "$python lacks this project's packages: activate its environment, or set PYTHON"
+"$python" -c "import tyro" 2>/dev/null ||
+    fail "$python lacks this project's packages: activate its environment, or set PYTHON"
 case $1 in
     list) project studies "$@"; exit ;;
     plot) project draw "${@:2}"; exit ;;

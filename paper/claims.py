@@ -1,15 +1,16 @@
 """The paper's claims at laptop size: which arms each compares, what is measured, and the verdict.
 
-Guarantees: the comparisons were fixed before their runs finished, and every one is in the tables. A verdict says no more
-than its 95 % interval: "supported" if the interval of the difference lies on the paper's side of 0, "contradicted" if it
-lies on the other, "inconclusive" if it contains 0, "no data" if nothing was measured or nothing varies.
+Guarantees: the comparisons were fixed before their runs finished, and every one is in the tables. A verdict says no
+more than its 95 % interval: "supported" if the interval of the difference lies on the paper's side of 0, "contradicted"
+if it lies on the other, "inconclusive" if it contains 0, "no data" if nothing was measured or nothing varies.
 
     ./sweep.sh claims                    # the verdicts, from paper/results/
     ./sweep.sh claims runs/              # from your own runs of ./sweep.sh fig11 --laptop
 
-A run counts by the mean of its last three evaluations, and an arm once all its seeds are finished. Beside published runs,
-a run counts by its last evaluation, and a task once three seeds are finished. The interval is Welch's, for the difference
-of two means over seeds, because spreads are unequal and seeds few. It is not corrected for the number of comparisons.
+A run's score is the mean of its last three evaluations; an arm counts once all its seeds are finished. Beside published
+runs, the score is the last evaluation, and a task counts once three seeds are finished. The interval is Welch's, for
+the difference of two means over seeds, because spreads are unequal and seeds few. It is not corrected for the number of
+comparisons.
 """
 
 import csv
@@ -32,9 +33,9 @@ ROLES = {(True, False): "supported", (False, True): "contradicted", (False, Fals
 
 @dataclass(frozen=True)
 class Claim:
-    """That the measure of arm `better` is higher than that of arm `worse`; lower for dormant neurons. An arm is given by
-    its panel, series and x, as far as these are needed. The paper claims the return in each case, and SRank and dormant
-    neurons in some; all are tested alike."""
+    """Arm `better` has a higher measure than arm `worse` (a lower one, for dormant neurons). An arm is given by its
+    panel, series and x, as far as these are needed. The paper claims the return in each case, SRank and dormant neurons
+    in some; all are tested in the same way."""
     figure: str
     better: tuple
     worse: tuple

@@ -1,7 +1,7 @@
 """Draws the paper's figures and the laptop studies from whatever runs are there.
 
-Guarantees: runs that are missing, unfinished or have other settings are named under the picture and on the terminal, and
-the rest is drawn.
+Guarantees: runs that are missing, unfinished or have other settings are named under the picture and on the terminal,
+and the rest is drawn.
 
     ./sweep.sh plot fig6 runs/                              # writes fig6.png and fig6.pdf
     ./sweep.sh plot fig11 runs/ --laptop --statistic mean-sd

@@ -118,7 +118,7 @@ FIGURES = {
         tuple(grid("encoder", TYPES, by_type=False)), module="encoder"),
     "fig3": Figure(
         "encoder: SRank with LayerNorm and without", "curves", tuple(grid("encoder", (2, 4))), (ENCODER_SRANK,),
-        module="encoder", note="Types 2 and 4 are the text's; all five regimes are a choice."),
+        module="encoder", note="Our choice: all five regimes. Types 2 and 4 are the paper's."),
     "fig4": Figure(
         "encoder scaled in width and depth", "points", tuple(grid("encoder", (2, 4, 6), _SCALES)), module="encoder"),
     "fig5": Figure(
@@ -126,11 +126,11 @@ FIGURES = {
         tuple(grid("critic", TYPES, by_type=False, **STRONG_ENCODER)), module="critic"),
     "fig6": Figure(
         "critic scaled in width and depth", "points", tuple(grid("critic", TYPES, _SCALES, **STRONG_ENCODER)),
-        module="critic", note="All six types are a choice: the text speaks of Types 1-4 and of 5-6."),
+        module="critic", note="Our choice: all six types; the paper names Types 1-4 and 5-6."),
     "fig7": Figure(
         "critic at scale 5: SRank and dormant neurons", "curves", tuple(grid("critic", (4, 6), (5,), **STRONG_ENCODER)),
         (CRITIC_SRANK, CRITIC_DORMANT), module="critic",
-        note="Types 4 and 6, without and with residual connections, are a choice."),
+        note="Our choice: types 4 and 6, without and with residual connections."),
     "fig8": Figure(
         "actor: architecture types and training regimes, default size", "points",
         tuple(grid("actor", TYPES, by_type=False, **STRONG_ENCODER)), module="actor"),
@@ -144,30 +144,30 @@ FIGURES = {
         "all modules at scale 5: MR.Q, with residual connections, with MST", "curves",
         (Arm("", "MR.Q", {"scale": 5}), Arm("", "MR.Q + Res", {"scale": 5, **RES}),
          Arm("", "MR.Q + Res + MST", _MST5)), (RETURN, CRITIC_SRANK, CRITIC_DORMANT, ACTOR_DORMANT),
-        note="Which modules' metrics stand in the right panel is a choice: both of the critic, dormant of the actor."),
+        note="Our choice: SRank and dormant ratio of the critic, dormant ratio of the actor."),
     "fig12": Figure(
         "MST at scale 5: distribution, growth and level of sparsity", "curves",
         tuple(mst_ablation(_MST5, {"scale": 5, **RES}, (0, 0.4, 0.6, 0.8, 0.9))), tasks=("dog-run",),
-        note="The levels are a choice, the same for critic and actor; 0 is Fig. 11's \"+ Res\", dense."),
+        note="Our choice: the levels, the same for critic and actor; 0 is Fig. 11's \"+ Res\", dense."),
     "fig13": Figure(
         "SAC and DDPG on SimBa scaled, plain and with MST", "points",
         (*_plain_and_mst("SAC", _SIMBA_POINTS, {}, algo="sac"), *_plain_and_mst("DDPG", _SIMBA_POINTS, {}, algo="ddpg")),
-        note="The scales are a choice; sparsity 0.8 is the companion paper's public example."),
+        note="Our choice: the scales; sparsity 0.8 is the companion paper's public example."),
     "fig14": Figure(
         "SAC at 207 M: static or dynamic, actor and critic in all pairings", "curves",
         tuple(Arm("", f"critic {critic.upper()}, actor {actor.upper()}" + " (MST)" * (critic == "dst" and actor == "sst"),
                    {**_FIG14, "critic_regime": critic, "actor_regime": actor})
               for critic in ("dst", "sst") for actor in ("sst", "dst")), tasks=("humanoid-run",),
-        note="Width 4 and depth 3 are a choice that has the text's 207 M."),
+        note="Our choice: width 4 and depth 3, which give the paper's 207 M."),
     "fig17": Figure(
         "residual connections before or after norm and activation, scales 1 and 3", "points",
         tuple(Arm("", {"pre": "pre-layer", "post": "post-layer"}[residual], {"scale": scale, **RES, "residual": residual},
                    f"×{scale}") for scale in (1, 3) for residual in ("pre", "post")),
-        note="All three modules, types 6, 6 and 5, dense, are a choice."),
+        note="Our choice: all three modules, types 6, 6 and 5, dense."),
     "fig26": Figure(
         "MR.SAC scaled, plain and with MST", "points", tuple(_plain_and_mst("MR.SAC", _MRSAC_POINTS, RES, algo="mrsac")),
         seeds=5,  # the caption
-        note="The scales are a choice; the plain arms have MST's types 6, 6 and 5, so that only regimes differ."),
+        note="Our choice: the scales; the plain arms have MST's types 6, 6 and 5, so that only regimes differ."),
 }
 
 
@@ -180,6 +180,6 @@ def smoke(figure):
     arms = []
     for arm in figure.arms:
         width = arm.flags.get("width_scale", arm.flags.get("scale", 1)) / 32
-        bursts = {} if arm.flags.get("algo") in ("sac", "ddpg") else {"target_update_freq": 20}
-        arms.append(dataclasses.replace(arm, flags={**arm.flags, **tiny, **bursts, "width_scale": width}))
+        period = {} if arm.flags.get("algo") in ("sac", "ddpg") else {"target_update_freq": 20}
+        arms.append(dataclasses.replace(arm, flags={**arm.flags, **tiny, **period, "width_scale": width}))
     return dataclasses.replace(figure, arms=tuple(arms), tasks=(SMOKE_TASK,), seeds=1, step_ms=SMOKE_STEP_MS)

@@ -64,7 +64,7 @@ def get_runs(name, options):
     tasks = parse_tasks(options.tasks)
     if tasks and not {*tasks} <= {task for known in (*FIGURES.values(), *LAPTOP.values(), figure) for task in known.tasks}:
         from envs import check_task
-        with contextlib.suppress(ImportError):  # one may print commands, and draw runs, without the simulator
+        with contextlib.suppress(ImportError):  # printing and drawing need no simulator
             for task in tasks:
                 check_task(task)
     return figure, get_jobs(figure, tasks, parse_seeds(options.seeds), shlex.split(options.more))
@@ -115,7 +115,7 @@ def _between(points, x):
 
 
 def hours(figure, jobs):
-    """Of two CPU cores, for these runs, two digits. A study's step was timed on one core, and two runs fit at a time."""
+    """Hours on two CPU cores, rounded to two digits. A study's step was timed on one core; two runs fit at a time."""
     jobs = {job.name: job for job in jobs}.values()
     each = [(job.args.total_steps - job.args.learning_starts) * (figure.step_ms / 2 if figure.step_ms else step_ms(job.args))
             for job in jobs]
@@ -150,7 +150,7 @@ def list_all(options):
             print(f"{title}{', tiny: --smoke' if options.smoke else ''}\n")
             show_table(list(all_figures(part)), part)
             print()
-    print("Hours are of two CPU cores, estimated from measured times of a step; not measured on a GPU. Runs that figures share\n"
+    print("Hours are for two CPU cores, estimated from measured times of a step; not measured on a GPU. Runs that figures share\n"
           "are run once. Your own grid: a .toml file, see runtime/grid.py.")
 
 

@@ -39,7 +39,7 @@ MARKER = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
 
 
 def number(value):
-    """Three digits, at most one of them after the point above 1; two digits where two places would round them to 0."""
+    """At most three digits, and one decimal above 1; below 0.1 two digits, so that small values do not print as 0."""
     if 5e-4 <= abs(value) < 0.1:
         return f"{value:.2g}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}"
@@ -83,7 +83,7 @@ class Results:
 # ---- the tables, by name ----
 
 def summary(results):
-    """Every verdict on a claim of the paper, in four lines."""
+    """Every verdict on a claim of the paper, one row each."""
     by_verdict = {"supported": [], "contradicted": [], "inconclusive": [], "no data": []}
     for claim, found in results.of_the_paper.items():
         for label, pair in found.items():

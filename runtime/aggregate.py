@@ -27,8 +27,9 @@ def trimmed_mean(values):
 def tail(counts):
     """Share of resamples beyond each end of a 95 % interval, for strata of these sizes.
 
-    A percentile bootstrap of n values is too narrow by √((n - 1) / n), and uses a normal quantile where Student's belongs:
-    with five seeds its "95 %" covers 83 to 90 %. Hesterberg (2015), "What teachers should know about the bootstrap".
+    A percentile bootstrap of n values is too narrow by √((n - 1) / n), and uses a normal quantile where Student's
+    belongs: with five seeds its "95 %" covers 83 to 90 %. Hesterberg (2015), "What teachers should know about the
+    bootstrap".
     """
     n = np.mean(counts)
     return norm.sf(np.sqrt(n / (n - 1)) * t.ppf(0.975, sum(counts) - len(counts)))
@@ -56,7 +57,7 @@ def iqm(strata):
 
 
 def mean_sd(strata):
-    """Mean over all runs ± one standard deviation between the seeds of a task (variation between tasks is not noise)."""
+    """Mean over all runs ± one standard deviation over the seeds of a task: differences of tasks are not noise."""
     runs = [stratum.mean(-1) for stratum in strata]  # (points, seeds)
     center = np.concatenate(runs, 1).mean(1)
     if min(run.shape[1] for run in runs) < 2:
@@ -69,7 +70,7 @@ STATISTICS = {"iqm": (iqm, "IQM and 95 % bootstrap interval"), "mean-sd": (mean_
 
 
 def welch(this, that):
-    """(difference of means, low, high): Welch's 95 % interval, for unequal spreads. this, that: (mean, sd, n) of a sample.
+    """(difference of means, low, high): Welch's 95 % interval, for unequal spreads. this, that: (mean, sd, n).
 
     NaN for the interval if a sample has fewer than two values or neither has a spread.
     """

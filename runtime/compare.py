@@ -52,14 +52,16 @@ def label_arms(runs):
               if name not in differ and name in first]
     labels = {}
     for key, of_arm in arms.items():
-        parts = [_flag_text(name, values[key][name]) for name in dict.fromkeys(differ) if name in values[key]] if key in values else []
-        label = ", ".join(parts) or (of_arm[0].name.partition("__seed=")[0] if len(arms) > 1 or key not in known else "these runs")
+        given = values.get(key, {})
+        parts = [_flag_text(name, given[name]) for name in dict.fromkeys(differ) if name in given]
+        alone = len(arms) == 1 and key in known
+        label = ", ".join(parts) or ("these runs" if alone else of_arm[0].name.partition("__seed=")[0])
         labels.setdefault(label, []).extend(of_arm)
     return labels, common
 
 
 def select(runs, options):
-    """The runs that --tasks, --seeds and --only leave. ValueError if a filter matches nothing."""
+    """The runs that pass --tasks, --seeds and --only. ValueError if a filter matches nothing."""
     filters = []
     if tasks := parse_tasks(options.tasks):
         filters += [("--tasks", task, lambda run, task=task: task_of(run) == task) for task in tasks]
@@ -130,9 +132,10 @@ def table_rows(arms, columns):
 
 
 def format_table(rows, style):
-    """As text, CSV or Markdown. In text and Markdown an interval stands in brackets after its value."""
+    """As text, CSV or Markdown. In text and Markdown, intervals are in brackets."""
     if style == "csv":
-        lines = [HEADING, *([*row[:3], str(row[3]), *("" if math.isnan(cell) else f"{cell:.6g}" for cell in row[4:])] for row in rows)]
+        digits = lambda value: "" if math.isnan(value) else f"{value:.6g}"
+        lines = [HEADING, *([*row[:3], str(row[3]), *map(digits, row[4:])] for row in rows)]
         return "\n".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) for line in lines)
     number = lambda value: "" if math.isnan(value) else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     bracket = lambda value, low, high: number(value) + ("" if math.isnan(low) else f" [{number(low)}, {number(high)}]")

@@ -1,7 +1,7 @@
-"""What a run shows in the terminal: header, progress bar, errors in one line, early signals.
+"""What a run shows in the terminal: header, progress bar, errors in one line, signals before training starts.
 
-Guarantees: a closed pipe or a full disk at the other end of stdout never stops a run; a user's error ends in one line, a bug in
-a traceback.
+Guarantees: a closed pipe or a full disk at the other end of stdout never stops a run; a user's error ends in one line,
+a bug in a traceback.
 
 It imports nothing slow at the top: `before_imports` runs before PyTorch is imported.
 """
@@ -18,13 +18,13 @@ USER_ERRORS = (ValueError, MemoryError, OSError, ImportError, RuntimeError, Floa
 
 
 def before_imports():
-    """Call before PyTorch is imported: answers signals in a line, and keeps OpenMP's threads from spinning."""
+    """Call before PyTorch is imported: exits with one line on a signal, and keeps OpenMP's threads from spinning."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # respect nohup
             signal.signal(getattr(signal, name), exit_early)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's and scipy's: stream.py multiplies small matrices only
-    # A thread that waits for another one spins. Without a limit, an agent step takes 15 to 70 times as long while a
-    # neighbor has one of two cores; with this one, 3 to 6 times. Alone it is as fast as before.
+    # A thread that waits for another one spins. Without a limit, an agent step takes 15 to 70 times as long when
+    # another process has one of two cores; with this one, 3 to 6 times. Alone it is as fast as before.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -60,7 +60,8 @@ class SafeStream:
 def error_message(error):
     """The line to print for an error. Raises the error again if it is a bug, so that its traceback shows."""
     import torch
-    memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # the CPU's is a RuntimeError
+    # On a CPU, too little memory is a RuntimeError.
+    memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     if isinstance(error, RuntimeError) and not memory:
         raise error
     advice = ": choose a smaller --scale, --batch-size or --buffer-size" if memory else ""
@@ -74,14 +75,14 @@ def describe(agent, modules, args, device, folder):
     for name, network in agent.networks.items():
         whole, head = count(network)
         module = modules[name]
+        size = f"{(whole - head) / 1e6:8.3f} M" + (f" + {head / 1e6:.2f} M head" if head else "")
         lines.append(f"  {name:8} type {module.arch_type}  {module.regime:5}  width ×{module.width_scale:g}, depth "
-                     f"×{module.depth_scale:g}  {(whole - head) / 1e6:8.3f} M"
-                     + (f" + {head / 1e6:.2f} M head" if head else "") + f"  density {agent.sparse[name].density():.3f}")
+                     f"×{module.depth_scale:g}  {size}  density {agent.sparse[name].density():.3f}")
     collapsing = [name for name, module in modules.items()
                   if module.arch_type in (1, 2, 3, 4) and max(module.width_scale, module.depth_scale) >= 3]
     if collapsing:
-        lines.append(f"  note: the paper shows that large networks without residual connections ({', '.join(collapsing)}) "
-                     "collapse; --mst uses types 5 and 6, which have them")
+        lines.append("  note: the paper shows that large networks without residual connections "
+                     f"({', '.join(collapsing)}) collapse; --mst uses types 5 and 6, which have them")
     return "\n".join([*lines, f"  writes   {folder}"])
 
 
@@ -94,8 +95,8 @@ def describe_saving(saved):
     total, free = 3 * one + buffer, shutil.disk_usage(saved.log.folder).free  # two, and a third while it is written
     lines = []
     if total > LARGE_SAVE or total >= free:
-        lines.append(f"  saves    every {saved.args.save_every:,} steps: up to {total / 1e9:.2f} GB (three checkpoints of "
-                     f"{one / 1e9:.2f} GB and a replay buffer of {buffer / 1e9:.2f} GB)")
+        lines.append(f"  saves    every {saved.args.save_every:,} steps: up to {total / 1e9:.2f} GB (three checkpoints "
+                     f"of {one / 1e9:.2f} GB and a replay buffer of {buffer / 1e9:.2f} GB)")
     if total >= free:
         lines.append(f"  note: the disk has {free / 1e9:.2f} GB free: checkpoints will not fit; training continues")
     return lines
@@ -104,14 +105,15 @@ def describe_saving(saved):
 class Bar:
     """The progress bar: the current activity, speed, last return, and time left.
 
-    The time left is estimated from the updates of all modules, because random steps are cheap and 250 encoder updates happen
-    in one step.
+    The time left is estimated from the updates of all modules, because random steps are cheap and 250 encoder updates
+    happen in one step.
     """
 
     def __init__(self, args, agent, start):
         from tqdm import tqdm
         self.agent, self.lines, self.format_interval = agent, {}, tqdm.format_interval
-        self.all_updates = len(agent.updates) * (args.total_steps - args.learning_starts) * (agent.updates_per_step or 1)
+        learning_steps = args.total_steps - args.learning_starts
+        self.all_updates = len(agent.updates) * learning_steps * (agent.updates_per_step or 1)
         self.bar = tqdm(total=args.total_steps, initial=start, dynamic_ncols=True,
                         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]")
         self.interval = 0.5 if sys.stderr.isatty() else 60  # seconds between two drawings

@@ -80,8 +80,8 @@ def resolve_speed(compile, graphs, device, pays=False):
     chosen = [default if flag == "auto" else flag == "on" for flag, default in zip((compile, graphs), auto)]
     unproven = [name for name, flag in (("--compile", compile), ("--cuda-graphs", graphs))
                 if flag == "auto" and device.type == "cuda" and not CUDA_TESTED]
-    notes = [f"  note: {' and '.join(unproven)} stay off until `pytest test_all.py -k cuda` has passed on a GPU; `on` "
-             "turns them on"] if unproven else []
+    notes = [f"  note: {' and '.join(unproven)} are off by default, because this code has not been tested on a GPU; "
+             "`on` turns them on"] if unproven else []
     return *chosen, notes
 
 

@@ -1,7 +1,7 @@
 """A grid of runs: arms (settings of train.py) × tasks × seeds, from a file of your own or from the paper's figures.
 
-Guarantees: what is wrong in a grid is reported in one line, before anything runs; each run has the name and the shortest
-command that train.py itself would give it.
+Guarantees: what is wrong in a grid is reported in one line, before anything runs; each run has the name and the
+shortest command that train.py itself would give it.
 
     # regimes.toml: three arms, two tasks, three seeds
     title = "Regimes of the critic"              # optional
@@ -66,7 +66,7 @@ class Job:
 
 
 def to_args(flags, task, seed, more=()):
-    """settings.Args of one run. more: further flags of train.py, as on its command line; they win."""
+    """settings.Args of one run. more: further flags of train.py, as on its command line; they override."""
     args = defaults(flags.get("algo", "mrq"))
     groups = {name: group for group, name in flag_names(args)}
     for name, value in flags.items():
@@ -82,7 +82,7 @@ def to_args(flags, task, seed, more=()):
 
 
 def make_jobs(arms, tasks, seeds, more=()):
-    """Every run of a grid; one that stands in two panels comes twice, with one name. ValueError for what cannot run."""
+    """Every run of a grid; a run in two panels is listed twice under one name. ValueError for what cannot run."""
     for arm in arms:
         try:
             args = to_args(arm.flags, tasks[0], 0, more)
@@ -111,7 +111,7 @@ def format_word(value):
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-# ---- a file of one's own ----
+# ---- your own file ----
 
 def read_grid(path):
     """A .toml or .json file as a Grid. ValueError or OSError, in one line that names the file and the key."""
@@ -132,8 +132,8 @@ def read_grid(path):
         if not isinstance(flags, dict) or not isinstance(common, dict):
             raise ValueError(f"{path}: arm {label!r}: give flags by name, such as critic-regime = \"dst\"")
         arms.append(Arm("", label, _settings(f"{path}: arm {label!r}", common | flags)))
-    doubled = {label: [other.series for other in arms if other.flags == arm.flags] for arm in arms for label in [arm.series]}
-    for label, same in doubled.items():
+    for arm in arms:
+        same = [other.series for other in arms if other.flags == arm.flags]
         if len(same) > 1:
             raise ValueError(f"{path}: arms {' and '.join(same)} have the same flags")
     return Grid(content.get("title", ""), tuple(arms), tuple(tasks), tuple(dict.fromkeys(seeds)))
@@ -167,14 +167,15 @@ def _settings(where, flags):
     for name, value in flags.items():
         dashed = name.replace("_", "-")
         if name in GIVEN_BY_THE_GRID:
-            raise ValueError(f"{where}: the grid sets {dashed} itself (tasks and seeds have keys of their own)")
+            raise ValueError(f"{where}: {dashed} cannot be set here: a grid has the keys tasks and seeds")
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"{where}: {algo} has no flag {dashed}" + (f": did you mean {close[0].replace('_', '-')}?" if close else ""))
+            advice = f": did you mean {close[0].replace('_', '-')}?" if close else ""
+            raise ValueError(f"{where}: {algo} has no flag {dashed}{advice}")
         if not isinstance(value, (bool, int, float, str)):
             raise ValueError(f"{where}: {dashed} must be a number, a text or true")
         if name != "algo":
-            words += [f"--{dashed}"] if value is True else [f"--no-{dashed}"] if value is False else [f"--{dashed}", str(value)]
+            words += [f"--{'no-' * (value is False)}{dashed}", *([] if isinstance(value, bool) else [str(value)])]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):

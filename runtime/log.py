@@ -68,8 +68,8 @@ class RunLog:
 
     FileExistsError if the folder exists, RunFinished if its run is complete, RunLocked if another process writes it;
     OSError if it cannot be written; ImportError or ValueError, before it is made, if a tracker is not installed or W&B
-    has no API key. `failures`: a line for each table or tracker that does not take rows at present. A table's rows are
-    kept and written later; a tracker that fails is dropped.
+    has no API key. `failures`: a line for each table or tracker that cannot be written now. A table's rows are kept and
+    written later; a tracker that fails is dropped.
     """
 
     def __init__(self, folder, config, tensorboard=False, wandb_project=None, resume=False):
@@ -164,7 +164,7 @@ class RunLog:
         except Exception as error:  # each has its own kinds
             setattr(self, name, None)
             line = next(iter(str(error).splitlines()), "")
-            self._tracker_failures.append(f"{name} failed ({type(error).__name__}: {line}) and gets no more rows")
+            self._tracker_failures.append(f"{name} failed ({type(error).__name__}: {line}) and is off from here on")
 
     @property
     def failures(self):
@@ -249,7 +249,7 @@ class Table:
             if self.file.write(rest) < len(rest):  # the disk took a part
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self.failure = f"{self.name} takes no more rows ({error.strerror}): they are kept, and written when it does"
+            self.failure = f"{self.name} cannot be written ({error.strerror}): its rows are kept and written later"
             self.file.truncate(self.synced + self.written)  # never part of a row
             self.file.seek(self.synced + self.written)
             return False
@@ -262,7 +262,7 @@ class Table:
             os.fsync(self.file.fileno())
             self.synced, self.kept, self.written = self.synced + self.written, self.kept[self.written:], 0
         except OSError as error:  # such as a quota, on a network disk
-            self.failure = f"{self.name} may not be on the disk ({error.strerror}): its last rows are kept"
+            self.failure = f"{self.name} may be incomplete on the disk ({error.strerror}): its last rows are kept"
         return {"end": self.synced, "waiting": self.kept.decode()}
 
     def close(self):

@@ -1,7 +1,7 @@
 """Runs read from their CSV files: folders of runs, single runs, or one CSV of many runs.
 
-Guarantees: no value is invented. A run that is missing, unfinished, or has other settings than expected is reported, and
-the rest is used. Columns and run names written by older versions are found under their current names.
+Guarantees: no value is invented. A run that is missing, unfinished, or has other settings than expected is reported,
+and the rest is used. Columns and run names written by older versions are found under their current names.
 
     runs, wrong, notes = gather({run_name(args): args}, ["runs"], ["return"])     # the runs of a grid
     runs, notes = find_runs(["runs", "others.csv"], ["return", "train:seconds"])  # whatever runs are there
@@ -29,7 +29,7 @@ FILES_OF_A_RUN = ("eval.csv", "train.csv", "config.json", "final.pt")
 
 @dataclass
 class RunData:
-    """One run. table: column -> values, (rows,) each, of eval.csv; `returns` is (rows, episodes). train: of train.csv."""
+    """One run. table: column -> (rows,) values of eval.csv; `returns` is (rows, episodes). train: of train.csv."""
     name: str
     table: dict
     train: dict = field(default_factory=dict)
@@ -43,7 +43,7 @@ class RunData:
         return steps[-1] if len(steps) else -1
 
     def values(self, columns, episodes=False):
-        """(agent steps, frames, values (rows, episodes or 1)): the mean of the columns that exist; None if none does."""
+        """(agent steps, frames, values (rows, episodes or 1)): the mean of the columns that exist, or None."""
         if tuple(columns) == ("return",) and episodes and "returns" in self.table:
             return self.table["agent_step"], self.table["env_frames"], self.table["returns"]
         for prefix, table in (("eval", self.table), ("train", self.train)):
@@ -85,7 +85,7 @@ def read_table(folder, table, columns):
             raise ValueError(f"{path} is not a run's table: it has no columns {' and '.join(INDEX)}")
         wanted = [column.removeprefix(f"{table}:") for column in columns]
         values, bad = parse_rows(file, header, dict.fromkeys(name for name in wanted if name not in INDEX))
-    return values, [f"{path}: left out {bad} broken or cut row{'s' * (bad > 1)}"] if bad else [], header
+    return values, [f"{path}: skipped {bad} malformed or truncated row{'s' * (bad > 1)}"] if bad else [], header
 
 
 def read_run(folder, columns):
@@ -119,7 +119,7 @@ def read_saved(path, columns):
     runs = {}
     for name, rows in lines.items():
         table, bad = parse_rows(rows, header[1:], dict.fromkeys(column for column in wanted if column not in INDEX))
-        runs[name] = RunData(name, table, notes=[f"{path}: {name}: left out {bad} broken rows"] if bad else [])
+        runs[name] = RunData(name, table, notes=[f"{path}: {name}: skipped {bad} malformed rows"] if bad else [])
     return runs
 
 
@@ -127,16 +127,18 @@ def save(path, runs, columns):
     """One CSV of these runs, a row per step; digits as they were read. A column that no run has is left out."""
     runs, found = list(runs), []
     for column in dict.fromkeys(columns):
-        series = [(run.table["agent_step"], None, run.table["returns"]) if column == "returns" and "returns" in run.table
-                  else run.values((column,)) for run in runs]
+        series = [(run.table["agent_step"], None, run.table["returns"])
+                  if column == "returns" and "returns" in run.table else run.values((column,)) for run in runs]
         if any(values is not None for values in series):
             found.append((column, series))
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", *INDEX, *(column for column, _ in found)])
         for number, run in enumerate(runs):
-            frames = {step: frame for table in (run.train, run.table) if table for step, frame in zip(*(table[i] for i in INDEX))}
-            cells = [{} if series[number] is None else dict(zip(series[number][0], series[number][2])) for _, series in found]
+            tables = [table for table in (run.train, run.table) if table]
+            frames = {step: frame for table in tables for step, frame in zip(*(table[column] for column in INDEX))}
+            of_run = [series[number] for _, series in found]
+            cells = [{} if one is None else dict(zip(one[0], one[2])) for one in of_run]
             for step in sorted(frames):
                 row = [cell.get(step, (np.nan,)) for cell in cells]
                 writer.writerow([run.name, f"{step:.10g}", f"{frames[step]:.10g}",
@@ -186,8 +188,6 @@ def args_from_name(name):
     return args if name_key(run_name(args)) == name_key(name) else None
 
 
-
-
 # ---- the runs that are there ----
 
 def gather(wanted, paths, columns):
@@ -229,8 +229,8 @@ def gather(wanted, paths, columns):
 
 
 def find_runs(paths, columns):
-    """Every run under these paths: (list of RunData, notes). A path is a run's folder, a file in it, a folder of runs, or a
-    CSV of runs. ValueError, in one line, for a path without runs and for a run that is given twice."""
+    """Every run under these paths: (list of RunData, notes). A path is a run's folder, a file in it, a folder of runs,
+    or a CSV of runs. ValueError, in one line, for a path without runs and for a run that is given twice."""
     runs, notes = [], []
     for path in paths:
         if os.path.basename(path) in FILES_OF_A_RUN and os.path.isfile(path):

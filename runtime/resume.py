@@ -1,14 +1,14 @@
 """A run can be stopped or killed at any moment, and resumes exactly.
 
-Guarantees: `state` holds all of a run, including every random generator. On a CPU, a run resumed from it writes the same CSV
-files as an uninterrupted one, byte for byte except for times. A signal to stop takes effect at the next safe point: between
-two agent steps, between two encoder updates, or within an evaluation, which is then repeated.
+Guarantees: `state` holds all of a run, including every random generator. On a CPU, a run resumed from it writes the
+same CSV files as an uninterrupted one, byte for byte except for times. A signal to stop takes effect at the next safe
+point: between two agent steps, between two encoder updates, or within an evaluation, which is then repeated.
 
     saved = SavedRun(Checkpoints(folder), args, device, agent, env, log)
     obs = saved.restore(differs)            # None for a new run; saved.progress says where the loop is
     saved.save_if_due()                     # between two steps; when StopSignals.check raises Stopped, call save
 
-Not in the paper. `checkpoint.py` writes and reads the files; this file decides what they contain, and when they are written.
+Not in the paper. `checkpoint.py` writes and reads the files; this file decides what they contain and when.
 """
 
 import dataclasses
@@ -31,8 +31,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Records a signal to stop; `check` raises Stopped at the next safe point. A second Ctrl-C ends the process at once,
-    without saving."""
+    """Records a signal to stop; `check` raises Stopped at the next safe point. A second Ctrl-C ends the process unsaved."""
 
     def __init__(self):
         self.name = None
@@ -82,8 +81,8 @@ class SavedRun:
         """All of the run except the rows of its replay buffer: live tensors and plain values."""
         run = dataclasses.asdict(self.progress) | {"seconds": self.seconds()}
         run["action"] = None if run["action"] is None else run["action"].tolist()
-        return {"config": dataclasses.asdict(self.args), "progress": run,
-                "agent": self.agent.state_dict(), "info": dict(self.agent.info), "replay": self.agent.replay.state_dict(),
+        return {"config": dataclasses.asdict(self.args), "progress": run, "agent": self.agent.state_dict(),
+                "info": dict(self.agent.info), "replay": self.agent.replay.state_dict(),
                 "env": self.env.state(), "log": self.log.positions(self.progress.step),
                 "random": {"cpu": torch.get_rng_state()} | (
                     {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})}
@@ -98,11 +97,11 @@ class SavedRun:
 
     def save_if_due(self):
         step = self.progress.step
-        if step and step % self.args.save_every == 0 and step != self.checkpoints.step:  # else: just resumed from this one
+        if step and step % self.args.save_every == 0 and step != self.checkpoints.step:  # not just resumed from it
             self.save()
 
     def save_for_extension(self):
-        """Keeps the last checkpoint, if wanted: `train.py --extend` continues from it, as before the final evaluation."""
+        """Keeps the last checkpoint, if wanted: `train.py --extend` continues from it."""
         one, buffer = self.size()
         if self.args.keep_checkpoint == "on" or self.args.keep_checkpoint == "auto" and one + buffer <= KEPT_BYTES:
             self.kept = True
@@ -111,8 +110,9 @@ class SavedRun:
     def check_health(self):
         """FloatingPointError if a loss or gradient was not finite. Waits for the device."""
         if fault := self.agent.nonfinite_report():
-            raise FloatingPointError(f"{fault[0]} was not finite at agent step {self.args.learning_starts + fault[1]:,}; "
-                                     f"stopped. All rows up to here are in {self.log.folder}")
+            what, step = fault[0], self.args.learning_starts + fault[1]
+            raise FloatingPointError(f"{what} was not finite at agent step {step:,}; stopped. "
+                                     f"All rows up to here are in {self.log.folder}")
 
     def finish(self):
         """`final.pt`: networks and masks, written last. It replaces the checkpoints, unless the last one is kept."""
@@ -125,10 +125,11 @@ class SavedRun:
     # ---- restoring ----
 
     def restore(self, differs=lambda config: ""):
-        """Loads the newest whole checkpoint into all parts. Returns the current observation, or None without a checkpoint.
+        """Loads the newest whole checkpoint into all parts. Returns the current observation, or None without one.
 
-        Call it before capturing CUDA graphs, which keep the tensors they were captured with. ValueError, in one line, for a
-        checkpoint of other settings or one that does not fit. Nothing on the disk changes before all of it is read.
+        Call it before capturing CUDA graphs, which keep the tensors they were captured with. ValueError, in one line,
+        for a checkpoint of other settings or one that does not fit. Nothing on the disk changes before all of it is
+        read.
         """
         state = self.checkpoints.load()
         if state is None:
@@ -142,7 +143,8 @@ class SavedRun:
                 for sparse in state["agent"]["sparse"].values():
                     sparse.pop("schedule", None)
             self.agent.load_state_dict(state["agent"])
-            self.agent.info = {current_name("train", name): value.to(self.device) for name, value in state["info"].items()}
+            self.agent.info = {current_name("train", name): value.to(self.device)
+                               for name, value in state["info"].items()}
             for first, rows in self.checkpoints.rows():
                 self.agent.replay.load_rows(first, rows)
             self.agent.replay.load_state_dict(state["replay"])
@@ -163,6 +165,6 @@ class SavedRun:
         count = lambda modules: sum(p.numel() for module in modules.values() for p in module.parameters())
         masks = sum(mask.numel() for sparse in agent.sparse.values() for mask in (*sparse.masks.values(),
                                                                                   *sparse.first_masks.values()))
-        # Weights and two moments, targets, a byte a mask, and all priorities.
+        # Weights and two moments, targets, one byte per mask entry, and all priorities.
         one = 12 * count(agent.networks) + 4 * count(agent.targets) + masks + 8 * len(replay.priority)
         return one, replay.stored_bytes

@@ -66,7 +66,7 @@ def test_cut_and_repeated_rows(tmp_path):
     folder = write_run(tmp_path, flags_to_args(), [(5000, 20), (0, 1.5), (5000, 30), (10000, "x")], tail="15000,30000,4")
     run = results.read_run(folder, ["return"])
     assert run.table["agent_step"].tolist() == [0, 5000] and run.table["return"].tolist() == [1.5, 30]
-    assert run.last_step == 5000 and "left out 2 broken or cut rows" in run.notes[0]  # "4" may have been "432"
+    assert run.last_step == 5000 and "skipped 2 malformed or truncated rows" in run.notes[0]  # "4" may have been "432"
     (folder / "eval.csv").write_text("")
     with pytest.raises(ValueError, match="it has no columns agent_step"):
         results.read_run(folder, ["return"])

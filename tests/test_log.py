@@ -39,7 +39,7 @@ def test_full_disk_keeps_whole_rows_and_loses_none(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limit[1]))  # the next row is cut after five bytes
         log.write("train", row(2))
         log.write("train", row(3))
-        assert os.path.getsize(tmp_path / "run" / "train.csv") == size and "takes no more rows" in log.failures[0]
+        assert os.path.getsize(tmp_path / "run" / "train.csv") == size and "cannot be written" in log.failures[0]
         where = log.positions()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -88,9 +88,9 @@ def test_a_resumed_run_keeps_the_columns_of_the_version_that_started_it(tmp_path
 
 def test_a_full_disk_is_reported_once(monkeypatch, capsys):
     run = RecordedRun()
-    run.failure = "eval.csv takes no more rows"
+    run.failure = "eval.csv cannot be written"
     recorded_run(monkeypatch, run)
-    assert capsys.readouterr().out.count("note: eval.csv takes no more rows") == 1
+    assert capsys.readouterr().out.count("note: eval.csv cannot be written") == 1
 
 
 def test_two_processes_never_train_one_run(tmp_path):
@@ -255,7 +255,7 @@ def test_a_quota_at_fsync_stops_nothing_and_loses_no_row(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", over_quota)
         where = log.positions()
-        assert "eval.csv may not be on the disk" in log.failures[0] and where["eval"]["end"] == synced
+        assert "eval.csv may be incomplete on the disk" in log.failures[0] and where["eval"]["end"] == synced
         log.write("eval", {"agent_step": 10, "return": 3.0})
     log._lock.close()
     path, whole = tmp_path / "run" / "eval.csv", (tmp_path / "run" / "eval.csv").read_bytes()
@@ -349,7 +349,7 @@ def test_tensorboard_on_a_full_disk_is_dropped(tmp_path):
             log.write("train", {"agent_step": step, "loss": 1.0})
     log.write("train", {"agent_step": 60, "loss": 1.0})
     (line,) = log.failures
-    assert line.startswith("tensorboard failed (OSError") and line.endswith("gets no more rows")
+    assert line.startswith("tensorboard failed (OSError") and line.endswith("is off from here on")
     log.close()
     assert len(table(tmp_path / "run", "train.csv")) == 61
 
@@ -444,5 +444,5 @@ def test_errors_of_wandb_stop_nothing_and_a_resumed_run_keeps_its_id(tmp_path, m
         log.write("eval", {"agent_step": 0, "return": 1.0})
         log.write("eval", {"agent_step": 1, "return": 2.0})
         log.close()
-        assert log.failures == [f"wandb failed (ConnectionError: no {name}) and gets no more rows"]
+        assert log.failures == [f"wandb failed (ConnectionError: no {name}) and is off from here on"]
         assert len(table(tmp_path / name, "eval.csv")) == 2
