@@ -5,32 +5,28 @@ Guarantees:
 - Observations are flat float32 vectors. Actions lie in [-1, 1] and are rescaled to the environment's bounds.
 - Rewards are summed over the action repeat, which stops at the episode's last step. An episode ends terminated (a
   terminal state) or truncated (a time limit), never both.
-- `restore` returns exactly to a saved moment of an episode; where the environment is not repeatable, it says so.
-- Evaluation episodes depend only on their seeds.
+- `reset(seed)` starts an episode that depends only on that seed. `restore` returns exactly to a saved moment of an
+  episode; where the environment is not repeatable, it says so.
 
 Paper: Section 3 (Setup). MR.Q's protocol: action repeat 2 on DeepMind Control (500 agent steps, 1,000 frames per
 episode), 1 on Gymnasium. This file needs numpy, and dm_control or Gymnasium; copy it into your project.
 
-    from envs import Evaluator, make_env
+    from envs import make_env
 
     env = make_env("cartpole-swingup", seed=0)
-    obs, done = env.reset(), False
+    obs, total, done = env.reset(), 0.0, False
     while not done:
         obs, reward, terminated, truncated = env.step(env.random_action())
-        done = terminated or truncated
-    evaluate = Evaluator("cartpole-swingup", episodes=2)
-    print(evaluate(lambda obs: -obs[:, :1].clip(-1, 1), step=0))          # (2,) returns
+        total, done = total + reward, terminated or truncated
+    print(obs.shape, total)                                               # (5,) and the return of a random policy
 """
 
 import contextlib
 import difflib
 import importlib
-import multiprocessing
 import numbers
 import os
-import pickle
 import re
-import signal
 import sys
 import traceback
 import warnings
@@ -38,7 +34,6 @@ import warnings
 import numpy as np
 
 UNLIMITED_EPISODE = 1000  # frames, for the LQR tasks, which have no time limit
-EVALUATION_LIMIT = 100_000  # agent steps after which an evaluation episode that does not end is an error
 UNBOUNDED = 1e6  # actions with a wider range than this have no usable bounds
 GYMNASIUM = 'pip install "gymnasium[mujoco]>=1.0,<2"'
 DRAWING = "set MUJOCO_GL=egl (a GPU or Mesa) or MUJOCO_GL=osmesa (needs libOSMesa)"
@@ -97,8 +92,8 @@ def _suite():
         logging.set_verbosity("error")
         return suite
     except Exception as error:  # a broken install fails in many ways: missing parts, shared libraries, versions
-        raise _gl_error(error) or ImportError(f"dm_control does not import ({_line(error)}); install it as the README "
-                                              "says: pip install -r requirements.txt") from error
+        raise _gl_error(error) or ImportError(f"dm_control does not import ({one_line(error)}); install it as the "
+                                              "README says: pip install -r requirements.txt") from error
 
 
 def _gymnasium():
@@ -106,7 +101,7 @@ def _gymnasium():
         import gymnasium
         return gymnasium
     except Exception as error:
-        raise ImportError(f"Gymnasium does not import ({_line(error)}); install it: {GYMNASIUM}") from error
+        raise ImportError(f"Gymnasium does not import ({one_line(error)}); install it: {GYMNASIUM}") from error
 
 
 def _gym_names(name):
@@ -116,8 +111,8 @@ def _gym_names(name):
         try:
             importlib.import_module(package)
         except Exception as error:
-            raise ImportError(f"{name}: importing {package} failed ({_line(error)}); the package must be installed, or "
-                              "its folder on PYTHONPATH") from error
+            raise ImportError(f"{name}: importing {package} failed ({one_line(error)}); the package must be installed, "
+                              "or its folder on PYTHONPATH") from error
     return list(registry)
 
 
@@ -125,7 +120,7 @@ def _gl_error(error):
     """An ImportError in one line if a MUJOCO_GL that does not work here is the cause, else None."""
     chosen = os.environ.get("MUJOCO_GL")
     if chosen is not None and _in_opengl(error):
-        return ImportError(f"MUJOCO_GL={chosen} does not work here ({_line(error)}): unset it, {DRAWING}, or set "
+        return ImportError(f"MUJOCO_GL={chosen} does not work here ({one_line(error)}): unset it, {DRAWING}, or set "
                            "MUJOCO_GL=disable where nothing is drawn")
 
 
@@ -134,7 +129,7 @@ def _in_opengl(error):
     return any(re.search(r"_render|gl_context|OpenGL", place.filename) for place in places)
 
 
-def _line(error):
+def one_line(error):
     """Type and first line of an exception, some of which cannot even be printed."""
     try:
         first = next(iter(str(error).splitlines()), "")
@@ -257,7 +252,7 @@ class BaseEnv:
                 return self._render(height, width)
         except Exception as error:  # each OpenGL fails in its own way
             sys.unraisablehook = lambda _: None  # the half-made drawing context complains again when it is deleted
-            raise ValueError(f"{self.name} cannot be drawn here ({_line(error)}): {DRAWING}") from error
+            raise ValueError(f"{self.name} cannot be drawn here ({one_line(error)}): {DRAWING}") from error
 
 
 class DMCEnv(BaseEnv):
@@ -288,7 +283,7 @@ class DMCEnv(BaseEnv):
             if not _in_opengl(error):
                 raise
             sys.unraisablehook = lambda _: None  # the half-made drawing context complains again when it is deleted
-            raise ValueError(f"{name} cannot start here ({_line(error)[:80]}...): it needs OpenGL; {DRAWING}, or "
+            raise ValueError(f"{name} cannot start here ({one_line(error)[:80]}...): it needs OpenGL; {DRAWING}, or "
                              "choose another task") from error
 
     def _choose_start(self, seed):
@@ -316,7 +311,7 @@ class DMCEnv(BaseEnv):
         try:
             yield
         except control.PhysicsError as error:
-            raise PhysicsError(f"{self.name} diverged at frame {self.frames}: {_line(error)}") from error
+            raise PhysicsError(f"{self.name} diverged at frame {self.frames}: {one_line(error)}") from error
 
     def _flatten(self, raw):
         return np.concatenate([np.ravel(part) for part in raw.values()]).astype(np.float32)
@@ -360,8 +355,9 @@ class GymEnv(BaseEnv):
                 return gym.make(self.name, disable_env_checker=True, **options)
         except Exception as error:
             if isinstance(error, (ImportError, gym.error.Error)):
-                raise _gl_error(error) or ImportError(f"{self.name} cannot start ({_line(error)})") from error
-            raise _gl_error(error) or RuntimeError(f"{self.name} failed in its constructor: {_line(error)}") from error
+                raise _gl_error(error) or ImportError(f"{self.name} cannot start ({one_line(error)})") from error
+            raise _gl_error(error) or RuntimeError(f"{self.name} failed in its constructor: "
+                                                   f"{one_line(error)}") from error
 
     def _choose_start(self, seed):
         """The seed of an episode: the given one, or the next of this environment's own."""
@@ -392,7 +388,7 @@ class GymEnv(BaseEnv):
         try:
             yield
         except Exception as error:
-            raise RuntimeError(f"{self.name} failed in {where}: {_line(error)}") from error
+            raise RuntimeError(f"{self.name} failed in {where}: {one_line(error)}") from error
 
     def _boxes(self, space):
         """The Box spaces in an observation space, in its order. ValueError for what is not a vector."""
@@ -457,140 +453,3 @@ def _plain(value):
     if isinstance(value, tuple):
         return [part.tolist() if isinstance(part, np.ndarray) else part for part in value]
     return value
-
-
-def episode_seed(seed, step, episode):
-    """The seed of an evaluation episode, as one number."""
-    return int(np.random.SeedSequence([seed, step, episode]).generate_state(1)[0])
-
-
-class Evaluator:
-    """Plays whole episodes in lockstep: one call of the policy per step, for all of them.
-
-    make(name, seed), or make(name, seed, action_repeat) if that is given: makes each environment. Workers pickle it.
-    workers: processes that only step the simulator; 0 steps it here; None: one for every four cores of this process.
-        Their number changes no result.
-    diverged: episodes of the last evaluation that ended because their physics diverged; they keep their return so far.
-
-    Episode e of the evaluation at agent step t is seeded only by (seed, t, e). Observations of episodes that have ended
-    stay in the batch, so that its shape, and with it the others' rounding, never changes.
-    """
-
-    def __init__(self, name, episodes=10, seed=0, action_repeat=None, workers=0, make=make_env):
-        if workers is None:
-            workers = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 4
-        self.name, self.seed, self.episodes, self.diverged = name, seed, episodes, 0
-        parts = np.array_split(np.arange(episodes), min(max(workers, 1), episodes))
-        group, repeat = _WorkerEnvs if workers else _LocalEnvs, [] if action_repeat is None else [action_repeat]
-        self.groups = [(part, group(make, len(part), name, seed, *repeat)) for part in parts]
-
-    def __call__(self, act, step):
-        """act: (episodes, *obs_shape) -> (episodes, action_dim). Returns the episodes' returns, (episodes,)."""
-        seeds = [episode_seed(self.seed, step, episode) for episode in range(self.episodes)]
-        for part, group in self.groups:
-            group.send("reset", [seeds[episode] for episode in part])
-        obs, _, running, _ = self._receive()
-        returns, self.diverged = np.zeros(self.episodes), 0
-        for _ in range(EVALUATION_LIMIT):
-            if not running.any():
-                return returns
-            actions = act(obs)
-            for part, group in self.groups:
-                group.send("step", actions[part])
-            obs, rewards, running, diverged = self._receive()
-            returns += rewards
-            self.diverged += int(diverged.sum())
-        raise ValueError(f"an evaluation episode of {self.name} has not ended after {EVALUATION_LIMIT:,} steps: give "
-                         "it a time limit (max_episode_steps, where it is registered)")
-
-    def _receive(self):
-        answers = [group.receive() for _, group in self.groups]  # of all, so that no pipe keeps one after an error
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return tuple(np.concatenate(columns) for columns in zip(*answers))
-
-
-class _LocalEnvs:
-    """Some of the evaluation's episodes. `send` asks for a method's result, `receive` waits for it."""
-
-    def __init__(self, make, count, *arguments):
-        self.envs = [make(*arguments) for _ in range(count)]
-
-    def send(self, method, argument):
-        self._result = getattr(self, method)(argument)
-
-    def receive(self):
-        return self._result
-
-    def reset(self, seeds):
-        """Returns obs (count, *obs_shape), rewards (count,), and whether each is running and has diverged, (count,)."""
-        self.obs = np.stack([env.reset(seed) for env, seed in zip(self.envs, seeds)])
-        self.running = np.ones(len(self.envs), bool)
-        return self.obs.copy(), np.zeros(len(self.envs)), self.running.copy(), np.zeros(len(self.envs), bool)
-
-    def step(self, actions):
-        rewards, diverged = np.zeros(len(self.envs)), np.zeros(len(self.envs), bool)
-        for i in np.flatnonzero(self.running):
-            try:
-                self.obs[i], rewards[i], terminated, truncated = self.envs[i].step(actions[i])
-                self.running[i] = not (terminated or truncated)
-            except PhysicsError:
-                self.running[i], diverged[i] = False, True
-        return self.obs.copy(), rewards, self.running.copy(), diverged
-
-
-class _WorkerEnvs:
-    """The same, in a process of its own. `receive` returns an exception instead of raising it."""
-
-    def __init__(self, *arguments):
-        try:
-            arguments = pickle.dumps(arguments)
-        except Exception as error:
-            raise ValueError(f"evaluation workers cannot make this environment ({_line(error)}): `make` must be a "
-                             "function of a module, or functools.partial of one; workers=0 needs none") from error
-        context = multiprocessing.get_context("spawn")  # a forked process would inherit CUDA, and break
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, arguments), daemon=True)
-        self._process.start()
-
-    def send(self, method, argument):
-        with contextlib.suppress(OSError):  # a dead worker: `receive` reports it
-            self._pipe.send((method, argument))
-
-    def receive(self):
-        try:
-            return self._pipe.recv()
-        except (EOFError, OSError):  # out of memory, or killed
-            self._process.join(timeout=1)
-            return ChildProcessError(f"an evaluation worker (process {self._process.pid}) died with exit status "
-                                     f"{self._process.exitcode}; --eval-workers 0 does without")
-
-
-def _serve(pipe, arguments):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the run answers it
-    group = failure = None
-    try:
-        group = _LocalEnvs(*pickle.loads(arguments))
-    except Exception as error:
-        failure = _portable(error)
-    while True:
-        try:
-            method, argument = pipe.recv()
-            try:
-                answer = failure or getattr(group, method)(argument)
-            except Exception as error:
-                answer = _portable(error)
-            pipe.send(answer)
-        except (EOFError, OSError, KeyboardInterrupt):
-            return  # the run has ended
-
-
-def _portable(error):
-    """An exception that survives the pipe and is one line: as it is where this file raised it, else with its place."""
-    if type(error) in (ValueError, FloatingPointError, ImportError, PhysicsError):
-        return type(error)(str(error))
-    error = error.__cause__ or error
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return ChildProcessError(f"an evaluation worker failed with {_line(error)} ({os.path.basename(place.filename)}, "
-                             f"line {place.lineno}); --eval-workers 0 shows all of it")

@@ -77,7 +77,8 @@ def main():
 def run(args):
     """Prints the returns, and writes the video if requested. ValueError, OSError or ImportError, in one line."""
     from agents import build_agent
-    from envs import Evaluator, episode_seed, make_env
+    from envs import make_env
+    from runtime.evaluator import Evaluator, episode_seed
     if args.episodes < 1:
         raise ValueError(f"--episodes must be at least 1, not {args.episodes}")
     if args.video and not args.video.endswith(".mp4"):

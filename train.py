@@ -32,10 +32,11 @@ import numpy as np
 import torch
 
 from agents import build_agent, compiling_pays
-from envs import Evaluator, PhysicsError, make_env
+from envs import PhysicsError, make_env
 from evaluate import measure
 from runtime import fast
 from runtime.checkpoint import Checkpoints
+from runtime.evaluator import Evaluator
 from runtime.log import RunFinished, RunLocked, RunLog, provenance
 from runtime.resume import SavedRun, Stopped, StopSignals
 from settings import check, diff_settings, extended, from_config, module_configs, parse, run_name, plan_notes

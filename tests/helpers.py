@@ -23,12 +23,13 @@ import torch.nn as nn
 from hypothesis import settings
 from runtime import console
 from runtime import checkpoint
+from runtime.evaluator import Evaluator
 from runtime.log import RunLog
 from runtime.resume import SavedRun
 
 import sparsity
 import train
-from envs import Env, Evaluator
+from envs import Env
 from agents import AGENTS
 from mrq import MRQ
 from replay import ReplayBuffer

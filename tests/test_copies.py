@@ -10,9 +10,9 @@ from tests.helpers import HERE
 
 pytestmark = pytest.mark.slow
 GROUP = ("sparsity", "networks", "replay", "base", "mrq")
-ALONE = {  # example -> the files it needs; `envs` needs its simulator
+ALONE = {  # example -> the files it needs; `envs` and what plays it need the simulator
     "sparsity": (), "networks": (), "replay": (), "metrics": (), "simba": ("networks",), "runtime/checkpoint": (),
-    "envs": (), "mrq": GROUP, "sac": (*GROUP, "simba"), "stream": (*GROUP,)}
+    "envs": (), "runtime/evaluator": ("envs",), "mrq": GROUP, "sac": (*GROUP, "simba"), "stream": (*GROUP,)}
 BLOCKED = ("tyro", "tqdm", "pytest", "hypothesis", "matplotlib")
 
 
@@ -29,8 +29,8 @@ def test_part_runs_alone(name, tmp_path):
         place = tmp_path / f"{part}.py"
         place.parent.mkdir(exist_ok=True)
         place.write_text((HERE / f"{part}.py").read_text())
-    blocked = [*BLOCKED, *([] if name == "envs" else ["dm_control", "mujoco"]),
-               *([] if name in ("envs", "stream") else ["scipy"])]
+    blocked = [*BLOCKED, *([] if "envs" in (name, *ALONE[name]) else ["dm_control", "mujoco"]),
+               *([] if name in ("envs", "runtime/evaluator", "stream") else ["scipy"])]
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n" + example((HERE / f"{name}.py").read_text())
     (tmp_path / "example.py").write_text(code)
     result = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,

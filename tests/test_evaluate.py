@@ -14,7 +14,7 @@ import torch
 import envs
 import evaluate
 import train
-from runtime import checkpoint
+from runtime import checkpoint, evaluator
 from tests.helpers import Recorder, args_with, in_process, refuses, run_main, table, tiny_of, tiny_run
 
 
@@ -74,7 +74,7 @@ def test_unfinished_run_is_evaluated_and_filmed_at_its_newest_checkpoint(tmp_pat
     calls = Recorder(make_env=argparse.Namespace(obs_dim=5, action_dim=1), film=1.0,
                      Evaluator=lambda act, step: np.array([step + 1.0]))
     for owner, name in ((evaluate, "import_imageio"), (evaluate, "check_drawing"), (evaluate, "restore"),
-                        (evaluate, "film"), (envs, "make_env"), (envs, "Evaluator"),
+                        (evaluate, "film"), (envs, "make_env"), (evaluator, "Evaluator"),
                         (sys.modules["agents"], "build_agent")):
         monkeypatch.setattr(owner, name, getattr(calls, name))
     monkeypatch.setattr(torch, "set_num_threads", calls.threads)
@@ -83,7 +83,7 @@ def test_unfinished_run_is_evaluated_and_filmed_at_its_newest_checkpoint(tmp_pat
     made = {name: (arguments, named) for name, arguments, named in calls.calls}
     assert made["make_env"][0] == ("cartpole-swingup", 3, 4) and made["threads"][0] == (4,)
     assert made["Evaluator"][0] == ("cartpole-swingup", 2, 11, 4, 3)
-    assert made["film"][0][-2:] == (envs.episode_seed(11, 7000, 0), "a.mp4") and "7001.0" in capsys.readouterr().out
+    assert made["film"][0][-2:] == (evaluator.episode_seed(11, 7000, 0), "a.mp4") and "7001.0" in capsys.readouterr().out
     del calls.calls[:]
     evaluate.run(evaluate.Args(str(tmp_path), device="cpu"))
     made = {name: arguments for name, arguments, _ in calls.calls}

@@ -17,8 +17,9 @@ import torch
 import agents
 import train
 from agents import AGENTS, build_agent
-from envs import Env, Evaluator
+from envs import Env
 from runtime import console
+from runtime.evaluator import Evaluator
 from runtime.resume import SavedRun, Stopped
 from tests.helpers import (HERE, SHORT, RecordedRun, Recorder, count, flags_to_args, recorded_run, refuses,
                            regimes_dense, run_main, table, timeless, tiny_of)
