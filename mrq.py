@@ -201,7 +201,7 @@ class MRQ(BaseAgent):
             update = (update - 1) // self.config.target_update_freq * self.config.target_update_freq + 1
         return super().learning_step(name, update)
 
-    # ---- losses: one value per sample, (batch,) ----
+    # ---- losses: one value per sample, (batch,). docs/training.md shows how to add a term ----
 
     @torch.no_grad()
     def encode(self, obs):

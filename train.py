@@ -11,10 +11,10 @@
     python train.py --extend runs/NAME --total-steps 1000000           # trains a finished run longer, as a new run
     python evaluate.py runs/dog-run__mst__scale=5__seed=0 --video dog.mp4
 
-Steps are agent steps: two frames each on DeepMind Control, one on Gymnasium. Each run writes runs/<name>/config.json, eval.csv and train.csv, checkpoints while it
-runs, and final.pt at its end. Exit status: 0 finished, 75 stopped by a signal and saved, 76 another process trains this run,
-1 failed.
-Paper: Sections 3 and 4, Algorithm 1, Tables 1 and 2.
+Steps are agent steps: two frames each on DeepMind Control, one on Gymnasium and for Stream AC(λ). Each run writes
+runs/<name>/config.json, eval.csv and train.csv, checkpoints while it runs, and final.pt at its end. Exit status:
+0 finished, 75 stopped by a signal and saved, 76 another process trains this run, 1 failed, 2 unknown flag or value.
+Paper: Sections 3 and 4, Tables 1 and 2.
 """
 
 from runtime import console
@@ -45,7 +45,8 @@ from settings import check, diff_settings, extended, from_config, module_configs
 def train(args, env, agent, evaluator, log, saved):
     """The loop. At step t: act on obs_t; update on what was stored up to t-1; step the environment; add the transition.
 
-    The order is the same on every device, so a GPU can update while the environment steps. `run` holds the loop's state.
+    The order is the same on every device, so a GPU can update while the environment steps. `run` holds the loop's
+    state.
     """
     obs = saved.restore(lambda config: difference(config, args))
     if obs is None:  # a new run
@@ -217,8 +218,8 @@ def run_folder(args):
 
 
 def resolve_compile(args, device, started):
-    """(whether to compile, notes for the user). A resumed run keeps the choice in its config (`started`): compiled and plain
-    losses differ in the last digits. ValueError if "on" does not work here."""
+    """(whether to compile, notes for the user). A resumed run keeps the choice in its config (`started`): compiled and
+    plain losses differ in the last digits. ValueError if "on" does not work here."""
     # A config without "compiled" comes from a version whose "auto" was off.
     pays = started.get("compiled", started.get("compile") == "on") if started else compiling_pays(args)
     compiled, _, notes = fast.resolve_speed(args.compile, args.cuda_graphs, device, pays)
