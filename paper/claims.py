@@ -101,9 +101,9 @@ def find_arm(figure, words):
     return found[0]
 
 
-def finished_runs(figure, arm, measure, paths, task=None):
-    """The finished runs of an arm that have the measure, on all its tasks or on one."""
-    wanted = {job.name: job.args for job in get_jobs(LAPTOP[figure], task and [task]) if job.arm == arm}
+def finished_runs(figure, arm, measure, paths, task=None, seeds=None):
+    """The finished runs of an arm that have the measure, on all its tasks or on one; seeds: other ones than its own."""
+    wanted = {job.name: job.args for job in get_jobs(LAPTOP[figure], task and [task], seeds) if job.arm == arm}
     runs, wrong, _ = gather(wanted, paths, list(measure.columns))
     return [run for name, run in runs.items() if name not in wrong and run.values(measure.columns) is not None]
 
