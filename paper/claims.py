@@ -60,6 +60,16 @@ def _scaled(algo, dimension):
         yield Claim("fig13", arm(*better), arm(*worse), f"{algo}, {dimension}{' ×4' * (better[0] != worse[0])}: {text}")
 
 
+def _stream():
+    """Whether sparsity helps a streaming agent, and what of that is its larger step: at both widths."""
+    for units in ("128 units", "512 units"):
+        for better, worse in (("dense", "dense, no SparseInit"), ("static", "static, no SparseInit"),
+                              ("static, no SparseInit", "dense, no SparseInit"), ("static", "dense"), ("MST", "dense"),
+                              ("MST", "static"), ("dense, larger step", "dense"), ("static", "dense, larger step"),
+                              ("MST", "dense, larger step")):
+            yield Claim("stream", (units, better), (units, worse), f"streaming, {units}: {better} beats {worse}")
+
+
 CLAIMS = (
     Claim("quickstart", ("MST, 18,000 steps",), ("dense, 18,000 steps",), "quickstart, 18,000 steps: MST beats dense", _CRITIC),
     Claim("fig2", ("Type 4 LN, ELU",), ("Type 2 ELU",), "the encoder needs LayerNorm (ELU)", _ENCODER),
@@ -76,7 +86,7 @@ CLAIMS = (
     Claim("fig11", ("MR.Q + Res + MST",), ("MR.Q",), "MST beats MR.Q", _CRITIC),
     Claim("fig12", ("distribution", "MST (ER, RigL, 0.6)"), ("distribution", "uniform"), "ER beats uniform"),
     Claim("fig12", ("growth (critic)", "MST (ER, RigL, 0.6)"), ("growth (critic)", "SET"), "RigL beats SET"),
-    *_scaled("SAC", "width"), *_scaled("SAC", "depth"), *_scaled("DDPG", "width"), *_scaled("DDPG", "depth"),
+    *_scaled("SAC", "width"), *_scaled("SAC", "depth"), *_scaled("DDPG", "width"), *_scaled("DDPG", "depth"), *_stream(),
 )
 
 # Claims without a study here: their networks or lengths are out of reach for two cores.

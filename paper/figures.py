@@ -42,6 +42,7 @@ CRITIC_SRANK = Measure(("critic/srank_q1", "critic/srank_q2"), "SRank, critic",
                        _SRANK + "each Q network's last hidden layer, mean of both.")
 CRITIC_DORMANT = Measure(("critic/dormant_ratio",), "dormant ratio, critic", _DORMANT + "critic.")
 ACTOR_DORMANT = Measure(("actor/dormant_ratio",), "dormant ratio, actor", _DORMANT + "actor.")
+CRITIC_STEP = Measure(("train:critic/step_size",), "step size, critic", "Step size: ObGD's, median of the last 1,000 steps.")
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,27 @@ def _plain_and_mst(name, points, plain, **others):
         yield Arm(f"{name}, {dimension}", "MST", {**flags, "mst": True}, x)
 
 
+# Streaming. ObGD's step is always at its bound, and the bound counts active weights: pruning makes steps larger, and more
+# units make them smaller. "dense, larger step" has the static arm's median steps, so that beside it only sparsity counts.
+STREAM_SPARSITY = {1: 0.8, 2: 0.8, 4: 0.9, 8: 0.9}  # by width scale
+# (actor's κ, critic's κ) of that arm. From walker-walk, 20,000 steps, seeds 100 and 101: medians of train.csv's step sizes over
+# the second half, dense and static; κ is the published one times their ratio, then corrected once by the ratio that was left.
+STREAM_KAPPA = {1: (1.2, 0.96), 2: (1.1, 0.85), 4: (0.97, 0.70), 8: (0.9, 0.65)}
+
+
+def stream_arms(width, panel="", x="", **others):
+    """Six arms of Stream AC(λ) at this multiple of 128 units. "dense" is the published agent."""
+    base = {"algo": "stream", "width_scale": width, **others}
+    sparse = {**base, "sparsity": STREAM_SPARSITY[width]}
+    static = {**sparse, "critic_regime": "sst", "actor_regime": "sst"}
+    actor_kappa, critic_kappa = STREAM_KAPPA[width]
+    for series, flags in (("dense", base), ("dense, no SparseInit", {**base, "sparse_init": 0.0}),
+                          ("static", static), ("static, no SparseInit", {**static, "sparse_init": 0.0}),
+                          ("MST", {**sparse, "mst": True, "update_interval": 10_000}),
+                          ("dense, larger step", {**base, "actor_kappa": actor_kappa, "critic_kappa": critic_kappa})):
+        yield Arm(panel, series, flags, x)
+
+
 FIGURES = {
     "fig2": Figure(
         "encoder: architecture types and training regimes, default size", "points",
@@ -168,6 +190,12 @@ FIGURES = {
         "MR.SAC scaled, plain and with MST", "points", tuple(_plain_and_mst("MR.SAC", _MRSAC_POINTS, RES, algo="mrsac")),
         seeds=5,  # the caption
         note="Our choice: the scales; the plain arms have MST's types 6, 6 and 5, so that only regimes differ."),
+    "stream": Figure(  # arXiv 2506.17204, Section 5, on Gymnasium's Ant and Walker2d
+        "Stream AC(λ) in width: dense or sparse, with SparseInit or without; dense with the sparse agent's step size", "points",
+        tuple(arm for width in STREAM_SPARSITY for arm in stream_arms(width, x=f"×{width}")),
+        tasks=("Walker2d-v5", "quadruped-run", "walker-run"), step_ms=2.6,
+        note="Our choice: tasks, widths and sparsity (0.8 up to ×2, then 0.9); 2,000,000 agent steps. \"Larger step\": κ lowered "
+             "until the median steps of a short dense run are those of a static one."),
 }
 
 
@@ -175,11 +203,12 @@ FIGURES = {
 
 def smoke(figure):
     """The same grid, tiny: 1/32 of the width and few steps; every other flag of an arm stays."""
-    tiny = {"total_steps": 120, "learning_starts": 40, "eval_every": 60, "eval_episodes": 1, "batch_size": 16,
-            "buffer_size": 2000, "update_interval": 20}
+    tiny = {"total_steps": 120, "eval_every": 60, "eval_episodes": 1, "update_interval": 20}
+    replay = {"learning_starts": 40, "batch_size": 16, "buffer_size": 2000}
+    more = {"stream": {}, "sac": replay, "ddpg": replay}
     arms = []
     for arm in figure.arms:
         width = arm.flags.get("width_scale", arm.flags.get("scale", 1)) / 32
-        period = {} if arm.flags.get("algo") in ("sac", "ddpg") else {"target_update_freq": 20}
-        arms.append(dataclasses.replace(arm, flags={**arm.flags, **tiny, **period, "width_scale": width}))
+        own = more.get(arm.flags.get("algo"), {**replay, "target_update_freq": 20})
+        arms.append(dataclasses.replace(arm, flags={**arm.flags, **tiny, **own, "width_scale": width}))
     return dataclasses.replace(figure, arms=tuple(arms), tasks=(SMOKE_TASK,), seeds=1, step_ms=SMOKE_STEP_MS)

@@ -11,8 +11,8 @@ A new study is one more entry of LAPTOP; docs/figures.md lists it from then on. 
 
 import dataclasses
 
-from paper.figures import (CRITIC_DORMANT, CRITIC_SRANK, FIGURES, REGIMES, RES, RETURN, TYPE_LABELS, Figure,
-                           mst_ablation)
+from paper.figures import (CRITIC_DORMANT, CRITIC_SRANK, CRITIC_STEP, FIGURES, REGIMES, RES, RETURN, TYPE_LABELS, Figure,
+                           mst_ablation, stream_arms)
 from runtime.grid import Arm
 
 TASK = "walker-walk"
@@ -104,6 +104,12 @@ LAPTOP = {
                     title="MST, all modules five times as deep: distribution and growth"),
     "fig13": _small("fig13", (*_simba("sac"), *_simba("ddpg")), 37,
                     size="Width ×0.125 of SimBa's published sizes (called ×1 here), and four times as wide or deep"),
+    "stream": dataclasses.replace(
+        FIGURES["stream"], kind="curves", tasks=(TASK,), seeds=5, step_ms=1.2, measures=(RETURN, CRITIC_STEP),
+        arms=tuple(arm for width in (1, 4) for arm in stream_arms(
+            width, f"{128 * width} units", total_steps=500_000, eval_every=50_000)),
+        note="500,000 agent steps; sparsity 0.8 at 128 units, 0.9 at 512. \"Larger step\": κ lowered until the median steps of "
+             "a short dense run are those of a static one."),
 }
 
 OLD_NAMES = {"first": "quickstart", "cup": "ball_in_cup"}

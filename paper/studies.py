@@ -51,8 +51,11 @@ def get_figure(name, options):
 
 
 def get_jobs(figure, tasks=None, seeds=None, more=()):
-    """Every run of a figure."""
-    return list(make_jobs(figure.arms, tasks or figure.tasks, figure.seed_list if seeds is None else seeds, more))
+    """Every run of a figure, panel by panel, all arms of a seed before the next seed: a part of it compares all arms."""
+    panels = list(dict.fromkeys(arm.panel for arm in figure.arms))
+    seeds = figure.seed_list if seeds is None else seeds
+    jobs = make_jobs(figure.arms, tasks or figure.tasks, seeds, more)
+    return sorted(jobs, key=lambda job: (panels.index(job.arm.panel), seeds.index(job.seed)))
 
 
 def get_runs(name, options):
@@ -72,7 +75,7 @@ def get_runs(name, options):
 
 # ---- sizes and hours ----
 
-SHAPES = {"dog-run": (223, 38), "humanoid-run": (67, 21), "walker-walk": (24, 6), "cartpole-balance": (5, 1)}  # obs, action
+SHAPES = {"dog-run": (223, 38), "humanoid-run": (67, 21), "walker-walk": (24, 6), "walker-run": (24, 6), "cartpole-balance": (5, 1)}  # obs, action
 # Milliseconds per agent step at millions of parameters: two cores of an AMD EPYC (AVX-512), fp32. "agent": SAC, DDPG.
 TIMED = {"encoder": ((2.09, 51), (36.97, 595), (154.69, 2420)), "critic": ((1.58, 20), (33.06, 267), (144.24, 1140)),
          "actor": ((0.81, 13), (16.58, 191), (72.22, 808)), "agent": ((4.39, 85), (207.96, 3100))}

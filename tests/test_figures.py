@@ -51,6 +51,7 @@ def test_one_module_studies(name, module, types, scales, fixed):
 
 MST5 = {"encoder": (6, "dense", 5, 5), "critic": (6, "dst", 5, 5), "actor": (5, "sst", 5, 5)}
 RES = lambda width, depth: {"encoder": (6, "dense", width, depth), "critic": (6, "dense", width, depth), "actor": (5, "dense", width, depth)}
+STREAM = lambda critic, actor, width: {"critic": ("stream", critic, width, 1), "actor": ("stream", actor, width, 1)}
 
 
 @pytest.mark.parametrize("name, panel, series, x, algo, modules, rest", [  # Section 4, Appendices B.2.2 and E
@@ -69,12 +70,17 @@ RES = lambda width, depth: {"encoder": (6, "dense", width, depth), "critic": (6,
     ("fig17", "", "post-layer", "×3", "mrq", RES(3, 3), {"residual": "post"}),
     ("fig17", "", "pre-layer", "×1", "mrq", RES(1, 1), {"residual": "pre"}),
     ("fig26", "MR.SAC, width", "plain", "×5", "mrsac", RES(5, 1), {}),
-    ("fig26", "MR.SAC, width and depth", "MST", "×5", "mrsac", MST5, {"sparsity": 0.6})])
+    ("fig26", "MR.SAC, width and depth", "MST", "×5", "mrsac", MST5, {"sparsity": 0.6}),
+    ("stream", "", "dense", "×1", "stream", STREAM("dense", "dense", 1), {"sparse_init": 0.9, "actor_kappa": 3, "critic_kappa": 2}),
+    ("stream", "", "static, no SparseInit", "×4", "stream", STREAM("sst", "sst", 4), {"sparse_init": 0, "sparsity": 0.9}),
+    ("stream", "", "MST", "×2", "stream", STREAM("dst", "sst", 2), {"sparse_init": 0.9, "sparsity": 0.8, "actor_kappa": 3}),
+    ("stream", "", "dense, larger step", "×8", "stream", STREAM("dense", "dense", 8),
+     dict(zip(("actor_kappa", "critic_kappa"), figures.STREAM_KAPPA[8])))])
 def test_arms_match_their_labels(name, panel, series, x, algo, modules, rest):
     arm, = [a for a in FIGURES[name].arms if (a.panel, a.series, a.x) == (panel, series, x)]
     args = grid.to_args(arm.flags, "dog-run", 0)
     assert args.algo == algo and modules_of(arm) == modules
-    assert {**vars(args), **vars(args.sparse)}.items() >= rest.items()
+    assert {**vars(args), **vars(args.sparse), **vars(args.agent)}.items() >= rest.items()
 
 
 @pytest.mark.parametrize("name, varied", [
@@ -88,12 +94,21 @@ def test_laptop_studies_vary_what_they_name(name, varied):
     assert {flag: {arm.flags[flag] for arm in arms if flag in arm.flags} for arm in arms for flag in arm.flags} == short | varied
 
 
+def test_a_part_of_a_study_compares_all_arms():
+    """Panel by panel, and all arms of one seed before the next seed."""
+    for name, panels, arms in (("stream", 2, 6), ("fig12", 2, 2)):
+        jobs = studies.get_jobs(LAPTOP[name])
+        assert [job.seed for job in jobs] == [seed for _ in range(panels) for seed in range(5) for _ in range(arms)]
+        assert {job.arm.series for job in jobs[:arms]} == {arm.series for arm in LAPTOP[name].arms if arm.panel == jobs[0].arm.panel}
+        assert len({job.arm.panel for job in jobs[:5 * arms]}) == 1
+
+
 @pytest.mark.slow
 def test_number_of_runs():
     eight = 8 * 2  # seeds × tasks
     wanted = {"fig2": 30 * eight, "fig3": 10 * eight, "fig4": 45 * eight, "fig5": 480, "fig6": 90 * eight, "fig7": 10 * eight,
               "fig8": 480, "fig9": 45 * eight, "fig10": 10 * eight, "fig11": 3 * eight, "fig12": 7 * 8, "fig13": 28 * eight,
-              "fig14": 4 * 8, "fig17": 4 * eight, "fig26": 14 * 10}
+              "fig14": 4 * 8, "fig17": 4 * eight, "fig26": 14 * 10, "stream": 6 * 4 * 3 * 8}
     names = {name: {job.name for job in studies.get_jobs(figure)} for name, figure in FIGURES.items()}
     assert {name: len(of) for name, of in names.items()} == wanted
     shared = (wanted["fig3"] + wanted["fig7"] + wanted["fig10"] + 60 * eight  # parts of Figs. 2, 6, 9; scale 1 of 4, 6, 9
