@@ -37,7 +37,7 @@ FRESH_SEEDS = 1_000_000  # added to a run's seed by default, so that episodes di
 # ---- during training ----
 
 def measure(agent, wanted=True):
-    """The plasticity metrics of every module, as columns of eval.csv. NaN if they are not wanted or nothing is stored yet."""
+    """Every module's plasticity metrics, as columns of eval.csv. NaN if not wanted, or if nothing is stored yet."""
     batch, ready = agent.metric_batch(METRIC_BATCH if wanted else 0)
     with contextlib.ExitStack() as stack:
         activations = {name: stack.enter_context(metrics.record_activations(network))
@@ -46,7 +46,8 @@ def measure(agent, wanted=True):
     losses = agent.per_sample_losses(batch._make(part[:INTERFERENCE_SAMPLES] for part in batch))
     row = {}
     for name, network in agent.networks.items():
-        columns = metrics.module_metrics(network, features[name], activations[name], losses[name], agent.sparse[name].masks)
+        columns = metrics.module_metrics(network, features[name], activations[name], losses[name],
+                                         agent.sparse[name].masks)
         row |= {f"{name}/{column}": value if ready or column == "parameter_norm" else math.nan
                 for column, value in columns.items()}
         row[f"{name}/density"] = agent.sparse[name].density()
@@ -102,15 +103,16 @@ def run(args):
 
     evaluator = Evaluator(run_args.env, args.episodes, seed, run_args.action_repeat, args.eval_workers, make=make)
     returns = evaluator(act, state["step"])
-    print(f"{folder}, step {state['step']:,}: return {returns.mean():.1f} ± {returns.std():.1f} (mean ± sd of {len(returns)} "
-          f"episodes, seed {seed}): {', '.join(f'{value:.1f}' for value in returns)}")
+    each = ", ".join(f"{value:.1f}" for value in returns)
+    print(f"{folder}, step {state['step']:,}: return {returns.mean():.1f} ± {returns.std():.1f} "
+          f"(mean ± sd of {len(returns)} episodes, seed {seed}): {each}")
     if args.video:
         filmed = film(imageio, env, act, episode_seed(seed, state["step"], 0), args.video)
         print(f"{args.video}: the first of them, return {filmed:.1f}")
 
 
 def load(folder):
-    """(settings.Args, saved state) of a run: from final.pt, or from the newest whole checkpoint of an unfinished run."""
+    """(settings.Args, saved state) of a run: from final.pt, or from an unfinished run's newest whole checkpoint."""
     from settings import from_config
     with open(os.path.join(folder, "config.json")) as file:
         try:
@@ -134,7 +136,8 @@ def restore(agent, state, folder):
             network.load_state_dict(state["networks"][name])
         load_tensors(agent, state["tensors"])
     except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"the state saved in {folder} does not fit its config.json: {str(error).splitlines()[0]}") from None
+        line = str(error).splitlines()[0]
+        raise ValueError(f"the state saved in {folder} does not fit its config.json: {line}") from None
 
 
 def film(imageio, env, act, seed, path, height=480, width=640):

@@ -55,7 +55,8 @@ def _beats(figure, better, worse, prefix="", measures=(RETURN,), suffix=""):
 
 def _scaled(algo, dimension):
     arm = lambda series, x: (f"{algo}, {dimension}", series, x)
-    for better, worse, text in ((("MST", "×4"), ("plain", "×4"), "MST beats plain"), (("plain", "×1"), ("plain", "×4"), "plain ×1 beats ×4"),
+    for better, worse, text in ((("MST", "×4"), ("plain", "×4"), "MST beats plain"),
+                                (("plain", "×1"), ("plain", "×4"), "plain ×1 beats ×4"),
                                 (("MST", "×4"), ("MST", "×1"), "MST ×4 beats ×1")):
         yield Claim("fig13", arm(*better), arm(*worse), f"{algo}, {dimension}{' ×4' * (better[0] != worse[0])}: {text}")
 
@@ -71,14 +72,16 @@ def _stream():
 
 
 CLAIMS = (
-    Claim("quickstart", ("MST, 18,000 steps",), ("dense, 18,000 steps",), "quickstart, 18,000 steps: MST beats dense", _CRITIC),
+    Claim("quickstart", ("MST, 18,000 steps",), ("dense, 18,000 steps",), "quickstart, 18,000 steps: MST beats dense",
+          _CRITIC),
     Claim("fig2", ("Type 4 LN, ELU",), ("Type 2 ELU",), "the encoder needs LayerNorm (ELU)", _ENCODER),
     Claim("fig2", ("Type 3 LN, ReLU",), ("Type 1 ReLU",), "the encoder needs LayerNorm (ReLU)", _ENCODER),
     Claim("fig2", ("Type 2 ELU",), ("Type 1 ReLU",), "encoder: ELU beats ReLU"),
     Claim("fig2", ("Type 4 LN, ELU",), ("Type 3 LN, ReLU",), "encoder: ELU beats ReLU (LN)"),
     *(_beats("fig6", "dst", other, "critic: ", _CRITIC) for other in ("dense", "sst", "s2d", "d2s")),
     Claim("fig8", ("Type 3 LN, ReLU",), ("Type 4 LN, ELU",), "actor: ReLU beats ELU (LN)"),
-    Claim("fig8", ("Type 5 LN, ReLU, residual",), ("Type 6 LN, ELU, residual",), "actor: ReLU beats ELU (LN, residual)"),
+    Claim("fig8", ("Type 5 LN, ReLU, residual",), ("Type 6 LN, ELU, residual",),
+          "actor: ReLU beats ELU (LN, residual)"),
     _beats("fig9", "sst", "dense", "actor: ", (RETURN, ACTOR_DORMANT)),
     *(_beats("fig9", "sst", other, "actor: ") for other in ("dst", "s2d", "d2s")),
     Claim("fig11", ("MR.Q + Res",), ("MR.Q",), "deep networks need residual connections", _CRITIC),

@@ -11,6 +11,7 @@ Layout, markers and axes are the paper's; plot.py draws them.
 """
 
 import argparse
+import itertools
 import os
 import sys
 
@@ -35,8 +36,9 @@ def draw_figure(name, options):
     columns += [column for column in SAVED if options.save and column not in columns]
     runs, wrong, notes = gather({job.name: job.args for job in jobs}, options.paths, columns)
     if not runs:
-        raise ValueError(f"none of the {len(wrong)} runs of {name} is in {' '.join(options.paths)}; to run them: ./sweep.sh {name}"
-                         + " --laptop" * options.laptop + " --smoke" * options.smoke)
+        command = f"./sweep.sh {name}" + " --laptop" * options.laptop + " --smoke" * options.smoke
+        raise ValueError(f"none of the {len(wrong)} runs of {name} is in {' '.join(options.paths)}; "
+                         f"to run them: {command}")
     if options.save:
         save(options.save, runs.values(), columns)
 
@@ -48,7 +50,7 @@ def draw_figure(name, options):
         raise ValueError(f"--reference: {name} shows no curves of return, or {options.reference} has none of its tasks")
     rows = [ALL_TASKS, *tasks] if len(tasks) > 1 and not beside else tasks  # nothing is published of all tasks together
     series = list(dict.fromkeys(arm.series for arm in figure.arms))
-    panels = [(panel, measure) for panel in dict.fromkeys(arm.panel for arm in figure.arms) for measure in figure.measures]
+    panels = list(itertools.product(dict.fromkeys(arm.panel for arm in figure.arms), figure.measures))
     found, ticks = {}, {}  # (panel, series, x) -> task -> runs; panel -> x -> label
     for job in jobs:
         arm = job.arm
@@ -64,8 +66,10 @@ def draw_figure(name, options):
         for (place, label, x), by_task in found.items():
             if place == panel:
                 tasks_runs = [by_task.get(task, []) for task in (tasks if row == ALL_TASKS else [row])]
-                result = (curve(tasks_runs, measure.columns, statistic, options.episodes) if figure.kind == "curves" else
-                          final(tasks_runs, measure.columns, total_steps, statistic, options.episodes))
+                if figure.kind == "curves":
+                    result = curve(tasks_runs, measure.columns, statistic, options.episodes)
+                else:
+                    result = final(tasks_runs, measure.columns, total_steps, statistic, options.episodes)
                 if result is not None:
                     drawn.append((label, series.index(label), list(ticks[panel]).index(x), *result))
         if figure.kind == "curves":
@@ -79,9 +83,9 @@ def draw_figure(name, options):
               for panel, measure in panels]
     text = caption(name, figure, options, jobs, wrong, ALL_TASKS in rows)
     text += plot.reference_note(options.reference) if beside else []
-    page = plot.lay_out(titles, rows, draw, text,
-                        plot.legend_of(series, plot.display_name, beside, figure.kind == "curves" or figure.x_is_size),
-                        x_label(figure), 1 + max(label.count("\n") for labels in ticks.values() for label in labels.values()))
+    legend = plot.legend_of(series, plot.display_name, beside, figure.kind == "curves" or figure.x_is_size)
+    tick_lines = 1 + max(label.count("\n") for labels in ticks.values() for label in labels.values())
+    page = plot.lay_out(titles, rows, draw, text, legend, x_label(figure), tick_lines)
     return page, notes + [f"{name}: {line}" for line in missing_groups(jobs, wrong)]
 
 
@@ -93,7 +97,7 @@ def tick(figure, arm):
 def x_label(figure):
     if figure.kind == "curves":
         return "environment frames"
-    return f"scale, and parameters of the {figure.module}" if figure.x_is_size else f"architecture of the {figure.module}"
+    return f"{'scale, and parameters' if figure.x_is_size else 'architecture'} of the {figure.module}"
 
 
 def missing_groups(jobs, wrong):
@@ -110,7 +114,8 @@ def missing_groups(jobs, wrong):
 
 def caption(name, figure, options, jobs, wrong, together):
     total, seeds = (len({getattr(job, part) for job in jobs}) for part in ("name", "seed"))
-    size = {"smoke": "A smoke test: it shows only that everything runs. ", "laptop": "Laptop study, smaller or shorter than the paper's. "}
+    size = {"smoke": "A smoke test: it shows only that everything runs. ",
+            "laptop": "Laptop study, smaller or shorter than the paper's. "}
     title = name.replace("fig", "Figure ") if name.startswith("fig") else f"Study {os.path.basename(name)!r}"
     lines = [f"{title}: {figure.title}. " + "".join(size[flag] for flag in size if getattr(options, flag))
              + f"{STATISTICS[options.statistic][1]}, {'up to ' * bool(wrong)}{seeds} seed{'s' * (seeds > 1)} per task"
@@ -132,9 +137,11 @@ def caption(name, figure, options, jobs, wrong, together):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="sweep.sh plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="sweep.sh plot", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", help="fig2 ... fig26, a laptop study, all, or a grid's file")
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="folders of runs, or CSVs that --save wrote; default: runs")
+    parser.add_argument("paths", nargs="*", metavar="PATH",
+                        help="folders of runs, or CSVs that --save wrote; default: runs")
     plot.add_output(parser)
     options = add_options(parser).parse_args()
     options.paths = options.paths or ["runs/smoke" if options.smoke else "runs"]

@@ -68,7 +68,7 @@ class Figure:
 
 
 def grid(module, types, scales=(1,), regimes=REGIMES, by_type=True, **others):
-    """A study of one module: types × regimes × scales. by_type: one panel per type, else one panel with the types as x."""
+    """A study of one module: types × regimes × scales. by_type: one panel per type, else one with the types as x."""
     for arch_type, scale, regime in itertools.product(types, scales, regimes):
         flags = {f"{module}_type": arch_type, f"{module}_regime": regime, f"{module}_scale": scale, **others}
         label = TYPE_LABELS[arch_type]
@@ -173,21 +173,23 @@ FIGURES = {
         note="Our choice: the levels, the same for critic and actor; 0 is Fig. 11's \"+ Res\", dense."),
     "fig13": Figure(
         "SAC and DDPG on SimBa scaled, plain and with MST", "points",
-        (*_plain_and_mst("SAC", _SIMBA_POINTS, {}, algo="sac"), *_plain_and_mst("DDPG", _SIMBA_POINTS, {}, algo="ddpg")),
+        (*_plain_and_mst("SAC", _SIMBA_POINTS, {}, algo="sac"),
+         *_plain_and_mst("DDPG", _SIMBA_POINTS, {}, algo="ddpg")),
         note="Our choice: the scales; sparsity 0.8 is the companion paper's public example."),
     "fig14": Figure(
         "SAC at 207 M: static or dynamic, actor and critic in all pairings", "curves",
-        tuple(Arm("", f"critic {critic.upper()}, actor {actor.upper()}" + " (MST)" * (critic == "dst" and actor == "sst"),
+        tuple(Arm("", f"critic {critic.upper()}, actor {actor.upper()}{' (MST)' * ((critic, actor) == ('dst', 'sst'))}",
                    {**_FIG14, "critic_regime": critic, "actor_regime": actor})
               for critic in ("dst", "sst") for actor in ("sst", "dst")), tasks=("humanoid-run",),
         note="Our choice: width 4 and depth 3, which give the paper's 207 M."),
     "fig17": Figure(
         "residual connections before or after norm and activation, scales 1 and 3", "points",
-        tuple(Arm("", {"pre": "pre-layer", "post": "post-layer"}[residual], {"scale": scale, **RES, "residual": residual},
-                   f"×{scale}") for scale in (1, 3) for residual in ("pre", "post")),
+        tuple(Arm("", f"{residual}-layer", {"scale": scale, **RES, "residual": residual}, f"×{scale}")
+              for scale in (1, 3) for residual in ("pre", "post")),
         note="Our choice: all three modules, types 6, 6 and 5, dense."),
     "fig26": Figure(
-        "MR.SAC scaled, plain and with MST", "points", tuple(_plain_and_mst("MR.SAC", _MRSAC_POINTS, RES, algo="mrsac")),
+        "MR.SAC scaled, plain and with MST", "points",
+        tuple(_plain_and_mst("MR.SAC", _MRSAC_POINTS, RES, algo="mrsac")),
         seeds=5,  # the caption
         note="Our choice: the scales; the plain arms have MST's types 6, 6 and 5, so that only regimes differ."),
     "stream": Figure(  # arXiv 2506.17204, Section 5, on Gymnasium's Ant and Walker2d

@@ -35,7 +35,8 @@ def get_figure(name, options):
     """A figure, a study, or the grid of a file. ValueError, in one line, for an unknown name."""
     if name.endswith((".toml", ".json")):
         own = read_grid(name)
-        figure = Figure(own.title or os.path.splitext(os.path.basename(name))[0], "curves", own.arms, tasks=own.tasks, seeds=own.seeds)
+        title = own.title or os.path.splitext(os.path.basename(name))[0]
+        figure = Figure(title, "curves", own.arms, tasks=own.tasks, seeds=own.seeds)
         if options.laptop:
             raise ValueError(f"{name}: --laptop is for the studies that ./sweep.sh list names")
         return smoke(figure) if options.smoke else figure
@@ -65,7 +66,8 @@ def get_runs(name, options):
         figure = dataclasses.replace(figure, arms=tuple(
             dataclasses.replace(arm, flags={**arm.flags, "total_steps": options.steps}) for arm in figure.arms))
     tasks = parse_tasks(options.tasks)
-    if tasks and not {*tasks} <= {task for known in (*FIGURES.values(), *LAPTOP.values(), figure) for task in known.tasks}:
+    known = {task for study in (*FIGURES.values(), *LAPTOP.values(), figure) for task in study.tasks}
+    if tasks and not {*tasks} <= known:
         from envs import check_task
         with contextlib.suppress(ImportError):  # printing and drawing need no simulator
             for task in tasks:
@@ -75,7 +77,9 @@ def get_runs(name, options):
 
 # ---- sizes and hours ----
 
-SHAPES = {"dog-run": (223, 38), "humanoid-run": (67, 21), "walker-walk": (24, 6), "walker-run": (24, 6), "cartpole-balance": (5, 1)}  # obs, action
+# task -> (obs_dim, action_dim)
+SHAPES = {"dog-run": (223, 38), "humanoid-run": (67, 21), "walker-walk": (24, 6), "walker-run": (24, 6),
+          "cartpole-balance": (5, 1)}
 # Milliseconds per agent step at millions of parameters: two cores of an AMD EPYC (AVX-512), fp32. "agent": SAC, DDPG.
 TIMED = {"encoder": ((2.09, 51), (36.97, 595), (154.69, 2420)), "critic": ((1.58, 20), (33.06, 267), (144.24, 1140)),
          "actor": ((0.81, 13), (16.58, 191), (72.22, 808)), "agent": ((4.39, 85), (207.96, 3100))}
@@ -85,8 +89,9 @@ _SIZES = {}  # building a network on the meta device takes milliseconds, and a f
 
 
 def sizes(args):
-    """module -> trainable parameters, dense, without MR.Q's prediction head; of humanoid-run where the shape is unknown."""
-    key = repr((args.algo, args.env, args.agent, [(m.width_scale, m.depth_scale) for m in module_configs(args).values()]))
+    """module -> trainable parameters, dense, without MR.Q's prediction head; for an unknown shape, humanoid-run's."""
+    scales = [(module.width_scale, module.depth_scale) for module in module_configs(args).values()]
+    key = repr((args.algo, args.env, args.agent, scales))
     if key not in _SIZES:
         _SIZES[key] = count_parameters(args, *SHAPES.get(args.env, SHAPES["humanoid-run"]))
     return _SIZES[key]
@@ -120,8 +125,8 @@ def _between(points, x):
 def hours(figure, jobs):
     """Hours on two CPU cores, rounded to two digits. A study's step was timed on one core; two runs fit at a time."""
     jobs = {job.name: job for job in jobs}.values()
-    each = [(job.args.total_steps - job.args.learning_starts) * (figure.step_ms / 2 if figure.step_ms else step_ms(job.args))
-            for job in jobs]
+    each = [(job.args.total_steps - job.args.learning_starts)
+            * (figure.step_ms / 2 if figure.step_ms else step_ms(job.args)) for job in jobs]
     return f"{float(f'{sum(each) / 3.6e6:.2g}'):,g}"
 
 
@@ -153,15 +158,16 @@ def list_all(options):
             print(f"{title}{', tiny: --smoke' if options.smoke else ''}\n")
             show_table(list(all_figures(part)), part)
             print()
-    print("Hours are for two CPU cores, estimated from measured times of a step; not measured on a GPU. Runs that figures share\n"
-          "are run once. Your own grid: a .toml file, see runtime/grid.py.")
+    print("Hours are for two CPU cores, estimated from measured times of a step; not measured on a GPU.\n"
+          "Runs that figures share are run once. Your own grid: a .toml file, see runtime/grid.py.")
 
 
 def add_options(parser):
     """What narrows a figure's runs: the same in every command of sweep.sh."""
     add_filters(parser)
     parser.add_argument("--steps", type=int, metavar="N", help="agent steps instead of the figure's own")
-    parser.add_argument("--more", default="", metavar="'FLAGS'", help="further flags of train.py for every run, in quotes")
+    parser.add_argument("--more", default="", metavar="'FLAGS'",
+                        help="further flags of train.py for every run, in quotes")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", action="store_true", help="one seed, tiny networks, few steps, one cheap task")
     size.add_argument("--laptop", action="store_true", help="the study at a size that two cores finish in hours")
@@ -169,7 +175,8 @@ def add_options(parser):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="sweep.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="sweep.sh", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("list", "runs"))
     parser.add_argument("figures", nargs="*", metavar="FIG", help="fig2 ... fig26, all, or a grid's file")
     options = add_options(parser).parse_args()
@@ -185,7 +192,7 @@ def main():
             print(job.name, shlex.join(job.command), sep="\t")
         sys.stdout.flush()
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # `| head`: nothing more is wanted, at the interpreter's last flush either
+        if isinstance(error, BrokenPipeError):  # `| head` closed the pipe: the interpreter's last flush must not fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         sys.exit(f"sweep.sh: {error_line(error)}")

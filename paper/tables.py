@@ -35,6 +35,7 @@ from runtime.results import error_line
 from settings import defaults, format_value, parse
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NO_DIFFERENCE = "no significant difference"
 MARKER = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -50,7 +51,8 @@ def interval(difference, low, high):
 
 
 def markdown(heading, rows):
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (heading, ["---"] * len(heading), *rows))
+    rows = (heading, ["---"] * len(heading), *rows)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 class Results:
@@ -109,16 +111,20 @@ def readme(results):
     rows = {said: (count, which) for said, count, which in summary(results)}
     for said in ("supported", "contradicted", "inconclusive"):
         yield f"the paper's claims: {said}", *rows[said]
-    yield "the paper's claims: no data, or not studied", str(int(rows["no data"][0]) + int(rows["not studied"][0])), "see docs/results.md"
+    rest = int(rows["no data"][0]) + int(rows["not studied"][0])
+    yield "the paper's claims: no data, or not studied", str(rest), "see docs/results.md"
 
 
 def claims_table(results):
     """One row per claim of the paper: its verdicts, and what its figure takes at full size."""
-    rows = [(claim.figure, claim.text, dict.fromkeys([measure.label for measure in claim.measures], "not run") | {
-        label: verdict(label, pair)[3] for label, pair in found.items()}) for claim, found in results.of_the_paper.items()]
+    rows = []
+    for claim, found in results.of_the_paper.items():
+        said = dict.fromkeys([measure.label for measure in claim.measures], "not run")
+        rows.append((claim.figure, claim.text, said | {label: verdict(label, pair)[3] for label, pair in found.items()}))
     rows += [(figure, text, {measure.label: "not studied"}) for figure, text, measure in NOT_STUDIED]
     for figure, text, said in sorted(rows, key=lambda row: int(row[0].removeprefix("fig"))):
-        words = (next((word for label, word in said.items() if kind in label), "") for kind in ("return", "SRank", "dormant"))
+        words = (next((word for label, word in said.items() if kind in label), "")
+                 for kind in ("return", "SRank", "dormant"))
         yield text, *words, f"`./sweep.sh {figure}`", full_hours(figure)
 
 
@@ -146,9 +152,10 @@ def published(results):
             if other is None or len(ours) < MIN_SEEDS:
                 continue
             difference, low, high, said = compare(moments(ours), (other["mean"], other["sd"], other["runs"]))
-            said = {"supported": "higher", "contradicted": "lower", "inconclusive": "no significant difference"}.get(said, said)
+            said = {"supported": "higher", "contradicted": "lower", "inconclusive": NO_DIFFERENCE}.get(said, said)
             yield (algorithm, task, f"{step:,}", ", ".join(map(number, sorted(ours))),
-                   f"{number(other['mean'])} ({number(other['min'])} to {number(other['max'])}, {other['runs']:.0f} runs)",
+                   f"{number(other['mean'])} ({number(other['min'])} to {number(other['max'])}, "
+                   f"{other['runs']:.0f} runs)",
                    interval(difference, low, high), said)
 
 
@@ -160,12 +167,13 @@ def spread(name, arms, steps, paths, seeds=None):
             found = sorted(run.table["return"][run.table["agent_step"] == step].item() for run in runs
                            if step in run.table["agent_step"])
             if found:
-                yield (arm.series, f"{step:,}", str(len(found)), number(found[0]), number(np.median(found)), number(found[-1]))
+                yield arm.series, f"{step:,}", str(len(found)), *map(number, (found[0], np.median(found), found[-1]))
 
 
 def random_policy(name, results):
     if returns := results.random_returns.get(LAPTOP[name].tasks[0]):
-        yield "random policy", "", f"({len(returns)} episodes)", number(min(returns)), number(np.median(returns)), number(max(returns))
+        found = map(number, (min(returns), np.median(returns), max(returns)))
+        yield "random policy", "", f"({len(returns)} episodes)", *found
 
 
 QUICKSTART_STEPS, QUICKSTART_GOOD = (0, 9000, 18000, 24000), 500
@@ -191,8 +199,9 @@ def quickstart_short(results):
     for processor, _, seeds, *returns in quickstart(results):
         rows.setdefault((processor, seeds), []).append(" / ".join(returns))
     for (processor, seeds), cells in rows.items():
+        paths = quickstart_paths(results).get(processor, [])
         ends = [run.table["return"][-1] for run in finished_runs(
-            "quickstart", LAPTOP["quickstart"].arms[0], RETURN, quickstart_paths(results).get(processor, []), seeds=range(16))]
+            "quickstart", LAPTOP["quickstart"].arms[0], RETURN, paths, seeds=range(16))]
         good = f"{sum(end > QUICKSTART_GOOD for end in ends)} of {len(ends)}" if ends else ""
         yield processor, seeds, *cells, *[""] * (len(QUICKSTART_STEPS) - len(cells)), good
 
@@ -214,8 +223,8 @@ def waiting(results):
         if texts:
             jobs = get_jobs(figure)
             there = {run.name for arm in figure.arms for run in finished_runs(name, arm, RETURN, results.paths)}
-            yield (f"`./sweep.sh {name} --laptop`", "; ".join(texts), f"{len(there)} of {len({job.name for job in jobs})}",
-                   hours(figure, jobs))
+            done = f"{len(there)} of {len({job.name for job in jobs})}"
+            yield f"`./sweep.sh {name} --laptop`", "; ".join(texts), done, hours(figure, jobs)
 
 
 def figures_table(laptop):
@@ -225,9 +234,10 @@ def figures_table(laptop):
 
 
 def sizes(_):
-    """Trainable parameters, dense: the sizes that the paper prints as 2 / 37 / 154 M, 3 / 33 / 139 M, 1.3 / 16 / 69 M."""
+    """Trainable parameters, dense. The paper prints 2 / 37 / 154 M, 3 / 33 / 139 M and 1.3 / 16 / 69 M."""
     def at(module, scale, task, *more):
-        args = parse(["--env", task, "--encoder-scale", str(scale if module == "encoder" else 3), f"--{module}-scale", str(scale), *more])
+        encoder_scale = str(scale if module == "encoder" else 3)
+        args = parse(["--env", task, "--encoder-scale", encoder_scale, f"--{module}-scale", str(scale), *more])
         return count_parameters(args, *SHAPES[task])[module] / 1e6
 
     for task in ("humanoid-run", "dog-run"):
@@ -242,11 +252,12 @@ def sizes(_):
 def help_texts(cls):
     """Field name -> the comment of its line, which is the flag's help text."""
     classes = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
-    return {name: text for base in classes for name, text in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M)}
+    return {name: text for base in classes
+            for name, text in re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(base), re.M)}
 
 
 def flags(*groups):
-    """One row per flag of these groups of settings.Args (None: its own): flag and choices, default of each algorithm, meaning."""
+    """One row per flag of these groups of settings.Args (None: its own): flag and choices, defaults, meaning."""
     for group in groups:
         owners = {algo: getattr(defaults(algo), group) if group else defaults(algo) for algo in AGENTS}
         known = {algo: {spec.name: spec for spec in dataclasses.fields(owner)} for algo, owner in owners.items()}
@@ -259,7 +270,8 @@ def flags(*groups):
             for algo in algos:
                 by_default.setdefault(default_text(getattr(owners[algo], name)), []).append(algo)
             everywhere = name == "algo" or [*by_default.values()] == [list(AGENTS)]
-            default = "; ".join(value if everywhere else f"{value} ({', '.join(which)})" for value, which in by_default.items())
+            default = "; ".join(value if everywhere else f"{value} ({', '.join(which)})"
+                                for value, which in by_default.items())
             allowed = ", ".join(map(str, choices(known[algos[0]][name].type)))
             yield f"`--{name.replace('_', '-')}`" + (f": {allowed}" if allowed else ""), default, text
 
@@ -277,7 +289,8 @@ def default_text(value):
 
 
 def types(_):
-    for heading, key in (("activation", "activation"), ("LayerNorm", "use_layer_norm"), ("residual connections", "use_residual")):
+    rows = {"activation": "activation", "LayerNorm": "use_layer_norm", "residual connections": "use_residual"}
+    for heading, key in rows.items():
         said = {"relu": "ReLU", "elu": "ELU", True: "yes", False: ""}
         yield heading, *(said[config[key]] for config in ARCH_CONFIGS.values())
 
@@ -286,7 +299,8 @@ FIGURE_HEADING = ("figure", "shows", "runs", "parameters", "hours", "columns of 
 SPREAD_HEADING = ("steps", "seeds", "min", "median", "max")
 FLAG_HEADING = ("flag", "default", "meaning")
 TABLES = {
-    "published": (("algorithm", "task", "agent steps", "this code, each seed", "published mean", "difference [95 %]", ""), published),
+    "published": (("algorithm", "task", "agent steps", "this code, each seed", "published mean", "difference [95 %]", ""),
+                  published),
     "summary": (("verdict", "comparisons", "which"), summary),
     "claims": (("the paper claims", "return", "SRank", "dormant neurons", "at full size", "hours"), claims_table),
     "verdicts": (("figure", "claim: A beats B", "measure", "seeds", "A", "B", "A - B [95 %]", "verdict"), verdicts),
@@ -311,7 +325,7 @@ TABLES = {
 # ---- between the markers ----
 
 def fill(text, results):
-    """The text with every table between markers made anew. ValueError for an unknown table or a marker without its end."""
+    """The text with every table between markers made anew. ValueError for an unknown table or a marker without end."""
     begun, whole = text.count("<!-- table:"), len(MARKER.findall(text))
     if begun != whole:
         raise ValueError(f"{begun} tables begin and {whole} are complete: <!-- table:NAME -->, then <!-- end -->")
@@ -330,8 +344,10 @@ def documents():
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="sweep.sh claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="folders of runs, or CSVs of runs; default: paper/results")
+    parser = argparse.ArgumentParser(prog="sweep.sh claims", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", metavar="PATH",
+                        help="folders of runs, or CSVs of runs; default: paper/results")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--write", action="store_true", help="fill the tables of README.md and docs/*.md")
     mode.add_argument("--check", action="store_true", help="exit with status 1 if one of them is out of date")
@@ -353,8 +369,8 @@ def main():
                     with open(path, "w") as file:
                         file.write(after)
         if options.write or options.check:
-            print("\n".join(f"{path}: {'written' if options.write else 'out of date: ./sweep.sh claims --write'}" for path in stale)
-                  or "all tables are up to date")
+            outcome = "written" if options.write else "out of date: ./sweep.sh claims --write"
+            print("\n".join(f"{path}: {outcome}" for path in stale) or "all tables are up to date")
             sys.exit(1 if stale and options.check else 0)
         for name in ("published", "summary", "claims", "verdicts", "waiting"):
             heading, rows = TABLES[name]

@@ -178,7 +178,7 @@ def test_a_grid_file(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"arms": {}}, "no arms"), ({"tasks": "walker-walk"}, "tasks must be a list"), ({"seeds": -1}, "seeds must be"), ({"sed": 1}, "unknown key 'sed'"),
     ({"arms": {"a": {"critic-regim": "dst"}}}, "arm 'a': mrq has no flag critic-regim: did you mean critic-regime?"),
-    ({"arms": {"a": {"critic-regime": "ds"}}}, "arm 'a': "), ({"arms": {"a": {"seed": 1}}}, "the grid sets seed itself"),
+    ({"arms": {"a": {"critic-regime": "ds"}}}, "arm 'a': "), ({"arms": {"a": {"seed": 1}}}, "seed cannot be set here"),
     ({"arms": {"a": {}, "b": {}}}, "arms a and b have the same flags")])
 def test_grid_files_that_are_refused(change, message, tmp_path):
     (tmp_path / "grid.json").write_text(json.dumps(GRID | change))
