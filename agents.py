@@ -5,20 +5,36 @@
     count_parameters(args, obs_dim=24, action_dim=6)                           # {"critic": ..., "actor": ...}
 """
 
+import functools
 import warnings
 
 import torch
 
+import envs
 from base import ModuleConfig
 from mrq import MRQ
 from mrsac import MRSAC
+from pixels import PixelMRQ, PixelMRSAC
+from rendering import make_pixel_env
 from replay import free_memory
 from runtime import fast
 from sac import DDPG, SAC
 from stream import StreamAC
 
 AGENTS = {"mrq": MRQ, "sac": SAC, "ddpg": DDPG, "mrsac": MRSAC, "stream": StreamAC}
+PIXEL_AGENTS = {"mrq": PixelMRQ, "mrsac": PixelMRSAC}  # with --pixels
 BYTES_PER_WEIGHT = 16  # weight, gradient, two moments
+
+
+def agent_class(args):
+    return (PIXEL_AGENTS if args.pixel.pixels else AGENTS)[args.algo]
+
+
+def env_maker(args):
+    """make(name, seed, action_repeat): this run's environments. Worker processes can pickle it."""
+    if args.pixel.pixels:
+        return functools.partial(make_pixel_env, args.pixel.image_size, args.pixel.frame_stack)
+    return getattr(args.agent, "make_env", envs.make_env)
 
 
 def module_configs(args):
@@ -55,17 +71,20 @@ def build_agent(args, obs_dim, action_dim, device, buffer_size=None):
     check_memory(args, obs_dim, action_dim, device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the topology never changes")  # settings.plan_notes says it in the header
-        agent = AGENTS[args.algo](obs_dim, action_dim, module_configs(args), args.agent, total_updates(args), device, args.seed,
-                                  buffer_size=replay_rows(args) if buffer_size is None else buffer_size)
+        agent = agent_class(args)(obs_dim, action_dim, module_configs(args), args.agent, total_updates(args), device, args.seed,
+                                  buffer_size=replay_rows(args) if buffer_size is None else buffer_size,
+                                  **({"shift": args.pixel.shift} if args.pixel.pixels else {}))
     fast.speed_up(agent, precision, compile)
     if graphs:
         fast.captured(agent)
     return agent
 
 
-def replay_rows(args):
-    """Rows of the replay buffer: --buffer-size, or as many as the run can fill if those are fewer."""
-    return min(args.buffer_size, 2 * args.total_steps + 2 * args.agent.horizon + 2)
+def replay_rows(args, shortest_episode=1):
+    """Rows of the replay buffer: --buffer-size, or as many as the run can fill if those are fewer. An episode takes a row
+    more than it has steps. shortest_episode: its steps."""
+    episodes = -(-args.total_steps // shortest_episode)
+    return min(args.buffer_size, args.total_steps + episodes + 2 * args.agent.horizon + 2)
 
 
 def compiling_pays(args):
@@ -78,7 +97,7 @@ def compiling_pays(args):
 
 def build_on_meta(args, obs_dim, action_dim):
     """The dense networks by module name, without any memory for their weights."""
-    agent = object.__new__(AGENTS[args.algo])  # `make_networks` needs only the settings
+    agent = object.__new__(agent_class(args))  # `make_networks` needs only the settings
     agent.config = args.agent
     with torch.device("meta"):
         return agent.make_networks(obs_dim, action_dim, module_configs(args))

@@ -96,6 +96,11 @@ def _suite():
                                               "README says: pip install -r requirements.txt") from error
 
 
+def _control():
+    from dm_control.rl import control
+    return control
+
+
 def _gymnasium():
     try:
         import gymnasium
@@ -222,18 +227,22 @@ class BaseEnv:
         return {"start": _plain(self._start), "actions": [action.tolist() for action in self._actions],
                 "frames": self.frames, "random": _plain(self._random.get_state()), "obs": self._obs.tolist()}
 
-    def restore(self, state):
+    def restore(self, state, after=lambda step: None):
         """Returns to where `state` was taken, in an environment of the same name and seed; returns obs there.
+
+        after: called at the episode's start with 0, and with k after its k-th step.
 
         Sets `restore_warning` if the environment is not repeatable. Then the episode continues from where its actions
         led this time, or, if it ended before they did, with a new one.
         """
         obs, saved = self._begin(state["start"]), state.get("obs")  # earlier versions saved none
+        after(0)
         with contextlib.suppress(PhysicsError):
-            for action in state["actions"]:
+            for step, action in enumerate(state["actions"], 1):
                 if self._ended:
                     break
                 obs = self.step(action)[0]
+                after(step)
         self.frames = state["frames"]
         self._random.set_state(tuple(state["random"]))
         self.restore_warning = None
@@ -256,7 +265,7 @@ class BaseEnv:
 
 
 class DMCEnv(BaseEnv):
-    """A task of the DeepMind Control suite, such as `dog-run`."""
+    """A task of the DeepMind Control suite, such as `dog-run`. can_terminate: whether it has terminal states."""
 
     def __init__(self, name, seed=0, action_repeat=None):
         super().__init__(name, seed, 2 if action_repeat is None else action_repeat)
@@ -277,6 +286,7 @@ class DMCEnv(BaseEnv):
         self.episode_steps = -(-self._frame_limit // self.action_repeat)
         self.step_seconds = self._env.control_timestep() * self.action_repeat
         self.action_dim = spec.shape[0]
+        self.can_terminate = type(self._env.task).get_termination is not _control().Task.get_termination
         try:
             self.obs_dim = self.reset().shape[0]
         except Exception as error:  # quadruped-escape draws its terrain through OpenGL
@@ -307,10 +317,9 @@ class DMCEnv(BaseEnv):
 
     @contextlib.contextmanager
     def _diverging(self):
-        from dm_control.rl import control
         try:
             yield
-        except control.PhysicsError as error:
+        except _control().PhysicsError as error:
             raise PhysicsError(f"{self.name} diverged at frame {self.frames}: {one_line(error)}") from error
 
     def _flatten(self, raw):
@@ -412,9 +421,9 @@ class GymEnv(BaseEnv):
     def state(self):
         return super().state() | {"episode": self._episode}
 
-    def restore(self, state):
+    def restore(self, state, **options):
         self._episode = state["episode"]
-        return super().restore(state)
+        return super().restore(state, **options)
 
     def _render(self, height, width):
         if self._env.render_mode is None:  # made without drawing: made again with it, and replayed to this moment

@@ -77,8 +77,7 @@ def main():
 
 def run(args):
     """Prints the returns, and writes the video if requested. ValueError, OSError or ImportError, in one line."""
-    from agents import build_agent
-    from envs import make_env
+    from agents import build_agent, env_maker
     from runtime.evaluator import Evaluator, episode_seed
     if args.episodes < 1:
         raise ValueError(f"--episodes must be at least 1, not {args.episodes}")
@@ -90,12 +89,13 @@ def run(args):
     seed = run_args.seed + FRESH_SEEDS if args.seed is None else args.seed
     device = torch.device("cpu") if run_args.algo == "stream" else fast.resolve_device(args.device)
     torch.set_num_threads(args.threads or fast.usable_cores())
-    make = getattr(run_args.agent, "make_env", make_env)
+    make = env_maker(run_args)
     env = make(run_args.env, run_args.seed, run_args.action_repeat)
     if args.video:
         check_drawing(env)
     run_args = dataclasses.replace(run_args, device=str(device), compile="off", cuda_graphs="off")
-    agent = build_agent(run_args, env.obs_dim, env.action_dim, device, buffer_size=2 * run_args.agent.horizon + 2)
+    smallest = 2 * run_args.agent.horizon + 2 + run_args.pixel.frame_stack
+    agent = build_agent(run_args, env.obs_dim, env.action_dim, device, buffer_size=smallest)
     restore(agent, state, folder)
 
     def act(obs):

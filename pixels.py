@@ -1,4 +1,4 @@
-"""Learning from pixels: image encoder, random shift, a replay buffer that stores each frame once, and rendering.
+"""Learning from pixels: image encoder, random shift, and a replay buffer that stores each frame once.
 
 Guarantees: no stack holds a frame of another episode or an overwritten one; each frame is stored once, as uint8 (a
 million frames of 84×84 take 21.2 GB); the frames of a stack share one random shift; and losses, settings and masks are
@@ -7,19 +7,13 @@ those of states, convolutions included.
 MR.Q from pixels (Fujimoto et al., 2025) has the losses and hyperparameters of MR.Q from states. It replaces the state
 MLP by four convolutions and a linear layer, and shifts each stack of frames at random (Yarats et al., 2021).
 
-    choose_renderer()                                          # before dm_control is imported
-    env = PixelEnv(Env("walker-walk", seed=0))                 # envs.Env; obs: (9, 84, 84) uint8, three RGB frames
+    env = make_pixel_env(84, 3, "walker-walk", seed=0)         # rendering.py; obs: (9, 84, 84) uint8, three RGB frames
     agent = PixelMRQ(env.obs_shape, env.action_dim, buffer_size=100_000)
     obs = env.reset()
     action = agent.act(obs, explore=True)
     next_obs, reward, terminated, truncated = env.step(action)
     agent.add(obs, action, reward, next_obs, terminated, truncated)
-    env.close()
 """
-
-import ctypes.util
-import os
-from collections import deque
 
 import numpy as np
 import torch
@@ -28,12 +22,11 @@ import torch.nn as nn
 from mrq import MRQ
 from mrsac import MRSAC
 from networks import ACTIVATIONS, WIDTH, Encoder, arch_config
+from rendering import FRAME_CHANNELS
 from replay import ReplayBuffer, free_memory, to_device
 
 CHANNELS, KERNEL, STRIDES = 32, 3, (2, 2, 2, 1)  # the published MR.Q's, at scale 1: 84 -> 41 -> 20 -> 9 -> 7
-FRAME_CHANNELS = 3  # RGB
 PIECE = 32  # images that pass the convolutions together without gradients: their activations stay in the CPU's cache
-CAMERAS = {"quadruped": 2}  # other domains: camera 0
 
 
 # ---- encoder ----
@@ -177,7 +170,11 @@ class FromPixels:
     """Mixin for MR.Q's agents: obs_dim is the shape of a stack of frames. The losses are unchanged."""
 
     metric_samples = 256  # 2,048 stacks would take gigabytes of activations
-    shift = 4  # pixels of the random shift, on inputs and targets
+
+    def __init__(self, *arguments, shift=4, **options):
+        """shift: pixels of the random shift, on inputs and targets."""
+        self.shift = shift
+        super().__init__(*arguments, **options)
 
     def make_encoder(self, obs_shape, action_dim, module):
         return PixelEncoder(obs_shape, action_dim, num_bins=self.config.reward_bins, **module.size())
@@ -201,82 +198,3 @@ class PixelMRQ(FromPixels, MRQ):
 
 class PixelMRSAC(FromPixels, MRSAC):
     """MR.SAC from pixels."""
-
-
-# ---- environment ----
-
-def choose_renderer():
-    """Sets MUJOCO_GL, unless it is set, before dm_control is imported: EGL, or OSMesa where EGL is missing.
-
-    EGL renders headless, with a GPU or by Mesa. Returns the choice. ImportError, in one line, if there is neither.
-    """
-    if "MUJOCO_GL" not in os.environ:
-        found = [name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if ctypes.util.find_library(library)]
-        if not found:
-            raise ImportError("nothing can draw here, and --pixels needs OpenGL: install Mesa's EGL (Debian: apt-get "
-                              "install libegl1 libgl1-mesa-dri), or set MUJOCO_GL")
-        os.environ["MUJOCO_GL"] = found[0]
-    return os.environ["MUJOCO_GL"]
-
-
-class PixelEnv:
-    """A DeepMind Control task whose observation is a stack of its newest frames: (3 · stack, size, size) uint8.
-
-    env: an environment of envs.py. One frame per agent step, drawn after its last repeat. The rest is as in `env`.
-    """
-
-    obs_dtype = np.dtype(np.uint8)
-
-    def __init__(self, env, size=84, stack=3):
-        conv_size(size)  # refuses images that are too small
-        self.env, self.size, self.stack = env, size, stack
-        self.obs_shape = self.obs_dim = (FRAME_CHANNELS * stack, size, size)
-        self.camera = CAMERAS.get(env.name.split("-")[0], 0)
-        self._frames = deque(maxlen=stack)
-        self._refill()  # where nothing can be drawn, it fails here
-
-    def __getattr__(self, name):
-        if name == "env":  # not there yet: unpickling
-            raise AttributeError(name)
-        return getattr(self.env, name)
-
-    def reset(self, seed=None):
-        """Starts an episode: its first frame fills the stack."""
-        self.env.reset(seed)
-        return self._refill()
-
-    def step(self, action):
-        """action: (action_dim,) in [-1, 1]. Returns (obs, reward summed over the repeat, terminated, truncated)."""
-        _, *rest = self.env.step(action)
-        self._frames.append(self._draw())
-        return self._stacked(), *rest
-
-    def restore(self, state):
-        """Returns to where `state` was taken. Replays the episode, and draws only the frames of the last stack."""
-        actions, undrawn = state["actions"], max(0, len(state["actions"]) - self.stack + 1)
-        self.env.restore({key: value for key, value in state.items() if key != "obs"} | {"actions": actions[:undrawn]})
-        obs = self._refill()
-        for action in actions[undrawn:]:
-            obs = self.step(action)[0]
-        self.env.frames = state["frames"]
-        return obs
-
-    def close(self):
-        """Frees the drawing context."""
-        self.env._env.close()
-
-    def _refill(self):
-        self._frames.extend([self._draw()] * self.stack)
-        return self._stacked()
-
-    def _stacked(self):
-        return np.concatenate(self._frames)  # (3 · stack, size, size), the newest last
-
-    def _draw(self):
-        try:
-            frame = self.env._env.physics.render(self.size, self.size, camera_id=self.camera)
-        except Exception as error:  # each OpenGL fails in its own way
-            chosen = os.environ.get("MUJOCO_GL", "")
-            raise ValueError(f"{self.env.name} cannot be drawn with MUJOCO_GL={chosen} ({type(error).__name__}): set "
-                             "MUJOCO_GL=egl or MUJOCO_GL=osmesa before the start") from error
-        return frame.transpose(2, 0, 1)

@@ -22,7 +22,7 @@ from typing import Literal, Union
 
 import tyro
 
-from agents import AGENTS, module_configs, own_settings, total_updates
+from agents import AGENTS, PIXEL_AGENTS, module_configs, own_settings, total_updates
 from networks import ARCH_CONFIGS, RESIDUALS
 from sparsity import DISTRIBUTIONS, GROWTHS, REGIMES
 
@@ -76,6 +76,14 @@ class SparsityArgs:
 
 
 @dataclass
+class PixelArgs:
+    pixels: bool = False  # (mrq, mrsac) observe rendered frames instead of states; DeepMind Control tasks only
+    image_size: int = 84  # with --pixels: height and width of a frame
+    frame_stack: int = 3  # with --pixels: frames per observation, the newest ones
+    shift: int = 4  # with --pixels: pixels that a stack is shifted at random, at most; 0: none
+
+
+@dataclass
 class Args:
     algo: Literal[tuple(AGENTS)] = "mrq"  # the algorithm; each has its own flags: --algo sac --help
     env: str = "dog-run"  # a DeepMind Control task (domain-task), or an id registered with Gymnasium (Hopper-v5)
@@ -101,6 +109,7 @@ class Args:
     critic: tyro.conf.OmitArgPrefixes[CriticArgs] = field(default_factory=CriticArgs)
     actor: tyro.conf.OmitArgPrefixes[ActorArgs] = field(default_factory=ActorArgs)
     sparse: tyro.conf.OmitArgPrefixes[SparsityArgs] = field(default_factory=SparsityArgs)
+    pixel: tyro.conf.OmitArgPrefixes[PixelArgs] = field(default_factory=PixelArgs)
     agent: tyro.conf.OmitArgPrefixes[tyro.conf.AvoidSubcommands[Union[tuple(CONFIGS.values())]]] = field(
         default_factory=CONFIGS["mrq"])
     buffer_size: int = 1_000_000  # replay capacity in rows (an episode uses length + 1)
@@ -135,7 +144,7 @@ def parse(arguments=None, description=None):
     return tyro.cli(Args, args=arguments, default=defaults(algo if algo in CONFIGS else "mrq"), description=description)
 
 
-WHOLE_NUMBERS = {spec.name for part in (Args, SparsityArgs, *CONFIGS.values()) for spec in dataclasses.fields(part)
+WHOLE_NUMBERS = {spec.name for part in (Args, SparsityArgs, PixelArgs, *CONFIGS.values()) for spec in dataclasses.fields(part)
                  if spec.type is int}
 
 
@@ -198,6 +207,8 @@ def canonical(args):
     rest = {name: get_setting(args, group, name) for group, name in flag_names(args) if group in (None, "agent")}
     for in_modules in ("mst", "scale", "width_scale", "depth_scale", "residual"):
         del rest[in_modules]
+    if args.pixel.pixels:
+        rest |= dataclasses.asdict(args.pixel)
     return rest, {name: module.canonical() for name, module in module_configs(args).items()}
 
 
@@ -280,7 +291,8 @@ RANGES = {  # allowed numbers; default: [1, 1e12] for whole numbers and [0, inf)
     "critic_sparsity": "[0, 1)", "actor_sparsity": "[0, 1)", "drop_fraction_start": "[0, 1]", "drop_fraction_end": "[0, 1]",
     "schedule_start": "[0, 1]", "schedule_end": "[0, 1]", "schedule_power": "(0, inf)", "scale": "(0, 1e4]",
     "width_scale": "(0, 1e4]", "depth_scale": "(0, 1e4]", "encoder_scale": "(0, 1e4]", "critic_scale": "(0, 1e4]",
-    "actor_scale": "(0, 1e4]", "encoder_horizon": f"[1, {EPISODE_STEPS}]", "q_horizon": f"[1, {EPISODE_STEPS}]",
+    "actor_scale": "(0, 1e4]", "image_size": "[31, 1000]", "frame_stack": "[1, 100]", "shift": "[0, 1000]",
+    "encoder_horizon": f"[1, {EPISODE_STEPS}]", "q_horizon": f"[1, {EPISODE_STEPS}]",
 }
 
 
@@ -301,6 +313,8 @@ def check(args):
                          f"{args.learning_starts}")
     if args.name is not None and (not args.name or args.name in (".", "..") or re.search(r"[/\\\0]", args.name)):
         raise ValueError(f"--name {args.name!r} must be a plain folder name; set its location with --runs")
+    if args.pixel.pixels and args.algo not in PIXEL_AGENTS:
+        raise ValueError(f"--pixels: {args.algo} learns from states; {' and '.join(PIXEL_AGENTS)} have an image encoder")
     _check_modules(args)
 
 
@@ -384,7 +398,10 @@ def unused_flag_notes(args):
         if value != get_setting(usual, group, name) and flag not in telling and (group == "sparse" or name == "scale" or own):
             idle.append(flag)
     regimes = ", ".join(f"{name} {module.regime}" for name, module in modules.items())
-    return [f"note: {', '.join(idle)} changes nothing here ({regimes}), and is not in the run's name"] if idle else []
+    notes = [f"note: {', '.join(idle)} changes nothing here ({regimes}), and is not in the run's name"] if idle else []
+    frames = ["--" + name.replace("_", "-") for group, name in flag_names(args) if group == "pixel"
+              and not args.pixel.pixels and get_setting(args, group, name) != get_setting(usual, group, name)]
+    return notes + ([f"note: {', '.join(frames)} changes nothing without --pixels"] if frames else [])
 
 
 def get_setting(args, group, name):

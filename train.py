@@ -31,8 +31,8 @@ import sys
 import numpy as np
 import torch
 
-from agents import build_agent, compiling_pays
-from envs import PhysicsError, make_env
+from agents import build_agent, compiling_pays, env_maker, replay_rows
+from envs import PhysicsError
 from evaluate import measure
 from runtime import fast
 from runtime.checkpoint import Checkpoints
@@ -195,17 +195,21 @@ def build(args):
     torch.set_num_threads(args.threads or (1 if stream else fast.usable_cores()))
     modules = module_configs(args)
     torch.manual_seed(args.seed)
-    make = getattr(args.agent, "make_env", make_env)
+    make = env_maker(args)
     env = make(args.env, args.seed, args.action_repeat)
     compiled, speed_notes = resolve_compile(args, device, started)
-    agent = build_agent(dataclasses.replace(args, compile="on" if compiled else "off"), env.obs_dim, env.action_dim, device)
+    agent = build_agent(dataclasses.replace(args, compile="on" if compiled else "off"), env.obs_dim, env.action_dim, device,
+                        replay_rows(args, getattr(env, "shortest_episode", 1)))
     evaluator = Evaluator(args.env, args.eval_episodes, args.seed, args.action_repeat, args.eval_workers, make=make)
     config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | provenance()
     config |= {"device_used": str(device), "threads_used": torch.get_num_threads(), "compiled": compiled,
-               "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None}
+               "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+               "renderer": env.renderer() if args.pixel.pixels else None}
     log = RunLog(folder, config, args.tensorboard, args.wandb_project, args.resume)
     saved = SavedRun(Checkpoints(folder), args, device, agent, env, log)
-    notes = [*console.describe_saving(saved), *plan_notes(args), *speed_notes, *(extension_notes(args, source) if source else [])]
+    pixel_notes = console.describe_pixels(agent, env, config["renderer"], started) if args.pixel.pixels else []
+    notes = [*pixel_notes, *console.describe_saving(saved), *plan_notes(args), *speed_notes,
+             *(extension_notes(args, source) if source else [])]
     print("\n".join([console.describe(agent, modules, args, device, folder), *notes]), flush=True)
     return args, env, agent, evaluator, log, saved
 

@@ -317,6 +317,7 @@ TABLES = {
     "flags": (FLAG_HEADING, lambda _: flags(None)),
     "flags-modules": (FLAG_HEADING, lambda _: flags("encoder", "critic", "actor")),
     "flags-sparsity": (FLAG_HEADING, lambda _: flags("sparse")),
+    "flags-pixels": (FLAG_HEADING, lambda _: flags("pixel")),
     "flags-algorithms": (FLAG_HEADING, lambda _: flags("agent")),
     "types": (("type", *map(str, ARCH_CONFIGS)), types),
 }

@@ -86,6 +86,22 @@ def describe(agent, modules, args, device, folder):
     return "\n".join([*lines, f"  writes   {folder}"])
 
 
+def describe_pixels(agent, env, renderer, started):
+    """Lines on what is drawn, the memory of the frames, and the densities of the encoder's layers.
+
+    started: the config of the run that is resumed, or None.
+    """
+    replay, sparse = agent.replay, agent.sparse["encoder"]
+    lines = [f"  frames   {env.stack} of {env.size}×{env.size} pixels per observation, camera {env.camera}, by {renderer}",
+             f"  replay   {replay.capacity:,} frames, {replay.stored_bytes / 1e9:.2f} GB when full, on {replay.frame_device}"]
+    if sparse.masks:
+        densities = (f"{name.removesuffix('.weight')} {density:.2f}" for name, density in sparse.layer_densities().items())
+        lines.append(f"  density  of the encoder's layers: {', '.join(densities)}")
+    if started and started.get("renderer") not in (None, renderer):
+        lines.append(f"  note: earlier frames of this run were drawn by {started['renderer']}: new ones may differ in bits")
+    return lines
+
+
 LARGE_SAVE = 1e9  # bytes; smaller checkpoints are not mentioned
 
 

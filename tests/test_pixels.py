@@ -1,7 +1,7 @@
 """Tests of pixels: stacks against a plain queue, the shift by hand, the encoder against naive convolutions, masks."""
 
 import dataclasses
-import os
+import json
 from collections import deque
 
 import numpy as np
@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 import metrics
 import pixels
-from envs import Env
+from agents import build_agent, count_parameters, replay_rows
 from networks import Encoder
 from pixels import FrameReplayBuffer, PixelEncoder, PixelMRQ, PixelMRSAC, random_shift
+from settings import check, diff_settings, from_config, parse, plan_notes, run_name
 from sparsity import SparseTraining
-from tests.helpers import layer_norm, naive_activation, naive_block_mlp, property_test
+from tests.helpers import layer_norm, naive_activation, naive_block_mlp, property_test, refuses
 
 AGENTS = {"mrq": PixelMRQ, "mrsac": PixelMRSAC}
 
@@ -261,6 +262,52 @@ def test_agents_learn_from_pixels(algo, regime):
     assert actions.shape == (3, 2) and np.abs(actions).max() <= 1
 
 
+def built(*flags):
+    """The agent of a command line, on a task with two action dimensions."""
+    args = parse(["--width-scale", "0.05", "--total-steps", "400", "--learning-starts", "100", *flags])
+    check(args)
+    shape = (3 * args.pixel.frame_stack, args.pixel.image_size, args.pixel.image_size)
+    return args, build_agent(args, shape, 2, torch.device("cpu"))
+
+
+def test_every_flag_reaches_the_agent_and_the_name():
+    base, usual = built("--pixels", "--algo", "mrsac", "--image-size", "40", "--encoder-regime", "sst")
+    assert type(usual) is PixelMRSAC and type(built("--pixels")[1]) is PixelMRQ and usual.replay.shift == 4
+    assert "__pixels__image-size=40" in run_name(base)
+    for flag, value, read in (("--image-size", 36, lambda agent: agent.replay.obs_shape[1]),
+                              ("--frame-stack", 2, lambda agent: agent.replay.stack),
+                              ("--shift", 0, lambda agent: agent.replay.shift)):
+        args, agent = built("--pixels", "--algo", "mrsac", "--image-size", "40", "--encoder-regime", "sst", flag,
+                            str(value))
+        assert read(agent) == value != read(usual) and f"{flag[2:]}={value}" in run_name(args)
+        assert diff_settings(base, args).startswith(flag)
+    counts = count_parameters(base, (9, 40, 40), 2)
+    assert counts["encoder"] + sum(p.numel() for p in usual.encoder.model.parameters()) == sum(
+        p.numel() for p in usual.encoder.parameters())
+    assert from_config(json.loads(json.dumps(dataclasses.asdict(base)))) == base
+    old = {name: value for name, value in dataclasses.asdict(parse([])).items() if name != "pixel"}
+    assert from_config(old) == parse([])  # a run from before there were pixels
+
+
+def test_flags_that_cannot_work_are_refused_or_noted():
+    for algo in ("sac", "ddpg", "stream"):
+        refuses(lambda: check(parse(["--algo", algo, "--pixels"])),
+                f"--pixels: {algo} learns from states; mrq and mrsac")
+    refuses(lambda: check(parse(["--pixels", "--image-size", "30"])), "--image-size must lie in [31, 1000], not 30")
+    idle = parse(["--algo", "sac", "--image-size", "64", "--shift", "2"])
+    check(idle)
+    assert run_name(idle) == run_name(parse(["--algo", "sac"]))
+    assert "note: --image-size, --shift changes nothing without --pixels" in plan_notes(idle)
+    assert plan_notes(parse(["--pixels", "--image-size", "64"])) == []
+
+
+def test_a_run_of_half_a_million_steps_takes_10_6_gigabytes():
+    rows = replay_rows(parse(["--pixels"]), shortest_episode=250)  # half of an episode's 500 agent steps
+    assert rows == 500_000 + 2_000 + 12 and 10.6e9 < rows * (84 * 84 * 3 + 8 + 4 * 9) < 10.67e9
+    assert replay_rows(parse(["--pixels"])) == 1_000_000  # where episodes may end at any step
+    assert replay_rows(parse(["--pixels", "--buffer-size", "7000"]), 250) == 7000
+
+
 def test_training_shifts_and_metrics_do_not():
     agent = tiny_agent("mrq")
     rows = torch.arange(5)
@@ -307,63 +354,3 @@ def test_one_whole_update_against_a_second_implementation(monkeypatch):
     parameters = list(agent.encoder.parameters())
     for one, two in zip(torch.autograd.grad(losses.mean(), parameters), torch.autograd.grad(total.mean(), parameters)):
         torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-6)
-
-
-# ---- rendering ----
-
-@pytest.fixture
-def walker():
-    """A walker that can be drawn, in this process; skipped where nothing can draw."""
-    if os.environ.get("MUJOCO_GL") != "egl":
-        pytest.skip("drawing is tested under MUJOCO_GL=egl")
-    env = pixels.PixelEnv(Env("walker-walk", seed=3), size=36, stack=3)
-    yield env
-    env.close()
-
-
-@pytest.mark.slow
-def test_env_stacks_one_frame_per_step(walker):
-    drawn, draw = [], walker._draw
-    walker._draw = lambda: drawn.append(draw()) or drawn[-1]
-    plain = Env("walker-walk", seed=3)
-    plain.reset()
-    obs = walker.reset()
-    assert obs.shape == walker.obs_shape == (9, 36, 36) and obs.dtype == np.uint8 and obs.std() > 5
-    assert (obs[:3] == obs[3:6]).all() and (obs[:3] == obs[6:]).all()
-    for step in range(4):
-        action = walker.random_action()
-        obs, *rest = walker.step(action)
-        assert rest == list(plain.step(action)[1:])  # drawing does not touch the physics
-        np.testing.assert_array_equal(obs, np.concatenate([drawn[max(0, k)] for k in range(step - 1, step + 2)]))
-    assert len(drawn) == 5 and walker.frames == 8
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [0, 1, 2, 7])
-def test_restore_is_exact_and_draws_only_the_last_stack(walker, steps):
-    other = pixels.PixelEnv(Env("walker-walk", seed=3), size=36, stack=3)
-    obs = walker.reset()
-    for _ in range(steps):
-        obs = walker.step(walker.random_action())[0]
-    drawn, draw = [], other._draw
-    other._draw = lambda: drawn.append(draw()) or drawn[-1]
-    np.testing.assert_array_equal(other.restore(walker.state()), obs)
-    assert len(drawn) == min(steps, 2) + 1 and other.frames == walker.frames
-    action = walker.random_action()
-    np.testing.assert_array_equal(other.random_action(), action)
-    for one, two in zip(walker.step(action), other.step(action)):
-        np.testing.assert_array_equal(one, two)
-    other.close()
-
-
-def test_renderer_is_egl_then_osmesa_then_one_line(monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "glfw")
-    assert pixels.choose_renderer() == "glfw"  # the user's choice
-    for libraries, chosen in ((("EGL", "OSMesa"), "egl"), (("OSMesa",), "osmesa")):
-        monkeypatch.delenv("MUJOCO_GL")
-        monkeypatch.setattr(pixels.ctypes.util, "find_library", lambda name: name if name in libraries else None)
-        assert pixels.choose_renderer() == chosen == os.environ["MUJOCO_GL"]
-    monkeypatch.delenv("MUJOCO_GL")
-    monkeypatch.setattr(pixels.ctypes.util, "find_library", lambda name: None)
-    with pytest.raises(ImportError, match="--pixels needs OpenGL: install Mesa's EGL"):
-        pixels.choose_renderer()
