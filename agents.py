@@ -69,6 +69,8 @@ def build_agent(args, obs_dim, action_dim, device, buffer_size=None):
     precision = fast.resolve_precision(args.precision, device)
     compile, graphs, _ = fast.resolve_speed(args.compile, args.cuda_graphs, device)
     check_memory(args, obs_dim, action_dim, device)
+    if args.pixel.pixels:
+        fast.keep_freed_memory()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the topology never changes")  # settings.plan_notes says it in the header
         agent = agent_class(args)(obs_dim, action_dim, module_configs(args), args.agent, total_updates(args), device, args.seed,

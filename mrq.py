@@ -182,7 +182,7 @@ class MRQ(BaseAgent):
         self.info.update(info)
 
     def update_critic_and_actor(self):
-        batch = self.replay.sample(self.config.batch_size, self.config.q_horizon)
+        batch = self.replay.sample(self.config.batch_size, self.config.q_horizon, ends=True)
         zs = self.encode(batch.obs[:, 0])
         losses, td_error, info = self.critic_loss(batch, zs)
         self._step("critic", losses.mean(), clip=self.config.critic_grad_clip)
@@ -236,7 +236,7 @@ class MRQ(BaseAgent):
     def critic_loss(self, batch, zs):
         """Huber loss to the multi-step TD target (the two methods below), for both Q.  Eq. (11)
 
-        zs: (batch, zs) of the first observation. Also returns |δ|, the larger of the two critics': (batch,).
+        batch.obs: from o_t to o_{t+H_Q}, or only these two. zs: (batch, zs) of o_t. Also returns |δ|, the larger of the two critics': (batch,).
         """
         target = self.td_target(batch)  # (batch, 1)
         with torch.no_grad():
@@ -253,7 +253,7 @@ class MRQ(BaseAgent):
         horizon = self.config.q_horizon
         weight = alive_discount(batch.terminated[:, :horizon], self.config.discount)  # (batch, H + 1) γ^k or 0
         returns = (batch.reward[:, :horizon] * weight[:, :-1]).sum(1, keepdim=True)  # (batch, 1)
-        value = self.target_value(self.targets["encoder"].zs(batch.obs[:, horizon]))  # (batch, 1)
+        value = self.target_value(self.targets["encoder"].zs(batch.obs[:, -1]))  # (batch, 1)
         return (returns + weight[:, -1:] * self.target_reward_scale * value) / self.reward_scale
 
     def target_value(self, zs):
@@ -293,8 +293,9 @@ class MRQ(BaseAgent):
         """
         plain = type(self)
         zs = plain.encode(self, batch.obs[:, 0])
+        short = batch._replace(obs=batch.obs[:, :self.config.q_horizon + 1])
         return {"encoder": plain.encoder_loss(self, batch, self.replay.termination_seen)[0],
-                "critic": plain.critic_loss(self, batch, zs)[0], "actor": plain.actor_loss(self, zs)[0]}
+                "critic": plain.critic_loss(self, short, zs)[0], "actor": plain.actor_loss(self, zs)[0]}
 
     def tensors(self):
         return {"reward_scale": self.reward_scale, "target_reward_scale": self.target_reward_scale,

@@ -197,9 +197,9 @@ class ReplayBuffer:
 
     # ---- drawing ----
 
-    def sample(self, batch_size, horizon=None):
+    def sample(self, batch_size, horizon=None, ends=False):
         """Draws `batch_size` subtrajectories of `horizon` transitions (default: the longest) by priority."""
-        return self.gather(self.draw(batch_size), horizon)
+        return self.gather(self.draw(batch_size), horizon, ends)
 
     def draw(self, *shape):
         """First rows of subtrajectories, of this shape: (batch,), or (batches, batch) while no priority changes."""
@@ -213,14 +213,17 @@ class ReplayBuffer:
         block = _draw_from(blocks.sum(1), *shape)  # (batch,)
         return _draw_from(blocks[block], *shape, 1).squeeze(1).add(block, alpha=BLOCK)
 
-    def gather(self, index, horizon=None):
-        """The subtrajectories that start at these rows; index: (batch,)."""
+    def gather(self, index, horizon=None, ends=False):
+        """The subtrajectories that start at these rows; index: (batch,).
+
+        ends: only the first and last observation, o_t and o_{t+H}, as `obs` (batch, 2, *obs_shape).
+        """
         horizon = self.horizon if horizon is None else horizon
         if horizon > self.horizon:
             raise ValueError(f"this buffer keeps subtrajectories of {self.horizon} transitions, not {horizon}")
         rows = (index.unsqueeze(1) + self.steps[:horizon + 1]) % self.capacity  # (batch, H + 1)
         rest = self.rows[rows[:, :-1]]  # (batch, H, action_dim + 3)
-        return Batch(index, self._gather_obs(rows), rest[..., :-3], rest[..., -3], rest[..., -2])
+        return Batch(index, self._gather_obs(rows[:, ::horizon] if ends else rows), rest[..., :-3], rest[..., -3], rest[..., -2])
 
     def update_priority(self, index, td_error):
         """p = max(|δ|, 1)^α for the drawn rows; td_error: (batch,), the larger of the two critics'.  Table 1, LAP

@@ -26,6 +26,8 @@ Comments that begin with "CUDA graph:" mark such lines. `CapturedUpdate` itself 
 update (update counts, schedules), and a step that changes a topology runs uncaptured.
 """
 
+import contextlib
+import ctypes
 import functools
 import gc
 import os
@@ -339,6 +341,17 @@ class CapturedUpdate:
         with torch.cuda.graph(graph, stream=self.stream):  # with its own memory pool; registers the default generator
             function()
         return graph.replay
+
+
+def keep_freed_memory():
+    """Large buffers are reused instead of returned to the system: new pages cost more than the arithmetic on images.
+
+    glibc returns freed blocks above 32 MB at once, and each new page of the next block is a fault, twice as slow in all.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD: only larger blocks have pages of their own
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def usable_cores():

@@ -183,14 +183,14 @@ def regimes_dense(algo, *regimes):
 
 
 def naive_counts(sizes, sparsity):
-    """ER by bisection of ε, then whole numbers by largest remainders. sizes: (out, in) of each layer."""
-    numbers, low, high = [a * b for a, b in sizes], 0.0, 1e6
+    """ER by bisection of ε, then whole numbers by largest remainders. sizes: the shape of each layer's weight."""
+    numbers, low, high = [math.prod(size) for size in sizes], 0.0, 1e6
     wanted = (1 - sparsity) * sum(numbers)
     for _ in range(200):
         middle = (low + high) / 2
-        kept = sum(min(n, middle * (a + b)) for n, (a, b) in zip(numbers, sizes))
+        kept = sum(min(n, middle * sum(size)) for n, size in zip(numbers, sizes))
         low, high = (middle, high) if kept < wanted else (low, middle)
-    shares = [min(n, low * (a + b)) for n, (a, b) in zip(numbers, sizes)]
+    shares = [min(n, low * sum(size)) for n, size in zip(numbers, sizes)]
     counts = [math.floor(share + 1e-6) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
     for layer in by_remainder[:math.floor(wanted + 0.5) - sum(counts)]:

@@ -1,6 +1,7 @@
 """Tests of pixels: stacks against a plain queue, the shift by hand, the encoder against naive convolutions, masks."""
 
 import dataclasses
+import functools
 import json
 from collections import deque
 
@@ -17,7 +18,8 @@ from networks import Encoder
 from pixels import FrameReplayBuffer, PixelEncoder, PixelMRQ, PixelMRSAC, random_shift
 from settings import check, diff_settings, from_config, parse, plan_notes, run_name
 from sparsity import SparseTraining
-from tests.helpers import layer_norm, naive_activation, naive_block_mlp, property_test, refuses
+from tests.helpers import layer_norm, naive_activation, property_test, refuses
+from tests.test_updates import MOVING, UNEQUAL, Naive, Noise, between, double
 
 AGENTS = {"mrq": PixelMRQ, "mrsac": PixelMRSAC}
 
@@ -93,6 +95,14 @@ def test_a_frame_buffer_comes_back_from_what_it_saved(steps):
     assert buffer.rows_since(buffer.position - 4)[1]["frames"].shape == (5, 3, 2, 2)  # only the new frames
 
 
+def test_a_batch_of_ends_holds_the_first_and_the_last_stack():
+    buffer, _ = play_frames(3, 90, 3, 60, 3)
+    rows = buffer.priority.nonzero().flatten()
+    whole, ends = buffer.gather(rows, 2), buffer.gather(rows, 2, ends=True)
+    assert torch.equal(ends.obs, whole.obs[:, [0, 2]])
+    assert all(torch.equal(one, two) for one, two in zip(ends[2:], whole[2:]))
+
+
 def test_frames_are_stored_once_and_what_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr(pixels, "free_memory", lambda device: 22e9)
     buffer = FrameReplayBuffer((9, 84, 84), 6, 1_000_000, device="meta")
@@ -113,6 +123,13 @@ def test_shift_by_hand(monkeypatch):
         padded = np.pad(image[0, 0].numpy(), 2, mode="edge")
         np.testing.assert_array_equal(moved[0, 0], padded[2 + down:7 + down, 2 + right:7 + right])
         assert moved[0, 0, 0, 0] == corner
+
+
+@pytest.mark.parametrize("pad", [1, 4, 9])
+def test_both_forms_of_the_shift_are_the_same(pad):
+    images = torch.randint(0, 256, (50, 6, 8, 7), dtype=torch.uint8)
+    shift = torch.randint(-pad, pad + 1, (2, 50))
+    assert torch.equal(pixels.shift_by_copy(images, shift, pad), pixels.shift_by_index(images, shift, pad))
 
 
 def test_shift_moves_the_frames_of_a_stack_alike_and_stacks_apart():
@@ -235,13 +252,19 @@ def tiny_agent(algo, seed=0, **modules):
                                          **modules.get(name, {})) for name, m in presets.items()}
     config = agent_class.Config(batch_size=16, target_update_freq=4)
     agent = agent_class((9, 36, 36), 2, modules, config, 40, "cpu", seed, buffer_size=200)
-    rng = np.random.RandomState(seed)
-    obs = rng.randint(0, 256, (9, 36, 36), np.uint8)
-    for t in range(60):
-        next_obs = np.concatenate([obs[3:], rng.randint(0, 256, (3, 36, 36), np.uint8)])
-        agent.add(obs, rng.randn(2), rng.rand(), next_obs, False, t % 20 == 19)
-        obs = next_obs
+    fill_with_frames(agent, 60, seed)
     return agent
+
+
+def fill_with_frames(agent, steps, seed):
+    """Random frames, actions and rewards, in episodes of 20 steps. Returns the rewards."""
+    rng, (channels, *size) = np.random.RandomState(seed), agent.replay.obs_shape
+    obs, rewards = rng.randint(0, 256, (channels, *size), np.uint8), rng.rand(steps)
+    for t, reward in enumerate(rewards):
+        next_obs = np.concatenate([obs[3:], rng.randint(0, 256, (3, *size), np.uint8)])
+        agent.add(obs, rng.randn(2), reward, next_obs, False, t % 20 == 19)
+        obs = next_obs
+    return rewards
 
 
 @pytest.mark.parametrize("algo", AGENTS)
@@ -319,38 +342,60 @@ def test_training_shifts_and_metrics_do_not():
     assert agent.replay.shift == 4
 
 
-def test_one_whole_update_against_a_second_implementation(monkeypatch):
-    """The encoder's loss on the shifted stacks, written out in plain steps: Eqs. (7)-(10) from pixels."""
-    agent = tiny_agent("mrq", encoder={"regime": "sst"})
-    agent.update()
-    batch = agent.replay.gather(torch.arange(16), 5)
-    agent.replay.termination_seen.fill_(1.0)
+class NaivePixels(Naive):
+    """Convolutions as products: each output is a flattened patch times a flattened kernel."""
 
-    def zs(encoder, images):
-        x = images.float() / 255 - 0.5
-        for layer in encoder.zs_mlp.convs[::2]:
-            x = torch.nn.functional.elu(torch.nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride))
-        return torch.nn.functional.elu(layer_norm(x.reshape(len(x), -1) @ encoder.zs_mlp.linear.weight.T
-                                                  + encoder.zs_mlp.linear.bias))
+    def zs(self, encoder, obs, seen=None):
+        config = pixels.arch_config(self.modules["encoder"].arch_type)
+        activation, layers, x = naive_activation(config), encoder.zs_mlp, obs / 255 - 0.5
+        for conv in layers.convs[::2]:
+            size = (x.shape[-1] - 3) // conv.stride[0] + 1
+            patches = torch.nn.functional.unfold(x, 3, stride=conv.stride)  # (batch, 9 · channels, positions)
+            x = activation(conv.weight.flatten(1) @ patches + conv.bias.unsqueeze(1)).unflatten(2, (size, size))
+        x = x.flatten(1) @ layers.linear.weight.T + layers.linear.bias
+        return activation(layer_norm(x) if config["use_layer_norm"] else x)
 
-    config, total = pixels.arch_config(6), torch.zeros(16)
-    z = zs(agent.encoder, batch.obs[:, 0])
-    for t in range(5):
-        za = batch.action[:, t] @ agent.encoder.za_linear.weight.T + agent.encoder.za_linear.bias
-        zsa = naive_block_mlp(agent.encoder.zsa_mlp, torch.cat([z, torch.nn.functional.elu(za)], 1), config, "pre")
-        out = zsa @ agent.encoder.model.weight.T + agent.encoder.model.bias
-        done, z, logits = out[:, :1], out[:, 1:-65], out[:, -65:]
-        target = zs(agent.targets["encoder"], batch.obs[:, t + 1])
-        alive = (1 - batch.terminated[:, :t]).prod(1)
-        two_hot = torch.zeros(16, 65)
-        for i, reward in enumerate(batch.reward[:, t]):
-            upper = int((agent.bins <= reward).sum())
-            share = (reward - agent.bins[upper - 1]) / (agent.bins[upper] - agent.bins[upper - 1])
-            two_hot[i, upper - 1], two_hot[i, upper] = 1 - share, share
-        total = total + alive * (-0.1 * (two_hot * logits.log_softmax(1)).sum(1) + (z - target).square().mean(1)
-                                 + 0.1 * (done[:, 0] - batch.terminated[:, t]).square())
-    losses, _ = agent.encoder_loss(batch, agent.replay.termination_seen)
-    torch.testing.assert_close(losses, total, rtol=1e-4, atol=1e-5)
-    parameters = list(agent.encoder.parameters())
-    for one, two in zip(torch.autograd.grad(losses.mean(), parameters), torch.autograd.grad(total.mean(), parameters)):
-        torch.testing.assert_close(one, two, rtol=2e-3, atol=1e-6)
+
+@pytest.mark.parametrize("algo, regimes", [("mrq", ("dst", "d2s", "dst")), ("mrsac", ("d2s", "dst", "s2d"))])
+def test_whole_pixel_update_against_a_second_implementation(algo, regimes, monkeypatch):
+    """Weights, targets, masks and everything logged, over nine updates on shifted stacks."""
+    config = AGENTS[algo].Config
+    modules = {name: dataclasses.replace(module, regime=regime, width_scale=width / 64, sparse_options=MOVING)
+               for (name, module), regime, width in zip(config.presets["mst"].items(), regimes, (4, 1.5, 2))}
+    known = {spec.name for spec in dataclasses.fields(config)}
+    config = config(encoder_horizon=2, q_horizon=3, **{key: value for key, value in UNEQUAL.items() if key in known})
+    torch.manual_seed(3)
+    agent = AGENTS[algo]((6, 33, 33), 2, modules, config, 9, seed=3, buffer_size=100, shift=2)
+    for network in agent.networks.values():
+        for parameter in network.parameters():  # biases that matter
+            parameter.data += 0.1 * torch.randn_like(parameter) * (parameter != 0 if parameter.ndim > 1 else 1)
+    rewards = fill_with_frames(agent, 60, seed=3)
+    for network in (*agent.networks.values(), *agent.targets.values()):
+        network.double()
+    agent.bins = agent.bins.double()
+    naive, noise, drawn, gather = NaivePixels(agent, modules, 9), Noise(monkeypatch), [], agent.replay.gather
+    update_priority = agent.replay.update_priority
+
+    def double_gather(index, horizon=None, ends=False):
+        batch = double(gather(index, horizon, ends))
+        drawn.append(between(batch) if ends else batch)
+        return batch
+
+    monkeypatch.setattr(agent.replay, "gather", double_gather)
+    monkeypatch.setattr(agent.replay, "update_priority", lambda index, error: update_priority(index, error.float()))
+    first_masks = {name: mask.clone() for name, mask in agent.sparse["encoder"].masks.items()}
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7)
+    for _ in range(9):
+        drawn.clear()
+        noise.calls = 0
+        agent.update()
+        noise.calls = 0
+        naive.update(drawn, rewards, 0.0)
+        assert {key: value.mean().item() for key, value in agent.info.items()} == pytest.approx(naive.info, rel=1e-5,
+                                                                                               abs=1e-7)
+        for name, network in naive.networks.items():
+            close(list(agent.networks[name].parameters()), list(network.parameters()))
+            close(list(agent.targets[name].parameters()), list(naive.targets[name].parameters()))
+            assert all(torch.equal(mask, naive.masks[name][n]) for n, mask in agent.sparse[name].masks.items())
+    assert any(not torch.equal(mask, first_masks[name]) for name, mask in agent.sparse["encoder"].masks.items()
+               if "convs" in name)

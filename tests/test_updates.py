@@ -261,6 +261,17 @@ class Naive:
         return info["td_error"]
 
 
+def double(batch):
+    return Batch(batch.index, *(part.double() for part in batch[1:]))
+
+
+def between(batch):
+    """A batch of o_t and o_{t+H}, with NaN as the observations between them."""
+    obs = batch.obs.new_full((len(batch.obs), batch.reward.shape[1] + 1, *batch.obs.shape[2:]), math.nan)
+    obs[:, 0], obs[:, -1] = batch.obs[:, 0], batch.obs[:, 1]
+    return batch._replace(obs=obs)
+
+
 UNEQUAL = {  # no two alike that could be mistaken for one another
     "batch_size": 12, "discount": 0.9, "target_update_freq": 4, "dynamics_weight": 0.7, "reward_weight": 0.3,
     "terminal_weight": 0.5, "encoder_lr": 1e-3, "critic_lr": 2e-3, "actor_lr": 3e-3, "weight_decay": 0.05,
@@ -319,12 +330,12 @@ def test_whole_update_against_a_second_implementation(algo, regimes, settings, m
     naive, noise, drawn = Naive(agent, modules, 14), Noise(monkeypatch), []
     gather, update_priority, horizons = buffer.gather, buffer.update_priority, []
 
-    def double_gather(index, horizon=None):
-        batch = gather(index, horizon)
+    def double_gather(index, horizon=None, ends=False):
+        batch = double(gather(index, horizon, ends))
         assert len(batch.index) == 12
         horizons.append(batch.reward.shape[1])
-        drawn.append(Batch(batch.index, *(part.double() for part in batch[1:])))
-        return drawn[-1]
+        drawn.append(between(batch) if ends else batch)
+        return batch
 
     buffer.gather, buffer.update_priority = double_gather, lambda index, error: update_priority(index, error.float())
     first_masks = {name: {n: mask.clone() for n, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
