@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 GROUP = ("sparsity", "networks", "replay", "base", "mrq")
 ALONE = {  # example -> the files it needs; `envs` and what plays it need the simulator
     "sparsity": (), "networks": (), "replay": (), "metrics": (), "simba": ("networks",), "runtime/checkpoint": (),
-    "envs": (), "runtime/evaluator": ("envs",), "mrq": GROUP, "sac": (*GROUP, "simba"), "stream": (*GROUP,)}
+    "envs": (), "runtime/evaluator": ("envs",), "mrq": GROUP, "sac": (*GROUP, "simba"), "obgd": (), "stream": (*GROUP, "obgd", "online")}
 BLOCKED = ("tyro", "tqdm", "pytest", "hypothesis", "matplotlib")
 
 
@@ -30,7 +30,7 @@ def test_part_runs_alone(name, tmp_path):
         place.parent.mkdir(exist_ok=True)
         place.write_text((HERE / f"{part}.py").read_text())
     blocked = [*BLOCKED, *([] if "envs" in (name, *ALONE[name]) else ["dm_control", "mujoco"]),
-               *([] if name in ("envs", "runtime/evaluator", "stream") else ["scipy"])]
+               *([] if name in ("envs", "runtime/evaluator", "obgd", "stream") else ["scipy"])]
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\n" + example((HERE / f"{name}.py").read_text())
     (tmp_path / "example.py").write_text(code)
     result = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stream import STREAM, STREAM_MST, StreamAC, StreamMLP
+from online import StreamMLP
+from stream import STREAM, STREAM_MST, StreamAC
 
 
 class TensorByTensor(torch.optim.Optimizer):
