@@ -24,6 +24,7 @@ episode), 1 on Gymnasium. This file needs numpy, and dm_control or Gymnasium; co
 import contextlib
 import difflib
 import importlib
+import math
 import numbers
 import os
 import re
@@ -191,13 +192,13 @@ class BaseEnv:
             raise FloatingPointError(f"{self.name} was given the action {action}: the network that chose it diverged")
         if self._ended:
             raise ValueError(f"this episode of {self.name} has ended: call reset() before the next step")
-        control = self._low + (np.clip(action, -1.0, 1.0) + 1.0) / 2.0 * (self._high - self._low)
+        control = self._low + (np.minimum(np.maximum(action, -1.0), 1.0) + 1.0) / 2.0 * (self._high - self._low)
         reward, self._ended = 0.0, True  # unless all goes well
         for _ in range(self.action_repeat):
             raw, frame_reward, terminated, truncated = self._step(control)
             self.frames += 1
             reward += frame_reward
-            if not np.isfinite(reward):
+            if not math.isfinite(reward):
                 raise FloatingPointError(f"the reward of {self.name} is {reward} at frame {self.frames}")
             if terminated or truncated:
                 break
@@ -323,7 +324,7 @@ class DMCEnv(BaseEnv):
             raise PhysicsError(f"{self.name} diverged at frame {self.frames}: {one_line(error)}") from error
 
     def _flatten(self, raw):
-        return np.concatenate([np.ravel(part) for part in raw.values()]).astype(np.float32)
+        return np.concatenate([np.asarray(part).ravel() for part in raw.values()]).astype(np.float32)
 
     def _render(self, height, width):
         return self._env.physics.render(height, width, camera_id=0)  # the task's first camera

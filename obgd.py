@@ -58,12 +58,12 @@ class ObGD(torch.optim.Optimizer):
         for parameter in self.param_groups[0]["params"]:
             if parameter.grad is not None:
                 self.state[parameter]["trace"].mul_(self.param_groups[0]["decay"]).add_(parameter.grad)
-        self.move(delta, self._asum(self.traces), reset)
+        self.move(delta, reset)
 
-    def move(self, delta, norm, reset=False):
-        """The step with the traces as they are. norm: ‖z‖₁. FloatingPointError, and no step, if δ or it is not finite."""
+    def move(self, delta, reset=False):
+        """The step with the traces as they are. FloatingPointError, and no step, if δ or the traces are not finite."""
         group = self.param_groups[0]
-        self.trace_norm = float(norm)
+        self.trace_norm = float(self._asum(self.traces))
         if not math.isfinite(delta * self.trace_norm):
             raise FloatingPointError(f"the TD error is {delta}, and the traces' L1 norm {self.trace_norm}")
         bound = group["kappa"] * group["step_size"] * max(abs(delta), 1.0) * self.trace_norm  # M

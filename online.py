@@ -4,9 +4,8 @@ Guarantees: the numpy code works on the PyTorch weights' own memory and agrees w
 their traces are exactly zero after every update.
 
 With one sample, the gradient of a layer is an outer product, so an update is a handful of vector operations, and the
-overhead of calling them decides the speed of small networks. numpy and BLAS calls cost a microsecond or less, several times
-less than PyTorch's. In wide networks, writing memory decides it: the update therefore goes through the vectors in parts that fit
-the cache. stream.py is the agent; one may read it without this file.
+overhead of calling them decides the speed. numpy and BLAS calls cost a microsecond or less, several times less than
+PyTorch's. stream.py is the agent; one may read it without this file.
 """
 
 import math
@@ -17,7 +16,6 @@ import torch.nn as nn
 from scipy.linalg import get_blas_funcs
 
 NORM_EPS, LEAK = 1e-5, 0.01  # of LayerNorm and LeakyReLU
-PART = 2 ** 15  # weights per part of an update
 
 
 class StreamMLP(nn.Module):
@@ -115,8 +113,8 @@ class Learner:
         self.scores = self.tensors["scores"].numpy()
         self.mask = np.ones_like(optimizer.weights) if sparse.masks else None  # of all parameters, 1 or 0
         self.refresh_mask()
-        self._axpy, self._asum, self._ger = get_blas_funcs(("axpy", "asum", "ger"), (optimizer.weights,))
-        self.parts = list(self._split())
+        self._axpy, self._ger = get_blas_funcs(("axpy", "ger"), (optimizer.weights,))
+        self.trace_views = [(weight.T, bias) for weight, bias in self.fast.views(self.traces)]  # BLAS expects the transpose
 
     def refresh_mask(self):
         if self.mask is not None:
@@ -127,41 +125,20 @@ class Learner:
     def _by_parameter(self, vector):
         return [part for pair in self.fast.views(vector) for part in pair]
 
-    def _split(self):
-        """Parts of the vectors that fit the cache: (slice, [(layer, rows, their traces)])."""
-        start, stop, pieces = 0, 0, []
-        for number, traces in enumerate(self._by_parameter(self.traces)):
-            rows = max(PART // (traces.size // len(traces)), 1)
-            for first in range(0, len(traces), rows):
-                piece = traces[first:first + rows]
-                pieces.append((number // 2, slice(first, first + rows), piece.T))  # BLAS expects the transpose
-                stop += piece.size
-                if stop - start >= PART or stop == self.traces.size:
-                    yield slice(start, stop), pieces
-                    start, pieces = stop, []
-
     def update(self, number, tape, output_gradients, delta, over):
         """Update `number` (1, 2, ...) with the gradients of the loss by the outputs that `tape` belongs to."""
-        optimizer, decay, norm = self.optimizer, self.optimizer.param_groups[0]["decay"], 0.0
-        factors = self.fast.backward(tape, output_gradients)
-        for part, pieces in self.parts:
-            traces = self.traces[part]
-            traces *= decay
-            for layer, rows, piece in pieces:  # z <- γλz + gradient
-                d, x = factors[layer]
-                if piece.ndim == 1:
-                    piece += d[rows]
-                else:
-                    self._ger(1.0, x, d[rows], a=piece, overwrite_a=True)
-            if self.summed:
-                self._axpy(traces, self.scores[part], a=delta)
-            if self.mask is not None:
-                traces = np.multiply(traces, self.mask[part], out=optimizer.traces[part])
-            norm += self._asum(traces)
+        optimizer, factors = self.optimizer, self.fast.backward(tape, output_gradients)
+        self.traces *= optimizer.param_groups[0]["decay"]  # z <- γλz + gradient
+        for (weight, bias), (d, x) in zip(self.trace_views, factors):
+            self._ger(1.0, x, d, a=weight, overwrite_a=True)
+            bias += d
+        if self.summed:
+            self._axpy(self.traces, self.scores, a=delta)
+        if self.mask is not None:
+            np.multiply(self.traces, self.mask, out=optimizer.traces)
         if self.sparse.is_update_step(number):
             self.change_topology(number, factors)
-            norm = self._asum(optimizer.traces)
-        optimizer.move(delta, norm, reset=over)
+        optimizer.move(delta, reset=over)
         if over and self.summed:
             self.traces.fill(0.0)
 

@@ -69,4 +69,4 @@ def test_an_ended_episode_in_replay_and_in_traces():
     assert all(learner.traces.any() for learner in agent.learners.values())
     agent.end_episode()
     assert not any(learner.traces.any() or agent.optimizers[name].traces.any() for name, learner in agent.learners.items())
-    assert not agent.reward_scale.trace.any() and not agent.counted.any()
+    assert not agent.reward_scale.array[0] and not agent.counted.any()

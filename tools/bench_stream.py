@@ -1,9 +1,10 @@
-"""Time of one streaming update next to a plain autograd form of it, in turns within one process.
+"""Time of one streaming update next to a plain autograd form of it, in turns within one process; and of the whole loop.
 
     python tools/bench_stream.py                    # widths 128 and 512, dense and MST
 
 The plain form has the published code's structure: autograd, one tensor after the other, a read for each norm. CPU time, so that
-neighbors slow both. Steps per second of a whole run are in its train.csv: `python train.py --algo stream --env walker-walk`.
+neighbors slow both. Steps per second: acting, walker-walk's simulator and learning, in blocks of 100 steps, the median block
+and the fastest tenth, which neighbors disturb least. A whole run logs its own in train.csv.
 """
 
 import math
@@ -78,14 +79,40 @@ def rounds(width, presets, number=6, updates=60):
     return updates, [(seconds(ours), seconds(plain)) for _ in range(number + 1)][1:]  # the first warms up
 
 
+def loop(width, presets, blocks=30, steps=100):
+    """Steps per second of each block: act, step walker-walk, learn."""
+    modules = {name: dataclasses.replace(module, width_scale=width, sparse_options={"update_interval": 10_000})
+               for name, module in presets.items()}
+    env = StreamAC.Config.make_env("walker-walk")
+    agent, obs = StreamAC(env.obs_dim, env.action_dim, modules, total_updates=100_000), env.reset()
+
+    def block(obs):
+        for _ in range(steps):
+            agent.update_obs_stats(obs)
+            action = agent.act(obs, explore=True)
+            next_obs, reward, terminated, truncated = env.step(action)
+            agent.add(obs, action, reward, next_obs, terminated, truncated)
+            obs = env.reset() if terminated or truncated else next_obs
+        return obs
+
+    speeds = []
+    for _ in range(blocks):
+        begin = time.process_time()
+        obs = block(obs)
+        speeds.append(steps / (time.process_time() - begin))
+    return speeds
+
+
 def main():
     torch.set_num_threads(1)
-    print("| width | | µs per update | plain form | ratio |\n|---|---|---|---|---|")
+    print("| width | | µs per update | plain form | ratio | steps/s, median | fastest tenth |\n|---|---|---|---|---|---|---|")
     for width in (1, 4):
         for name, presets in (("dense", STREAM), ("MST", STREAM_MST)):
             updates, times = rounds(width, presets)
             ours, plain = (1e6 * statistics.median(column) / updates for column in zip(*times))
-            print(f"| {128 * width} | {name} | {ours:.0f} | {plain:.0f} | {plain / ours:.1f} |")
+            speeds = loop(width, presets)
+            print(f"| {128 * width} | {name} | {ours:.0f} | {plain:.0f} | {plain / ours:.1f} | {statistics.median(speeds):,.0f} "
+                  f"| {statistics.quantiles(speeds, n=10)[-1]:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":
