@@ -103,7 +103,7 @@ NOT_STUDIED = (
     ("fig26", "MST scales MR.SAC where plain scaling degrades", RETURN),
 )
 
-PUBLISHED = {"mrq": "MR.Q", "simba": "SAC on SimBa networks"}  # studies that repeat published runs
+PUBLISHED = {"mrq": "MR.Q", "gym": "MR.Q", "simba": "SAC on SimBa networks"}  # studies that repeat published runs
 
 
 def find_arm(figure, words):

@@ -77,6 +77,10 @@ LAPTOP = {
         (Arm("", "this code", {"total_steps": 20000}),), seeds=5, step_ms=200,
         tasks=("cartpole-swingup", "walker-walk", "dog-run", "dog-trot", "humanoid-run", "humanoid-walk"),
         note="Types 4, 4 and 3, dense; 20,000 agent steps, of which 10,000 are random."),
+    "gym": Figure(
+        "MR.Q as published on Gymnasium, where episodes terminate", "curves",
+        (Arm("", "this code", {"total_steps": 20000}),), seeds=3, step_ms=200, tasks=("Hopper-v5", "Walker2d-v5"),
+        note="Types 4, 4 and 3, dense; 20,000 agent steps, of which 10,000 are random; action repeat 1."),
     "simba": Figure(
         "SAC on SimBa networks, as published", "curves",
         (Arm("", "this code", {"algo": "sac", "total_steps": 25000}),), seeds=5, step_ms=210,
