@@ -33,8 +33,6 @@ from envs import Env
 from agents import AGENTS
 from mrq import MRQ
 from replay import ReplayBuffer
-from base import ModuleConfig
-from mrq import MRQConfig, MR_MST
 from settings import defaults, flag_names, parse, run_name, set_setting
 
 REPLAY_AGENTS = [name for name, agent in AGENTS.items() if agent.Config.updates_per_step]  # the others learn in `add`
@@ -129,22 +127,6 @@ def play(seed, capacity, horizon, steps, obs_dim=2, action_dim=1, prioritized=Tr
             episodes.append([])
             row, obs = row + 1, rng.randn(obs_dim)
     return buffer, episodes
-
-
-TINY = MRQConfig(batch_size=16, target_update_freq=4)
-
-
-def tiny(modules=MR_MST, config=TINY, width=1 / 32, seed=0, **options):
-    torch.manual_seed(seed)
-    modules = {name: ModuleConfig(m.arch_type, m.regime, width, 1, sparse_options={"update_interval": 3})
-               for name, m in modules.items()}
-    agent = MRQ(4, 2, modules, config, total_updates=40, seed=seed, buffer_size=1000, **options)
-    agent.replay = filled()
-    return agent
-
-
-def filled(seed=0, steps=300):
-    return play(seed, 400, 5, steps, obs_dim=4, action_dim=2)[0]
 
 
 def dense_two_hot(x, bins):
@@ -433,10 +415,6 @@ def timeless(folder):
     """Both tables without their clocks."""
     return {name: [{k: v for k, v in row.items() if "second" not in k} for row in table(folder, name)]
             for name in ("eval.csv", "train.csv")}
-
-
-def simba(critic, actor, width, depth):
-    return {"critic": ("simba", critic, width, depth), "actor": ("simba", actor, width, depth)}
 
 
 def run_main(module, monkeypatch, capsys, *argv):

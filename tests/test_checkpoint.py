@@ -20,9 +20,8 @@ from tests.helpers import damaged
 
 def some_state():
     generator = torch.Generator().manual_seed(0)
-    return {"weights": {"a": torch.randn(20, 10, generator=generator), "b": torch.ones(3, dtype=torch.bool)},
-            "step": 7, "nan": math.nan, "name": "x", "nothing": None, "scalar": torch.tensor(2.5),
-            "pairs": [(0.9, 0.999)]}
+    return {"weights": {"a": torch.randn(20, 10, generator=generator), "b": torch.ones(3, dtype=torch.bool)}, "step": 7,
+            "nan": math.nan, "name": "x", "nothing": None, "scalar": torch.tensor(2.5), "pairs": [(0.9, 0.999)]}
 
 
 @pytest.mark.slow
@@ -90,18 +89,6 @@ def test_replay_buffer_restored_from_parts_is_equal(capacity, tmp_path):
     assert sum(name.startswith("rows") for name in names) <= (8 if capacity == 40 else 24)
 
 
-@pytest.mark.slow
-def test_last_waits_for_the_save_in_progress(tmp_path, monkeypatch):
-    write, slow = checkpoint.write, threading.Event()
-    monkeypatch.setattr(checkpoint, "write", lambda *given: (slow.wait(10), write(*given))[1])
-    checkpoints = checkpoint.Checkpoints(str(tmp_path))
-    assert checkpoints.last() == "none"
-    checkpoints.save(7000, {"a": torch.ones(3)})
-    assert checkpoints.step is None  # it is being written
-    threading.Timer(0.1, slow.set).start()
-    assert checkpoints.last() == "of step 7,000"
-
-
 class Killed(BaseException):
     """Ends the writer's thread where it stands."""
 
@@ -157,21 +144,30 @@ def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         found.load()
 
 
-def test_a_save_holds_the_state_at_its_call(tmp_path, monkeypatch):
+def saved(folder, *steps):
+    """Checkpoints of these steps."""
+    checkpoints = checkpoint.Checkpoints(str(folder))
+    for step in steps:
+        checkpoints.save(step, {"a": torch.ones(3)}, wait=True)
+    return checkpoints
+
+
+def test_a_save_holds_the_state_at_its_call_and_last_waits_for_it(tmp_path, monkeypatch):
     write, begin = checkpoint.write, threading.Event()
     monkeypatch.setattr(checkpoint, "write", lambda *given: (begin.wait(10), write(*given))[1])
     checkpoints, weights, rows = checkpoint.Checkpoints(str(tmp_path)), torch.ones(3), torch.ones(4)
-    checkpoints.save(1, {"a": weights}, 0, {"x": rows})
-    weights.fill_(7), rows.fill_(7)  # training continues while the file is written
-    begin.set(), checkpoints.wait()
+    assert checkpoints.last() == "none"
+    checkpoints.save(7000, {"a": weights}, 0, {"x": rows})
+    assert checkpoints.step is None  # it is being written
+    weights.fill_(7), rows.fill_(7)  # training continues meanwhile
+    threading.Timer(0.1, begin.set).start()
+    assert checkpoints.last() == "of step 7,000"
     found = checkpoint.Checkpoints(str(tmp_path))
     assert found.load()["a"].tolist() == [1] * 3 and [part["x"].tolist() for _, part in found.rows()] == [[1] * 4]
 
 
 def test_a_resumed_run_keeps_two_checkpoints(tmp_path):
-    checkpoints = checkpoint.Checkpoints(str(tmp_path))
-    for step in (1, 2):
-        checkpoints.save(step, {"a": torch.ones(3)}, wait=True)
+    saved(tmp_path, 1, 2)
     found = checkpoint.Checkpoints(str(tmp_path))
     found.load()
     found.save(3, {"a": torch.ones(3)}, wait=True)
@@ -211,9 +207,8 @@ def test_values_that_the_safe_reader_refuses_are_refused_by_the_caller(name, tmp
 def test_plain_values_of_every_kind_read_back_equal(tmp_path):
     """With tensors of every dtype, as no check by type can promise that PyTorch reads its own files."""
     dtypes = [torch.float64, torch.bfloat16, torch.int16, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
-    content = {"none": None, 1: True, 2.5: -3, "big": 2 ** 80, "nan": math.nan, "text": "\u00fc\ud800",
-               "empty": [(), {}, ""],
-               "nested": [({"a": (1, [2])},)], "ordered": collections.OrderedDict(b=1, a=2), None: 0,
+    content = {"none": None, 1: True, 2.5: -3, "big": 2 ** 80, "nan": math.nan, "text": "\u00fc\ud800", None: 0,
+               "empty": [(), {}, ""], "nested": [({"a": (1, [2])},)], "ordered": collections.OrderedDict(b=1, a=2),
                "parameter": torch.nn.Parameter(torch.ones(2)), "scalar": torch.tensor(1), "nothing": torch.zeros(0, 3),
                "transposed": torch.arange(6.0).view(2, 3).t()} | {str(d): torch.ones(2, 2).to(d) for d in dtypes}
     checkpoints = checkpoint.Checkpoints(str(tmp_path))
@@ -225,8 +220,7 @@ def test_plain_values_of_every_kind_read_back_equal(tmp_path):
 
 @pytest.mark.parametrize("error", [TypeError("a type"), MemoryError(), RuntimeError("cannot\nwrite"), KeyError("x")])
 def test_every_error_of_the_writer_is_reported(error, tmp_path, monkeypatch):
-    checkpoints = checkpoint.Checkpoints(str(tmp_path))
-    checkpoints.save(1, {"a": torch.ones(3)}, wait=True)
+    checkpoints = saved(tmp_path, 1)
 
     def fails(*_):
         raise error
@@ -239,8 +233,7 @@ def test_every_error_of_the_writer_is_reported(error, tmp_path, monkeypatch):
 @pytest.mark.parametrize("damage", ["content", "cut"])
 def test_no_file_is_removed_for_one_that_does_not_read_back(damage, tmp_path, monkeypatch):
     """A disk that takes every byte and returns others. Three saves: two once sufficed to lose the last good one."""
-    checkpoints = checkpoint.Checkpoints(str(tmp_path))
-    checkpoints.save(1, {"a": torch.ones(3)}, wait=True)
+    checkpoints = saved(tmp_path, 1)
     save = torch.save
 
     def damages(whole, file):
@@ -250,8 +243,7 @@ def test_no_file_is_removed_for_one_that_does_not_read_back(damage, tmp_path, mo
         patch.setattr(torch, "save", damages)
         for step in (2, 3, 4):
             checkpoints.save(step, {"a": torch.ones(3)}, wait=True)
-            assert checkpoints.failure == (f"the checkpoint of step {step} could not be written "
-                                           "(the file does not read back as written)")
+            assert f"step {step} could not be written" in checkpoints.failure
         with pytest.raises(OSError, match="does not read back"):
             checkpoints.finish({"step": 4})
     assert os.listdir(tmp_path) == ["checkpoint-000000000001.pt"]
@@ -276,9 +268,7 @@ def test_a_folder_that_cannot_be_synced_is_not_a_failed_save(call, code, tmp_pat
 
 
 def test_files_that_cannot_be_removed_are_reported(tmp_path, monkeypatch):
-    checkpoints = checkpoint.Checkpoints(str(tmp_path))
-    for step in (1, 2):
-        checkpoints.save(step, {"a": torch.ones(3)}, wait=True)
+    checkpoints = saved(tmp_path, 1, 2)
 
     def refuses(path):
         raise PermissionError(errno.EPERM, "Operation not permitted")

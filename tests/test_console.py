@@ -21,7 +21,7 @@ import tqdm
 from base import ModuleConfig
 from mrq import MR_DEFAULT, MR_MST
 from runtime import console
-from tests.helpers import HERE, args_with, count, tiny
+from tests.helpers import HERE, args_with, count, tiny_of
 
 
 @pytest.mark.parametrize("updates, total, terminal, expected", [
@@ -49,7 +49,7 @@ def test_bar_shows_activity_speed_and_time_left(updates, total, terminal, expect
 
 
 def test_header_matches_the_networks():
-    agent, modules = tiny(), {name: dataclasses.replace(m, width_scale=1 / 32) for name, m in MR_MST.items()}
+    agent, modules = tiny_of("mrq")[0], {name: dataclasses.replace(m, width_scale=1 / 32) for name, m in MR_MST.items()}
     lines = console.describe(agent, modules, args_with(seed=4, total_steps=12345), "cpu", "folder").splitlines()
     assert lines[0] == "mrq on dog-run, seed 4, 12,345 agent steps on cpu" and lines[-1].split() == ["writes", "folder"]
     head = count(agent.encoder.model)
@@ -64,7 +64,7 @@ def test_header_matches_the_networks():
 
 
 def test_large_networks_without_residuals_are_noted():
-    agent = tiny()
+    agent = tiny_of("mrq")[0]
     header = lambda modules: console.describe(agent, modules, args_with(), "cpu", "folder")
     large = {name: ModuleConfig(m.arch_type, width_scale=5, depth_scale=5) for name, m in MR_DEFAULT.items()}
     assert "--mst" in header(large) and "--mst" not in header(MR_MST)
@@ -102,6 +102,7 @@ def test_user_errors_become_one_line_and_bugs_a_traceback():
         line = console.error_message(error)
         assert "--scale" in line and "\n" not in line
     assert console.error_message(ValueError("first\nsecond")) == "first"
+    assert console.error_message(MemoryError()).startswith("MemoryError")  # it has no text
     with pytest.raises(RuntimeError, match="shape"):
         console.error_message(RuntimeError("a wrong shape"))
 
@@ -132,7 +133,3 @@ def test_signal_before_training_ends_in_one_line(number, status, tmp_path):
     process.send_signal(number)
     assert process.communicate(timeout=60)[1].startswith("\ntrain.py: stopped") and process.returncode == status
     assert not os.listdir(tmp_path)
-
-
-def test_an_error_without_text_is_named():
-    assert console.error_message(MemoryError()).startswith("MemoryError") and console.error_message(ValueError("a\nb")) == "a"

@@ -68,5 +68,6 @@ def test_an_ended_episode_in_replay_and_in_traces():
         agent.add(obs, agent.act(obs, explore=True), 1.0, obs, False, False)
     assert all(learner.traces.any() for learner in agent.learners.values())
     agent.end_episode()
-    assert not any(learner.traces.any() or agent.optimizers[name].traces.any() for name, learner in agent.learners.items())
+    assert not any(learner.traces.any() or agent.optimizers[name].traces.any()
+                   for name, learner in agent.learners.items())
     assert not agent.reward_scale.array[0] and not agent.counted.any()

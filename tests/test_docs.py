@@ -9,12 +9,14 @@ from agents import AGENTS
 from stream import StreamAC
 from tests.helpers import HERE, tiny_of
 
-LOOP = {"agent_step", "env_frames", "seconds", "return", "return_std", "returns", "steps_per_second", "episode_return"}  # of train.py
+# of train.py
+LOOP = {"agent_step", "env_frames", "seconds", "return", "return_std", "returns", "steps_per_second", "episode_return"}
 
 
 def documented():
     text = (HERE / "docs/training.md").read_text()
-    rows = re.findall(r"^\| (`[^|]+`) \|", text[text.index("### Columns of eval.csv"):text.index("## Stop and resume")], re.MULTILINE)
+    rows = re.findall(r"^\| (`[^|]+`) \|", text[text.index("### Columns of eval.csv"):text.index("## Stop and resume")],
+                      re.MULTILINE)
     return {name for cell in rows for name in re.findall("`([^`]+)`", cell)}
 
 
@@ -45,4 +47,4 @@ def test_docs_name_every_column_and_no_other():
     assert LOOP <= documented()
     for algo, names in written.items():
         assert not names - documented(), f"{algo}: docs/training.md lacks columns"
-    assert not documented() - LOOP - set().union(*written.values()), "docs/training.md names columns that no agent writes"
+    assert not documented() - LOOP - set().union(*written.values()), "docs/training.md has columns that nobody writes"

@@ -83,7 +83,8 @@ def test_unfinished_run_is_evaluated_and_filmed_at_its_newest_checkpoint(tmp_pat
     made = {name: (arguments, named) for name, arguments, named in calls.calls}
     assert made["make_env"][0] == ("cartpole-swingup", 3, 4) and made["threads"][0] == (4,)
     assert made["Evaluator"][0] == ("cartpole-swingup", 2, 11, 4, 3)
-    assert made["film"][0][-2:] == (evaluator.episode_seed(11, 7000, 0), "a.mp4") and "7001.0" in capsys.readouterr().out
+    assert made["film"][0][-2:] == (evaluator.episode_seed(11, 7000, 0),
+                                    "a.mp4") and "7001.0" in capsys.readouterr().out
     del calls.calls[:]
     evaluate.run(evaluate.Args(str(tmp_path), device="cpu"))
     made = {name: arguments for name, arguments, _ in calls.calls}

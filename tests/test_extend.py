@@ -5,8 +5,9 @@ import pytest
 from tests.helpers import in_process, table, timeless
 
 pytestmark = pytest.mark.slow
-FLAGS = ["--env", "cartpole-swingup", "--width-scale", "0.05", "--learning-starts", "45", "--eval-every", "50", "--eval-episodes",
-         "1", "--log-every", "10", "--batch-size", "16", "--target-update-freq", "20", "--update-interval", "15"]
+FLAGS = ["--env", "cartpole-swingup", "--width-scale", "0.05", "--learning-starts", "45", "--eval-every", "50",
+         "--eval-episodes", "1", "--log-every", "10", "--batch-size", "16", "--target-update-freq", "20",
+         "--update-interval", "15"]
 OWN = ["--device", "cpu", "--threads", "1", "--compile", "off"]
 
 

@@ -1,7 +1,6 @@
 """Tests that agents learn a small task."""
 
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -55,6 +54,26 @@ def play_corridor(env, agent, x, first_action=None):
     return rewards
 
 
+def check_actor(env, agent):
+    """From the left, go right and stop short of the edge. An agent that learns nothing gets -4 to -20."""
+    returns = [sum(play_corridor(env, agent, x)) for x in np.linspace(-1, 0, 5)]
+    assert np.mean(returns) > 1, f"actor: returns {returns}"
+
+
+def check_critic(env, agent, q):
+    """Q is the discounted return of a real rollout, where no time limit cuts it short."""
+    predicted, real = [], []
+    for x in np.linspace(-0.9, 0.6, 12):
+        obs = np.array([x, math.sin(3 * x)], np.float32)
+        action = agent.act(obs, explore=False)
+        rewards = play_corridor(env, agent, x, action)
+        rewards += [rewards[-1]] * 40 if len(rewards) == 20 else []  # bootstrapped past the limit
+        real.append(sum(r * 0.9 ** k for k, r in enumerate(rewards)))
+        predicted.append(q(torch.tensor(obs)[None], torch.tensor(action)[None]).item())
+    assert np.corrcoef(predicted, real)[0, 1] > 0.9, f"critic: {predicted} against {real}"
+    assert abs(np.mean(predicted) - np.mean(real)) < 4, f"critic: {predicted} against {real}"
+
+
 @pytest.mark.slow
 def test_mrq_learns_with_all_five_losses():
     """Each loss predicts something of its own, which is compared with the truth."""
@@ -68,11 +87,7 @@ def test_mrq_learns_with_all_five_losses():
     replay, env = ReplayBuffer(2, 1, 5000, agent.config.horizon), Corridor()
     agent.replay = replay
     train_on(env, agent, replay, rng)
-    play_out = functools.partial(play_corridor, env, agent)
-    # Policy: from the left, go right and stop short of the edge. An agent that learns nothing gets -4 to -20.
-    returns = [sum(play_out(x)) for x in np.linspace(-1, 0, 5)]
-    assert np.mean(returns) > 1, f"actor: returns {returns}"
-
+    check_actor(env, agent)
     batch = replay.sample(512)
     with torch.no_grad():
         zs = agent.encoder.zs(batch.obs[:, 0])
@@ -89,19 +104,10 @@ def test_mrq_learns_with_all_five_losses():
     # Reward loss: the expected bin is the reward.
     expected = (logits.softmax(1) * agent.bins).sum(1)
     assert (expected - batch.reward[:, 0]).abs().mean() < 0.8, "reward"
-    # Critic loss: Q is the discounted return of a real rollout, in units of r̄, where no time limit cuts it short.
-    predicted, real = [], []
-    for x in np.linspace(-0.9, 0.6, 12):
-        action = agent.act(np.array([x, math.sin(3 * x)], np.float32), explore=False)
-        rewards = play_out(x, action)
-        rewards += [rewards[-1]] * 40 if len(rewards) == 20 else []  # bootstrapped past the limit
-        real.append(sum(r * 0.9 ** k for k, r in enumerate(rewards)))
-        with torch.no_grad():
-            z = agent.encoder.zs(torch.tensor([[x, math.sin(3 * x)]]).float())
-            q = agent.critic(agent.encoder(z, torch.tensor(action)[None])).mean()
-            predicted.append((q * agent.reward_scale).item())
-    assert np.corrcoef(predicted, real)[0, 1] > 0.9, f"critic: {predicted} against {real}"
-    assert abs(np.mean(predicted) - np.mean(real)) < 4, f"critic: {np.mean(predicted)} against {np.mean(real)}"
+    # Critic loss: in units of r̄.
+    with torch.no_grad():
+        check_critic(env, agent, lambda obs, action: agent.critic(
+            agent.encoder(agent.encoder.zs(obs), action)).mean() * agent.reward_scale)
 
 
 @pytest.mark.parametrize("algo", ["sac", "ddpg"])
@@ -117,17 +123,6 @@ def test_simba_agents_learn(algo):
     replay, env = ReplayBuffer(2, 1, 5000, agent.config.horizon, agent.config.prioritized), Corridor()
     agent.replay = replay
     train_on(env, agent, replay, rng)
-    play_out = functools.partial(play_corridor, env, agent)
-    returns = [sum(play_out(x)) for x in np.linspace(-1, 0, 5)]
-    assert np.mean(returns) > 1, f"actor: returns {returns}"  # an agent that learns nothing gets -4 to -20
-    predicted, real = [], []
-    for x in np.linspace(-0.9, 0.6, 12):
-        obs = np.array([x, math.sin(3 * x)], np.float32)
-        action = agent.act(obs, explore=False)
-        rewards = play_out(x, action)
-        rewards += [rewards[-1]] * 40 if len(rewards) == 20 else []  # bootstrapped past the limit
-        real.append(sum(r * 0.9 ** k for k, r in enumerate(rewards)))
-        with torch.no_grad():
-            predicted.append(agent.critic(agent.normalizer(torch.from_numpy(obs)), torch.from_numpy(action)).item())
-    assert np.corrcoef(predicted, real)[0, 1] > 0.9, f"critic: {predicted} against {real}"
-    assert abs(np.mean(predicted) - np.mean(real)) < 4, f"critic: {predicted} against {real}"
+    check_actor(env, agent)
+    with torch.no_grad():
+        check_critic(env, agent, lambda obs, action: agent.critic(agent.normalizer(obs), action))

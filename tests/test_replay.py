@@ -32,7 +32,8 @@ def test_every_subtrajectory_is_real_and_every_complete_one_is_offered(seed, cap
     for row, part in enumerate(expected[index] for index in sorted(expected)):
         n = len(part)
         for name, column in (("obs", 1), ("action", 2), ("reward", 3)):
-            np.testing.assert_allclose(getattr(batch, name)[row, :n], np.array([step[column] for step in part]), rtol=1e-6)
+            np.testing.assert_allclose(getattr(batch, name)[row, :n], np.array([step[column] for step in part]),
+                                       rtol=1e-6)
         np.testing.assert_allclose(batch.obs[row, n], part[-1][4], rtol=1e-6)
         assert batch.terminated[row, :n].bool().tolist() == [step[5] for step in part]
 
@@ -63,7 +64,8 @@ def test_draws_follow_the_priorities(shape):
     weights[rows] = torch.tensor(rng.choice([1.0, 2.0, 50.0], len(rows)))
     buffer.priority.copy_(weights)
     torch.manual_seed(0)
-    counts = torch.bincount(torch.cat([buffer.draw(*shape).flatten() for _ in range(400)]), minlength=len(weights)).double()
+    counts = torch.bincount(torch.cat([buffer.draw(*shape).flatten() for _ in range(400)]),
+                            minlength=len(weights)).double()
     assert not counts[weights == 0].any()
     for value in (1.0, 2.0, 50.0):
         expected = value / weights.sum() * 400_000 * (weights == value).sum()
@@ -83,7 +85,8 @@ def test_a_draw_of_zero_or_one_never_takes_a_row_without_priority(monkeypatch):
 def test_float32_sums_would_distort_a_million_priorities(monkeypatch):
     buffer = ReplayBuffer(1, 1, 2**20, horizon=1)
     buffer.priority.fill_(1.0)
-    buffer.priority[0], buffer.num_valid = 2.0**36, 1  # a float32 sum that begins so cannot see the million ones after it
+    # a float32 sum that begins so cannot see the million ones after it
+    buffer.priority[0], buffer.num_valid = 2.0**36, 1
     for row in (1, 5000, 700_000, 2**20 - 1):
         share = (2.0**36 + row - 0.5) / (2.0**36 + 2**20 - 1)  # the draw that falls on this row's block
         monkeypatch.setattr(torch, "rand", lambda shape, **kw: torch.full(tuple(shape), share, **kw))
@@ -146,7 +149,8 @@ def test_a_million_dog_run_transitions_fit_and_what_cannot_fit_is_refused(monkey
 
 
 def test_free_memory_is_what_can_be_had(monkeypatch):
-    monkeypatch.setattr("builtins.open", lambda *of: io.StringIO("MemTotal: 900 kB\nMemFree: 5 kB\nMemAvailable: 70 kB\n"))
+    monkeypatch.setattr("builtins.open",
+                        lambda *of: io.StringIO("MemTotal: 900 kB\nMemFree: 5 kB\nMemAvailable: 70 kB\n"))
     free = replay.free_memory(torch.device("cpu"))
     monkeypatch.undo()
     assert free == 70 * 1024

@@ -38,7 +38,8 @@ def note(*words):
     with open(runs / "record", "a") as file:
         print(name, *words, sep="|", file=file)
 step = int(saved.read_text()) if saved.exists() else 0
-note("from", step, *[os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")], *sys.argv[1:])
+variables = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
+note("from", step, *[os.environ.get(name) for name in variables], *sys.argv[1:])
 if os.environ.get("FAIL") == name:
     sys.exit("\\rstep 1\\rtrain.py: the actor has diverged\\n")
 end = 10_000 if os.environ.get("LONG") == name and step == 0 else step + 10
@@ -63,7 +64,8 @@ class Sweeps:
 
     def __init__(self, folder):
         self.folder, self.runs, self.processes = folder, folder / "runs/smoke", []
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "CUDA_", "SLURM_"))}
+        self.env = {name: value
+                    for name, value in os.environ.items() if not name.startswith(("OMP_", "CUDA_", "SLURM_"))}
         self.env |= {"PYTHON": sys.executable}
         for file in [HERE / "sweep.sh", *HERE.glob("*.py")]:
             shutil.copy(file, folder)
@@ -77,8 +79,9 @@ class Sweeps:
 
     def start(self, *flags, **env):
         self.processes.append(subprocess.Popen(
-            ["./sweep.sh", *flags], cwd=self.folder, env=self.env | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)))
+            ["./sweep.sh", *flags], cwd=self.folder, env=self.env | env, stdout=subprocess.PIPE, text=True,
+            stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)))
         return self.processes[-1]
 
     def __call__(self, *flags, **env):
@@ -119,8 +122,9 @@ def sweep(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_runs_each_run_once_and_a_failure_neither_stops_nor_hides_the_rest(sweep, tmp_path):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho 'GPU 1: H100 (UUID: GPU-b)'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho 'GPU 1: H100 (UUID: GPU-b)'\n")
+    tool.chmod(0o755)
     sweep.env["PATH"] = f"{tmp_path}:{sweep.env['PATH']}"
     bad = sweep.names[1]
     status, output = sweep(*GRID, FAIL=bad)
@@ -129,12 +133,14 @@ def test_a_sweep_runs_each_run_once_and_a_failure_neither_stops_nor_hides_the_re
     starts = sweep.record("from")
     assert sorted(name for name, _ in starts) == sorted(sweep.names)
     cores = len(os.sched_getaffinity(0))
-    assert {tuple(rest[1:4]) for _, rest in starts} == {(str(max(1, cores // 2)), "passive", gpu) for gpu in ("GPU-a", "GPU-b")}
+    assert {tuple(rest[1:4]) for _, rest in starts} == {(str(max(1, cores // 2)), "passive", gpu)
+                                                        for gpu in ("GPU-a", "GPU-b")}
     given = {name: rest[4:] for name, rest in starts}
     for name, command in zip(sweep.names, sweep.commands):
         assert given[name] == shlex.split(command) + ["--runs", "runs/smoke", "--name", name, "--resume"]
 
-    status, output = sweep(*GRID, "--jobs", "9", "--", "--wandb-project", "two words")  # the failed one again, and only that
+    # the failed one again, and only that
+    status, output = sweep(*GRID, "--jobs", "9", "--", "--wandb-project", "two words")
     assert status == 0 and "6 of 6" in output and [name for name, _ in sweep.record("from")[6:]] == [bad]
     rest = sweep.record("from")[-1][1]
     assert rest[1] == "1" and rest[rest.index("--wandb-project") + 1] == "two words"
@@ -150,7 +156,8 @@ def test_killed_sweeps_are_continued(sweep):
     output = first.communicate(timeout=60)[0]
     assert first.returncode == 75 and "saving" in output and "failed:" not in output
     saved = sweep.record("saved")
-    assert sweep.names[0] in dict(saved) and all(rest[1:] == [str(int(signal.SIGTERM))] for _, rest in saved)  # told once
+    # told once
+    assert sweep.names[0] in dict(saved) and all(rest[1:] == [str(int(signal.SIGTERM))] for _, rest in saved)
 
     second = sweep.start(*GRID, "--jobs", "2", LONG=sweep.names[-1])
     sweep.wait_for(lambda: sweep.names[-1] in dict(sweep.record("from")))
@@ -170,41 +177,40 @@ def test_two_sweeps_started_together_run_nothing_twice(sweep):
     sweep.check_continuous()
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("fig99",), "fig99"), (("fig11", "--foo"), "unknown option --foo"), (("fig11", "--jobs", "0"), "--jobs must be"),
-    (("--jobs",), "--jobs needs a value"), (("--print",), "which figure?"), (("fig11", "--seeds", "x"), "--seeds x"),
-    (("fig11", "--slurm"), "no sbatch here"), (("fig11", "--", "--sparsity", "7"), "--sparsity must lie in")])
 @pytest.mark.slow
-def test_sweeps_refuse_in_one_line(flags, message, sweep, tmp_path):
+def test_sweeps_refuse_in_one_line(sweep, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("bash", "dirname", "env", "paste", "mkdir", "sed", "nproc"):  # and no sbatch
         (tools / name).symlink_to(shutil.which(name))
-    status, output = sweep(*flags, PATH=str(tools))
-    assert status == 2 and message in output and len(output.splitlines()) == 1, output
-
-
-@pytest.mark.slow
-def test_a_sweep_without_the_packages_says_so(sweep):
-    assert sweep("list", PYTHON="false") == (2, "sweep.sh: false lacks this project's packages: activate its environment, or set PYTHON\n")
+    for flags, message in (
+            ("fig99", "fig99"), ("fig11 --foo", "unknown option --foo"), ("fig11 --jobs 0", "--jobs must be"),
+            ("--jobs", "--jobs needs a value"), ("--print", "which figure?"), ("fig11 --seeds x", "--seeds x"),
+            ("fig11 --slurm", "no sbatch here"), ("fig11 -- --sparsity 7", "--sparsity must lie in")):
+        status, output = sweep(*flags.split(), PATH=str(tools))
+        assert status == 2 and message in output and len(output.splitlines()) == 1, output
+    status, output = sweep("list", PYTHON="false")  # without the packages
+    assert status == 2 and "false lacks" in output and len(output.splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_a_sweep_prints_plain_commands(sweep):
     for flags, more in (((), " --runs runs/smoke"), (("--runs", "some where"), r" --runs some\ where")):
-        assert sweep(*GRID, "--print", *flags)[1].splitlines() == [f"python train.py {command}{more}" for command in sweep.commands]
+        lines = sweep(*GRID, "--print", *flags)[1].splitlines()
+        assert lines == [f"python train.py {command}{more}" for command in sweep.commands]
     assert not sweep.runs.exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("visible, found", [("3,5", ["3", "5"]), ("4,-1,5", ["4"]), ("-1", []), ("", [])])
-def test_a_sweep_takes_the_gpus_that_it_is_given(visible, found, sweep):
-    status, output = sweep(*GRID, "--seeds", "1", CUDA_VISIBLE_DEVICES=visible)
-    assert status == 0 and f"{len(found)} GPU(s)" in output
-    assert {rest[3] for _, rest in sweep.record("from")} == set(found or [visible])
+def test_a_sweep_takes_the_gpus_that_it_is_given(sweep):
+    for visible, found in (("3,5", ["3", "5"]), ("4,-1,5", ["4"]), ("-1", []), ("", [])):
+        status, output = sweep(*GRID, "--seeds", "1", CUDA_VISIBLE_DEVICES=visible)
+        assert status == 0 and f"{len(found)} GPU(s)" in output
+        assert {rest[3] for _, rest in sweep.record("from")} == set(found or [visible])
+        shutil.rmtree(sweep.runs)
 
 
-# SLURM itself: authentication, a controller and one node of two cores on the loopback address, in a folder of their own.
+# SLURM itself: authentication, a controller and one node of two cores on the loopback address, in their own folder.
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -251,8 +257,8 @@ def slurm():
         ports = [port.getsockname()[1] for port in sockets]
         for port in sockets:
             port.close()
-        (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder, user=getpass.getuser(), controller_port=ports[0],
-                                                             node_port=ports[1]))
+        (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder, user=getpass.getuser(),
+                                                             controller_port=ports[0], node_port=ports[1]))
         env = {"PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}
 
         def ask(*command):
@@ -260,12 +266,13 @@ def slurm():
 
         def daemon(*command):
             with open(folder / "log", "a") as log:
-                process = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                process = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log,
+                                           stdin=subprocess.DEVNULL)
             stack.callback(process.wait, 30)
             stack.callback(process.terminate)
 
-        daemon("munged", "--foreground", f"--socket={folder}/munge.socket", *(f"--{what}-file={folder}/munge.{what}"
-                                                                               for what in ("key", "pid", "log", "seed")))
+        daemon("munged", "--foreground", f"--socket={folder}/munge.socket",
+               *(f"--{what}-file={folder}/munge.{what}" for what in ("key", "pid", "log", "seed")))
         daemon("slurmctld", "-D")
         daemon("slurmd", "-D", "-N", "localhost")
         def cancel():
@@ -288,9 +295,11 @@ def test_a_sweep_as_slurm_arrays(slurm, sweep):
     env, ask = slurm
     sweep.env |= env
     long, *_, bad = sweep.names
-    flags = (*GRID, "--slurm", "--jobs", "2", "--time", "1", "--mem=1")  # a minute, which is to be warned of at once: within 30 s
+    # a minute, which is to be warned of at once: within 30 s
+    flags = (*GRID, "--slurm", "--jobs", "2", "--time", "1", "--mem=1")
     status, output = sweep(*flags, LONG=long, FAIL=bad)
-    assert status == 0 and "6 are submitted now" in output and [int(n) for n in re.findall(r": (\d) runs of", output)] == [4, 2]
+    assert status == 0 and "6 are submitted now" in output and [int(n) for n in re.findall(r": (\d) runs of",
+                                                                                           output)] == [4, 2]
     assert "0 are submitted now" in sweep(*flags)[1]  # nothing is queued twice
     first, second = re.findall(r"job (\d+)", output)
     assert f"afterany:{first}_*" in ask("scontrol", "show", "job", second)  # the throttle holds over both arrays
@@ -301,7 +310,8 @@ def test_a_sweep_as_slurm_arrays(slurm, sweep):
     sweep.wait_for(lambda: sweep.record("saved"))
     assert sweep.record("saved")[0][0] == long and sweep.record("saved")[0][1][1:] == [str(int(signal.SIGUSR1))]
     sweep.wait_for(lambda: "BeginTime" in ask("squeue", "--noheader", "--format", "%r"))
-    ask("scontrol", "update", f"JobId={first}_0", "StartTime=now")  # or SLURM waits two minutes before it starts it again
+    # or SLURM waits two minutes before it starts it again
+    ask("scontrol", "update", f"JobId={first}_0", "StartTime=now")
     # Both: on a machine that is busy squeue may get no answer in time, and what it prints is empty, too.
     sweep.wait_for(lambda: len(sweep.record("finished")) == 5 and not ask("squeue", "--noheader"))
     assert max(len([1 for n, _ in sweep.record("from") if n == name]) for name in sweep.names[1:]) == 1
@@ -314,9 +324,9 @@ def test_a_sweep_as_slurm_arrays(slurm, sweep):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("early, end, requeued", [
-    ("", "exit 75", True), ("", "kill -USR1 $$", True), ("", "exit 1", False), ("", "kill -TERM $$", False), ("", "exit 0", False),
-    ("kill -USR1 $PPID", "exit 0", True)])
+@pytest.mark.parametrize("early, end, requeued",
+                         [("", "exit 75", True), ("", "kill -USR1 $$", True), ("", "exit 1", False),
+                          ("", "kill -TERM $$", False), ("", "exit 0", False), ("kill -USR1 $PPID", "exit 0", True)])
 def test_a_task_is_requeued_if_it_was_warned(early, end, requeued, tmp_path):
     """Warned while Python starts, it dies of the warning, and before that it does not begin: it must not be lost."""
     for name, lines in (("scontrol", f'echo "$@" >> {tmp_path}/asked'), ("python", end), ("hostname", early)):
@@ -325,7 +335,9 @@ def test_a_task_is_requeued_if_it_was_warned(early, end, requeued, tmp_path):
     for folder in ("slurm", "logs"):
         (tmp_path / "runs" / folder).mkdir(parents=True)
     (tmp_path / "runs/slurm/sweep.tsv").write_text("other\t--env x\nrun\t--env dog-run\n")
-    env = os.environ | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run(["bash", HERE / "sweep.sh", "--task", tmp_path / "runs/slurm/sweep.tsv", HERE, tmp_path / "python"], env=env)
+    env = os.environ | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1",
+                        "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", HERE / "sweep.sh", "--task", tmp_path / "runs/slurm/sweep.tsv", HERE, tmp_path / "python"],
+                   env=env)
     assert (tmp_path / "runs/logs/run.log").exists() != bool(early)
     assert ((tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else "") == "requeue 7_1\n" * requeued

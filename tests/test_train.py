@@ -1,14 +1,11 @@
 """Tests of the training loop: what happens when, what is recorded, and what stops a run."""
 
 import argparse
-import dataclasses
 import itertools
-import json
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +16,9 @@ import train
 from agents import AGENTS, build_agent
 from envs import Env
 from runtime import console
-from runtime.evaluator import Evaluator
 from runtime.resume import SavedRun, Stopped
 from tests.helpers import (HERE, SHORT, RecordedRun, Recorder, count, flags_to_args, recorded_run, refuses,
-                           regimes_dense, run_main, table, timeless, tiny_of)
+                           run_main, table, timeless, tiny_of)
 
 
 # ---- the loop ----
@@ -91,7 +87,8 @@ def test_evaluations_at_the_start_every_n_steps_and_at_the_end(total, every, met
 
 def test_rows_have_the_density_and_the_speed_of_learning(monkeypatch):
     run = RecordedRun()
-    run.sparse = {"net": argparse.Namespace(density=lambda: 0.25, sparsity=0.75, masks={}, first_masks={}, dynamic=False)}
+    run.sparse = {"net": argparse.Namespace(density=lambda: 0.25, sparsity=0.75, masks={}, first_masks={},
+                                            dynamic=False)}
     monkeypatch.setattr(SavedRun, "seconds", lambda saved: float(len(run.events)))  # a clock that only events move
     recorded_run(monkeypatch, run)
     rows = [row for name, row in run.rows if name == "train"]
@@ -145,47 +142,33 @@ def test_signal_to_a_broken_run_names_the_fault(monkeypatch, capsys):
 # ---- what a run is built from ----
 
 @pytest.mark.slow
-def test_settings_reach_environment_evaluator_replay_networks_and_masks(tmp_path):
-    def build(*flags):
-        folder = str(tmp_path / "_".join(flags))
-        args, env, agent, evaluator, log, _ = train.build(flags_to_args(
-            "--mst", *SHORT[:-2], "--runs", folder, "--device", "cpu", *flags))
-        log._lock.close()
-        return args, env, agent, evaluator
-
-    _, env, agent, evaluator = build("--seed", "7", "--eval-episodes", "3")
-    same = Env("cartpole-swingup", seed=7)
-    assert np.array_equal(env.random_action(), same.random_action()) and np.array_equal(env.reset(), same.reset())
-    hold = lambda obs: np.sin(7 * obs[:, :1])
-    np.testing.assert_array_equal(evaluator(hold, 20), Evaluator("cartpole-swingup", 3, seed=7)(hold, 20))
-    size = lambda replay: (replay.capacity, replay.horizon, replay.prioritized, replay.obs.shape[1])
-    assert size(agent.replay) == (272, 5, True, 5)  # no more rows than the run can fill
-    torch.manual_seed(7)
-    alike = build_agent(flags_to_args("--mst", *SHORT, "--seed", "7"), 5, 1, torch.device("cpu"))
-    masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
-    for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
-        assert torch.equal(a, b)
-    sac = build("--algo", "sac", "--buffer-size", "90")[2]
-    assert size(sac.replay) == (90, 1, False, 5) and sac.sparse["critic"].total_steps == 140
-    other = build_agent(flags_to_args("--mst", *SHORT, "--seed", "8"), 5, 1, torch.device("cpu"))
-    assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
-
-
-def test_modules_have_their_own_seeds():
-    regimes = regimes_dense("mrq", "sst", "dst", "sst")
-    seeds = [sparse.seed for seed in (0, 1) for sparse in tiny_of("mrq", regimes, seed=seed)[0].sparse.values()]
-    assert len(set(seeds)) == 6
-
-
-@pytest.mark.slow
-def test_workers_and_threads_reach_what_uses_them(tmp_path, monkeypatch):
+def test_settings_reach_what_they_set(tmp_path, monkeypatch):
     evaluators, threads = Recorder(), []
     monkeypatch.setattr(train, "Evaluator", evaluators.make)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    train.build(flags_to_args("--mst", *SHORT, "--runs", str(tmp_path), "--eval-workers", "3", "--threads", "5",
-                              "--seed", "4", "--device", "cpu"))
+
+    def build(*flags):
+        _, env, agent, _, log, _ = train.build(flags_to_args(
+            "--mst", *SHORT[:-2], "--runs", str(tmp_path / "_".join(flags)), "--device", "cpu", *flags))
+        log._lock.close()
+        return env, agent
+
+    env, agent = build("--seed", "7", "--eval-episodes", "3", "--eval-workers", "3", "--threads", "5")
     ((_, arguments, _),) = evaluators.calls
-    assert arguments == ("cartpole-swingup", 2, 4, None, 3) and threads == [5]
+    assert arguments == ("cartpole-swingup", 3, 7, None, 3) and threads == [5]
+    same = Env("cartpole-swingup", seed=7)
+    assert np.array_equal(env.random_action(), same.random_action()) and np.array_equal(env.reset(), same.reset())
+    size = lambda replay: (replay.capacity, replay.horizon, replay.prioritized, replay.obs.shape[1])
+    assert size(agent.replay) == (272, 5, True, 5)  # no more rows than the run can fill
+    torch.manual_seed(7)
+    alike, other = (build_agent(flags_to_args("--mst", *SHORT, "--seed", seed), 5, 1, torch.device("cpu"))
+                    for seed in ("7", "8"))
+    masks = lambda one: [mask for sparse in one.sparse.values() for mask in sparse.masks.values()]
+    for a, b in zip([*agent.critic.parameters(), *masks(agent)], [*alike.critic.parameters(), *masks(alike)]):
+        assert torch.equal(a, b)
+    assert not any(torch.equal(a, b) for a, b in zip(masks(agent), masks(other)) if not b.all())
+    sac = build("--algo", "sac", "--buffer-size", "90")[1]
+    assert size(sac.replay) == (90, 1, False, 5) and sac.sparse["critic"].total_steps == 140
 
 
 @pytest.mark.parametrize("algo", ["mrq", "sac"])
@@ -272,29 +255,6 @@ def test_same_seed_same_run_whatever_is_evaluated_and_no_run_is_overwritten(tmp_
     once, more = timeless(tmp_path / "once"), timeless(tmp_path / "more")
     assert once["train.csv"] == more["train.csv"] and once["eval.csv"][-1] == more["eval.csv"][-1]
     assert len(once["eval.csv"]) == 4 and len(more["eval.csv"]) == 14
-
-
-@pytest.mark.slow
-def test_config_records_what_is_needed_to_repeat_the_run(tmp_path, monkeypatch):
-    flags = ["--mst", *SHORT, "--seed", "3", "--critic-regime", "s2d", "--threads", "2", "--runs", str(tmp_path),
-             "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["some/where/train.py", *flags])
-    monkeypatch.setenv("OMP_TEST", "7")
-    args, *_, log, _ = train.build(flags_to_args(*flags))
-    log._lock.close()
-    config = json.loads((Path(log.folder) / "config.json").read_text())
-    plain = json.loads(json.dumps(dataclasses.asdict(args)))
-    assert {key: config[key] for key in plain} == plain and train.from_config(config) == args
-    assert {name: (m["arch_type"], m["regime"], m["width_scale"], m["sparsity"]) for name,
-            m in config["modules"].items()} == {
-        "encoder": (6, "dense", 0.05, 0.6), "critic": (6, "s2d", 0.05, 0.6), "actor": (5, "sst", 0.05, 0.6)}
-    assert config["command"] == ["train.py", *flags]
-    assert (config["device_used"], config["threads_used"], config["compiled"], config["gpu"]) == ("cpu", 2, False, None)
-    versions = config["versions"]
-    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0] and versions["numpy"] == np.__version__
-    assert versions["python"] == sys.version.split()[0] and versions["mujoco"] and versions["dm_control"]
-    assert config["system"] and config["cores"] == os.cpu_count()
-    assert config["environment"]["OMP_TEST"] == "7" and "HOME" not in config["environment"]
 
 
 @pytest.mark.slow
