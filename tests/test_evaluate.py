@@ -99,23 +99,19 @@ def test_states_that_do_not_fit_are_refused():
         refuses(lambda: evaluate.restore(agent, state, "here"), "here")
 
 
-def test_unwanted_metrics_are_nan_and_draw_nothing():
-    agent, buffer = tiny_of("mrq")
-    agent.update()
-    full, sample, drawn = evaluate.measure(agent), buffer.sample, []
-    buffer.sample = lambda size, *more: drawn.append(size) or sample(size, *more)
-    row = evaluate.measure(agent, wanted=False)
-    assert row.keys() == full.keys() and drawn == []
-    for column, value in row.items():  # only what needs no batch
-        assert value == full[column] if column.endswith(("/density", "/parameter_norm")) else math.isnan(value), column
-    assert sum(not math.isnan(value) for value in full.values()) == len(full)
-
-
 @pytest.mark.parametrize("algo", ["mrq", "sac"])
-def test_metrics_before_anything_is_stored_are_nan(algo):
-    agent = tiny_of(algo)[0]
-    agent.replay = type(agent.replay)(4, 2, 400, agent.config.horizon, agent.config.prioritized)
-    row = evaluate.measure(agent)
-    assert row.keys() == evaluate.measure(tiny_of(algo)[0]).keys()
-    known = {column.split("/")[1] for column, value in row.items() if not math.isnan(value)}
-    assert known == {"density", "parameter_norm"}
+def test_metrics_without_a_batch_are_nan(algo):
+    """Unwanted ones, and all before anything is stored: only what needs no batch has values."""
+    (agent, buffer), drawn = tiny_of(algo), []
+    agent.update()
+    full, sample = evaluate.measure(agent), buffer.sample
+    assert not any(math.isnan(value) for value in full.values())
+    buffer.sample = lambda size, *more: drawn.append(size) or sample(size, *more)
+    rows = [evaluate.measure(agent, wanted=False)]
+    agent.replay = type(buffer)(4, 2, 400, agent.config.horizon, agent.config.prioritized)
+    rows.append(evaluate.measure(agent))
+    for row in rows:
+        assert row.keys() == full.keys() and drawn == []
+        for column, value in row.items():
+            known = column.endswith(("/density", "/parameter_norm"))
+            assert value == full[column] if known else math.isnan(value), column

@@ -40,18 +40,12 @@ def test_extending_dst_follows_the_longer_schedule(tmp_path):
     assert [row["agent_step"] for row in table(tmp_path / "more", "eval.csv")][-1] == "200"
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--total-steps", "130"], "--total-steps"), (["--total-steps", "200", "--mst"], "--mst"),
-    (["--total-steps", "200", "--critic-lr", "1"], "--critic-lr")])
-def test_extension_refuses_what_it_cannot_mean(tmp_path, flags, word):
-    run(tmp_path, *FLAGS, "--total-steps", "130", "--name", "short")
-    status, said = run(tmp_path, "--extend", str(tmp_path / "short"), *flags, "--name", "more")
-    assert status == 1 and word in said and not (tmp_path / "more").exists()
-
-
-def test_extension_refuses_ended_schedules_and_missing_checkpoints(tmp_path):
-    run(tmp_path, *FLAGS, "--critic-regime", "d2s", "--total-steps", "130", "--name", "d2s")
-    run(tmp_path, *FLAGS, "--keep-checkpoint", "off", "--total-steps", "130", "--name", "none")
-    for name, word in (("d2s", "Eq. 2"), ("none", "--keep-checkpoint"), ("nowhere", "config.json")):
-        status, said = run(tmp_path, "--extend", str(tmp_path / name), "--total-steps", "200", "--name", "more")
+def test_extension_refuses_what_it_cannot_mean(tmp_path):
+    for name, flags in (("short", []), ("d2s", ["--critic-regime", "d2s"]), ("none", ["--keep-checkpoint", "off"])):
+        run(tmp_path, *FLAGS, *flags, "--total-steps", "130", "--name", name)
+    for name, flags, word in (("short", "130", "--total-steps"), ("short", "200 --mst", "--mst"),
+                              ("short", "200 --critic-lr 1", "--critic-lr"), ("d2s", "200", "Eq. 2"),
+                              ("none", "200", "--keep-checkpoint"), ("nowhere", "200", "config.json")):
+        more = ["--total-steps", *flags.split(), "--name", "more"]
+        status, said = run(tmp_path, "--extend", str(tmp_path / name), *more)
         assert status == 1 and word in said and not (tmp_path / "more").exists()

@@ -193,7 +193,7 @@ def test_grid_files_that_are_refused(tmp_path):
                             ({"arms": {"a": {"critic-regim": "dst"}}},
                              "arm 'a': mrq has no flag critic-regim: did you mean critic-regime?"),
                             ({"arms": {"a": {"critic-regime": "ds"}}}, "arm 'a': "),
-                            ({"arms": {"a": {"seed": 1}}}, "the grid sets seed itself"),
+                            ({"arms": {"a": {"seed": 1}}}, "arm 'a': seed"),
                             ({"arms": {"a": {}, "b": {}}}, "arms a and b have the same flags")):
         (tmp_path / "grid.json").write_text(json.dumps(GRID | change))
         refuses(lambda: grid.read_grid(str(tmp_path / "grid.json")), "grid.json: ", message)

@@ -91,7 +91,7 @@ def test_a_resumed_run_keeps_the_columns_of_the_version_that_started_it(tmp_path
     (folder / "eval.csv").write_bytes(start + b"5,10,0.5,8,2\r\n")  # the second row is newer than the checkpoint
     log = begun(folder, {"eval": {"end": len(start), "waiting": ""}})
     log.write("eval", {"agent_step": 5, "env_frames": 10, "return": 2.5, "critic/dormant_ratio": 0.25,
-                       "critic/srank_q1_max": 8})
+                       "critic/srank_q1_max": 8, "critic/dropped": 3.0})  # that version had no such column
     log.close()
     assert (folder / "eval.csv").read_bytes() == start + b"5,10,0.25,8,2.5\r\n"
 

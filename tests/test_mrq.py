@@ -62,27 +62,21 @@ def test_priorities_stay_finite():
     assert buffer.priority[index].tolist() == pytest.approx([1, 1, 4]) and buffer.max_priority == 4
 
 
-def test_reward_scale_is_1_until_a_reward_is_stored():
+def test_what_is_1_or_0_until_a_reward_or_a_termination_is_stored():
     agent = tiny_of("mrq")[0]
     agent.replay = buffer = ReplayBuffer(4, 2, 400, 5)
+    add = lambda reward, terminated: buffer.add(np.ones(4), np.zeros(2), reward, np.ones(4), terminated, False)
     for _ in range(60):
-        buffer.add(np.ones(4), np.zeros(2), 0.0, np.ones(4), False, False)
+        add(0.0, False)
     agent.refresh_targets()
     assert agent.reward_scale == agent.target_reward_scale == 1
-    buffer.add(np.ones(4), np.zeros(2), -6.1, np.ones(4), False, False)
+    add(-6.1, False)
     agent.refresh_targets()
     assert agent.reward_scale.item() == pytest.approx(0.1) and agent.target_reward_scale == 1
-
-
-def test_terminal_loss_is_0_until_a_termination_is_stored():
-    agent = tiny_of("mrq")[0]
-    agent.replay = buffer = ReplayBuffer(4, 2, 400, 5)
-    for _ in range(60):
-        buffer.add(np.ones(4), np.zeros(2), 1.0, np.ones(4), False, False)
     agent.update()
     done = agent.encoder.model.weight.grad  # its first row
     assert not agent.info["terminal_loss"].any() and not done[0].any() and done[1:].any()
-    buffer.add(np.ones(4), np.zeros(2), 1.0, np.ones(4), True, False)
+    add(1.0, True)
     agent.update_encoder()
     assert agent.info["terminal_loss"].any() and agent.encoder.model.weight.grad[0].any()
 

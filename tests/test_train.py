@@ -17,8 +17,8 @@ from agents import AGENTS, build_agent
 from envs import Env
 from runtime import console
 from runtime.resume import SavedRun, Stopped
-from tests.helpers import (HERE, SHORT, RecordedRun, Recorder, count, flags_to_args, recorded_run, refuses,
-                           run_main, table, timeless, tiny_of)
+from tests.helpers import (HERE, SHORT, RecordedRun, Recorder, count, flags_to_args, in_process, recorded_run, refuses,
+                           run_main, table, timeless, tiny_of, tiny_run)
 
 
 # ---- the loop ----
@@ -255,6 +255,19 @@ def test_same_seed_same_run_whatever_is_evaluated_and_no_run_is_overwritten(tmp_
     once, more = timeless(tmp_path / "once"), timeless(tmp_path / "more")
     assert once["train.csv"] == more["train.csv"] and once["eval.csv"][-1] == more["eval.csv"][-1]
     assert len(once["eval.csv"]) == 4 and len(more["eval.csv"]) == 14
+
+
+@pytest.mark.slow
+def test_train_csv_shows_whether_a_topology_moves(tmp_path):
+    flags = tiny_run("mrq", ("sst", "dst", "dense"))
+    assert in_process([*flags, "--runs", str(tmp_path)], str(tmp_path / "output")) == 0
+    rows = table(tmp_path / "run", "train.csv")
+    assert not {"encoder/dropped", "actor/dropped"} & rows[0].keys()  # only regimes that move have the columns
+    dropped, kept = ([float(row[f"critic/{key}"]) for row in rows] for key in ("dropped", "initial_kept"))
+    assert all(value > 0 for value in dropped)  # an interval of 15 updates ends with each row
+    assert all(0 < value < 1 for value in kept)
+    for row in rows:
+        assert float(row["critic/dropped"]) == float(row["critic/grown"]) >= float(row["critic/regrown"])
 
 
 @pytest.mark.slow
