@@ -11,9 +11,10 @@ from runtime import fast
 from envs import Env
 from tests.helpers import run_main, tiny_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("algo", ["mrq", "ddpg"])
-@pytest.mark.slow
 def test_table_and_csv_with_sizes_and_floor(algo, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     bench.run(bench.Args(algo=algo, env="cartpole-swingup", steps=1, scales=[0.05, 0.06], csv=str(path)),
@@ -59,7 +60,6 @@ def test_each_phase_starts_without_gradients(algo, phases):
 
 
 @pytest.mark.parametrize("algo", ["mrq", "sac"])
-@pytest.mark.slow
 def test_phases_are_weighted_by_their_number_per_step(algo, monkeypatch):
     """With a clock on which everything takes a millisecond, a phase shows how often it happens per agent step."""
     products = set()  # the floor is measured by the agent's own kind of product
@@ -87,7 +87,6 @@ def test_phases_are_weighted_by_their_number_per_step(algo, monkeypatch):
     assert row["gb_per_s"] == pytest.approx(8 * 2 ** 25 / 1e-3 / 1e9)
 
 
-@pytest.mark.slow
 def test_bad_flags_are_refused_before_anything_is_timed(monkeypatch, capsys):
     monkeypatch.setattr(bench, "bench_scale", lambda *_: pytest.fail("timed before it was refused"))
     for flags, word in (("--variants sparse", "sparse"), ("--variants dense+bf16+tf32", "dense+bf16+tf32"),

@@ -14,6 +14,8 @@ from runtime import results
 from runtime.aggregate import moments, welch
 from tests.helpers import run_main
 
+pytestmark = pytest.mark.slow
+
 
 def test_verdicts_follow_from_welchs_interval():
     this, that = np.array([3.0, 5, 4, 6, 4.5]), np.array([1.0, 2, 1.5])
@@ -53,7 +55,6 @@ def write(path, jobs, end, value, steps=6):
     results.save(path, runs, ["return"])
 
 
-@pytest.mark.slow
 def test_a_claim_uses_the_last_evaluations_of_finished_arms(tmp_path):
     jobs = get_jobs(LAPTOP["fig12"])
     center = {"MST (ER, RigL, 0.6)": 10, "uniform": 50, "SET": 9.5}
@@ -68,7 +69,6 @@ def test_a_claim_uses_the_last_evaluations_of_finished_arms(tmp_path):
     assert [row[1] for row in tables.verdicts(tables.Results([str(tmp_path)]))] == ["ER beats uniform"]
 
 
-@pytest.mark.slow
 def test_runs_beside_published_summary_figures(tmp_path):
     write(tmp_path / "mrq-laptop.csv", get_jobs(LAPTOP["mrq"], ["walker-walk"], range(3)), 20000,
           lambda job: 300 + 10 * job.seed)
@@ -108,6 +108,5 @@ def test_tables_between_markers(monkeypatch):
             tables.fill(wrong, "2")
 
 
-@pytest.mark.slow
 def test_documents_are_up_to_date(monkeypatch, capsys):
     assert run_main(tables, monkeypatch, capsys, "--check")[:2] == (0, ["all tables are up to date"])

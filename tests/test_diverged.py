@@ -6,7 +6,7 @@ import pytest
 import train
 from envs import DMCEnv, PhysicsError
 from stream import StreamAC
-from tests.helpers import SHORT, flags_to_args, play, timeless
+from tests.helpers import SHORT, flags_to_args, play
 
 pytestmark = pytest.mark.slow
 
@@ -45,14 +45,6 @@ def test_diverged_steps_are_discarded_and_counted(tmp_path, monkeypatch, capsys)
     starts = np.flatnonzero(replay.priority[:replay.capacity].numpy())
     ends = {int(row) for row in np.flatnonzero(replay.transition.numpy()[:-1] > replay.transition.numpy()[1:])}
     assert ends and all(not any(start <= end < start + 4 for end in ends) for start in starts)  # horizon 5
-
-
-def test_a_run_without_divergence_is_unchanged(tmp_path, monkeypatch):
-    trained(tmp_path / "plain")
-    diverge_at(monkeypatch, 10 ** 9)
-    trained(tmp_path / "watched")
-    (plain,), (watched,) = ((tmp_path / name).iterdir() for name in ("plain", "watched"))
-    assert timeless(plain) == timeless(watched)
 
 
 def test_an_ended_episode_in_replay_and_in_traces():

@@ -13,7 +13,6 @@ import torch
 
 import envs
 import evaluate
-import train
 from runtime import checkpoint, evaluator
 from tests.helpers import Recorder, args_with, in_process, refuses, run_main, table, tiny_of, tiny_run
 
@@ -42,11 +41,6 @@ def test_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
         assert isinstance(line, str) and word in line and "\n" not in line
     (run / "final.pt").write_bytes((run / "final.pt").read_bytes()[:-100])
     assert "final.pt" in evaluated(run)[0]
-
-
-def test_old_flags_of_train_print_the_new_command(monkeypatch, capsys):
-    line = run_main(train, monkeypatch, capsys, "--eval-only", "--checkpoint", "runs/x", "--video", "a.mp4")[0]
-    assert "--eval-only" in line and "python evaluate.py" in line and "\n" not in line
 
 
 def test_film_is_one_episode_at_the_speed_of_the_task():

@@ -13,6 +13,7 @@ from runtime import grid
 from settings import canonical, module_configs, parse, run_name
 from tests.helpers import refuses, run_main
 
+pytestmark = pytest.mark.slow
 FIGURES = figures.FIGURES
 OPTIONS = studies.add_options(argparse.ArgumentParser())
 
@@ -112,7 +113,6 @@ def test_a_part_of_a_study_compares_all_arms():
         assert len({job.arm.panel for job in jobs[:5 * arms]}) == 1
 
 
-@pytest.mark.slow
 def test_number_of_runs():
     eight = 8 * 2  # seeds × tasks
     wanted = {"fig2": 30 * eight, "fig3": 10 * eight, "fig4": 45 * eight, "fig5": 480, "fig6": 90 * eight,
@@ -127,7 +127,6 @@ def test_number_of_runs():
     assert len(set().union(*names.values())) == sum(wanted.values()) - shared
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [(), ("--smoke",), ("--laptop",)])
 def test_names_and_commands_of_every_arm(size):
     options, meant = OPTIONS.parse_args([*size]), {}
@@ -145,7 +144,6 @@ def test_smoke_keeps_everything_but_width_and_length():
                 assert own[:2] + own[3:] == small[:2] + small[3:] and small[2] <= own[2] / 3, name
 
 
-@pytest.mark.slow
 def test_filters_steps_and_further_flags(monkeypatch, capsys):
     def runs(*words):
         lines = run_main(studies, monkeypatch, capsys, "runs", *words)[1]

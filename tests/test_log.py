@@ -63,7 +63,7 @@ def test_full_disk_keeps_whole_rows_and_loses_none(tmp_path):
     log = begun(tmp_path / "run", where)  # back to where two rows were waiting
     log.write("train", row(5))
     assert steps() == [1, 2, 3, 5]
-    with pytest.raises(ValueError, match="must have the columns agent_step, value"):
+    with pytest.raises(ValueError, match="agent_step, value"):
         log.write("train", {"agent_step": 1})
     with pytest.raises(ValueError, match="rows are missing"):
         log.start({"eval": {"end": 10, "waiting": ""}})
@@ -252,13 +252,13 @@ def test_line_ends_that_an_editor_changed_do_not_matter(line_end, tmp_path):
     assert path.read_bytes() == whole and not (tmp_path / "run" / "eval.csv.part").exists()
     log._lock.close()
     path.write_bytes(whole.replace(b"30,", b"30.0,"))
-    with pytest.raises(ValueError, match="eval.csv has other rows .* is within a row"):
+    with pytest.raises(ValueError, match=r"eval.csv.* byte \d+"):
         begun(tmp_path / "run", where)
 
 
 def test_a_folder_that_cannot_be_written_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"file/run cannot be made \(Not a directory\): set another folder with --runs$"):
+    with pytest.raises(OSError, match=r"file/run .*Not a directory.* --runs"):
         RunLog(str(tmp_path / "file" / "run"), {})
     with full_disk(), pytest.raises(OSError, match="config.json cannot be written"):
         RunLog(str(tmp_path / "run"), {"seed": 1})

@@ -14,6 +14,7 @@ from paper.laptop import LAPTOP
 from runtime import results
 from tests.helpers import HERE, flags_to_args, run_main, write_run
 
+pytestmark = pytest.mark.slow
 RESULTS = HERE / "paper/results"
 
 
@@ -24,7 +25,6 @@ def pages(monkeypatch):
     return drawn
 
 
-@pytest.mark.slow
 def test_a_figure_shows_its_runs_and_names_the_rest(tmp_path, monkeypatch, capsys, pages):
     columns, kept = ["return", "critic/srank_q1", "critic/srank_q2", "critic/dormant", "actor/dormant"], {}
     for job in studies.get_jobs(LAPTOP["fig11"], seeds=range(3)):
@@ -71,7 +71,6 @@ def check_layout(page):
     assert all(panel.width < 7 * page.dpi and panel.height < 4 * page.dpi for _, panel in panels)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fig11", "fig13", "mrq"])
 def test_layouts_fit_their_page(name, monkeypatch, capsys, pages, tmp_path):
     status, *_ = run_main(draw, monkeypatch, capsys, name, RESULTS / f"{name}-laptop.csv", "--laptop", "--out",
@@ -100,7 +99,6 @@ def write_arms(folder, *more):
     return folder
 
 
-@pytest.mark.slow
 def test_any_runs_are_arms_labeled_by_flag_and_value(tmp_path, monkeypatch, capsys, pages):
     runs = write_arms(tmp_path / "runs")
     (next(runs.iterdir()) / "train.csv").write_text("agent_step,frames,critic_density\n500,1000,0.4\n1000,2000,0.4\n")
@@ -117,7 +115,6 @@ def test_any_runs_are_arms_labeled_by_flag_and_value(tmp_path, monkeypatch, caps
     assert again == first
 
 
-@pytest.mark.slow
 def test_a_table_compares_finished_runs_with_the_first_arm(tmp_path, monkeypatch, capsys):
     runs = write_arms(tmp_path / "runs")
     unfinished = flags_to_args("--env", "walker-walk", "--total-steps", "20000", "--critic-regime", "dst", "--seed",
@@ -136,7 +133,6 @@ def test_a_table_compares_finished_runs_with_the_first_arm(tmp_path, monkeypatch
     assert len(table) == 3 and table[-1].startswith("| walker-walk | return | these runs | 2 |")
 
 
-@pytest.mark.slow
 def test_what_cannot_be_done_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -152,7 +148,6 @@ def test_what_cannot_be_done_is_refused(tmp_path, monkeypatch, capsys):
         assert message in str(status) and "\n" not in str(status)
 
 
-@pytest.mark.slow
 def test_published_curves_lie_below_ours(tmp_path, monkeypatch, capsys, pages):
     runs = write_arms(tmp_path / "runs")
     rows = [f"walker-walk,{algo},{step},{seed},{step / 1000 + seed}" for algo in "AB" for step in (0, 10000, 90000)

@@ -126,7 +126,7 @@ def test_a_million_dog_run_transitions_fit_and_what_cannot_fit_is_refused(monkey
     monkeypatch.setattr(replay, "free_memory", lambda device: size)
     ReplayBuffer(223, 38, 1_002_000, device="meta")  # what is there is enough
     monkeypatch.setattr(replay, "free_memory", lambda device: 0.999 * size)
-    with pytest.raises(MemoryError, match=r"1,002,000 rows takes 1.\d\d GB, but cpu has 1.\d\d GB"):
+    with pytest.raises(MemoryError, match=r"1,002,000 rows.* 1.\d\d GB.* 1.\d\d GB"):
         ReplayBuffer(223, 38, 1_002_000)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="nothing to draw"):
@@ -218,13 +218,13 @@ def test_the_state_of_another_capacity_is_refused():
     position = small.position
     for capacity in (61, 900, 2000):  # 61 and 900 round up to the same block of priorities as 60
         large, _ = play(0, capacity, 3, 3 * capacity)
-        with pytest.raises(ValueError, match=f"the saved buffer has {capacity:,} rows, this one 60"):
+        with pytest.raises(ValueError, match=f"{capacity:,} rows.* 60"):
             small.load_state_dict(large.state_dict())
         old = {name: value for name, value in large.state_dict().items() if name != "capacity"}
-        with pytest.raises(ValueError, match="another number of rows, this one 60"):
+        with pytest.raises(ValueError, match="rows.* 60"):
             small.load_state_dict(old)
     assert small.position == position
-    with pytest.raises(ValueError, match=r"shapes .*\(3,\).*, this buffer's have .*\(2,\)"):
+    with pytest.raises(ValueError, match=r"\(3,\).*\(2,\)"):
         small.load_rows(0, play(0, 60, 3, 50, obs_dim=3)[0].rows_since(0)[1])
 
 

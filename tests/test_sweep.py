@@ -18,7 +18,7 @@ import pytest
 
 from tests.helpers import HERE
 
-
+pytestmark = pytest.mark.slow
 FAKE_TRAIN = '''
 import fcntl, os, pathlib, signal, sys, time
 flag = lambda name: sys.argv[sys.argv.index(name) + 1]
@@ -120,7 +120,6 @@ def sweep(tmp_path):
             process.kill()
 
 
-@pytest.mark.slow
 def test_a_sweep_runs_each_run_once_and_a_failure_neither_stops_nor_hides_the_rest(sweep, tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-a)'\necho 'GPU 1: H100 (UUID: GPU-b)'\n")
@@ -148,7 +147,6 @@ def test_a_sweep_runs_each_run_once_and_a_failure_neither_stops_nor_hides_the_re
     assert sorted(name for name, _ in sweep.record("finished")) == sorted(sweep.names)
 
 
-@pytest.mark.slow
 def test_killed_sweeps_are_continued(sweep):
     first = sweep.start(*GRID, "--jobs", "2", LONG=sweep.names[0])
     sweep.wait_for(lambda: sweep.record("finished"))
@@ -170,14 +168,12 @@ def test_killed_sweeps_are_continued(sweep):
     sweep.check_continuous()
 
 
-@pytest.mark.slow
 def test_two_sweeps_started_together_run_nothing_twice(sweep):
     together = [sweep.start(*GRID, "--jobs", "2") for _ in range(2)]
     assert {process.wait(60) for process in together} <= {0, 76}
     sweep.check_continuous()
 
 
-@pytest.mark.slow
 def test_sweeps_refuse_in_one_line(sweep, tmp_path):
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -193,7 +189,6 @@ def test_sweeps_refuse_in_one_line(sweep, tmp_path):
     assert status == 2 and "false lacks" in output and len(output.splitlines()) == 1
 
 
-@pytest.mark.slow
 def test_a_sweep_prints_plain_commands(sweep):
     for flags, more in (((), " --runs runs/smoke"), (("--runs", "some where"), r" --runs some\ where")):
         lines = sweep(*GRID, "--print", *flags)[1].splitlines()
@@ -201,7 +196,6 @@ def test_a_sweep_prints_plain_commands(sweep):
     assert not sweep.runs.exists()
 
 
-@pytest.mark.slow
 def test_a_sweep_takes_the_gpus_that_it_is_given(sweep):
     for visible, found in (("3,5", ["3", "5"]), ("4,-1,5", ["4"]), ("-1", []), ("", [])):
         status, output = sweep(*GRID, "--seeds", "1", CUDA_VISIBLE_DEVICES=visible)
@@ -323,7 +317,6 @@ def test_a_sweep_as_slurm_arrays(slurm, sweep):
     assert sweep(*flags) == (0, DONE)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("early, end, requeued",
                          [("", "exit 75", True), ("", "kill -USR1 $$", True), ("", "exit 1", False),
                           ("", "kill -TERM $$", False), ("", "exit 0", False), ("kill -USR1 $PPID", "exit 0", True)])
