@@ -1,8 +1,8 @@
 """Sparse training for any PyTorch module: five regimes, one mask update.
 
-Guarantees: a module trained through `SparseTraining` has exactly the sparsity its regime asks for, at every step. Pruned
-weights and their gradients are exactly zero, and a weight that grows starts at zero with fresh optimizer state. Use that
-cannot keep this is refused in one line; pruned weights that other code has written are cleared, with one warning.
+Guarantees: a module trained through `SparseTraining` has exactly the sparsity that its regime asks for. Pruned weights
+and their gradients are exactly zero, and a weight that grows starts at zero with fresh optimizer state. Use that cannot
+keep this is refused in one line; pruned weights that other code has written are cleared, with one warning.
 
     regime   initial masks    during training                                        paper
     dense    none             nothing                                                Section 2.1
@@ -11,9 +11,9 @@ cannot keep this is refused in one line; pruned weights that other code has writ
     s2d      random, sparse   drop, and grow more than was dropped, until dense      Appendix B.1.3, Eq. (2)
     d2s      dense            drop more than is grown, until sparse                  Appendix B.1.3, Eq. (2)
 
-Paper: "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv 2510.12096), Section
-2.1 and Appendix B.1. License: MIT, Copyright (c) 2026 The authors of this repository. Copy this file into your project: it
-needs only torch. Masks simulate sparsity: the arithmetic stays dense, so they save neither time nor memory.
+Paper: "Rethinking the Role of Dynamic Sparse Training for Scalable Deep Reinforcement Learning" (arXiv 2510.12096).
+License: MIT, Copyright (c) 2026 The authors of this repository. Copy this file into your project: it needs only torch.
+Masks simulate sparsity: the arithmetic stays dense and saves neither time nor memory.
 
     import copy, torch
     from sparsity import SparseTraining
@@ -21,31 +21,18 @@ needs only torch. Masks simulate sparsity: the arithmetic stays dense, so they s
     model = torch.nn.Sequential(torch.nn.Linear(8, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     sparse = SparseTraining(model, optimizer, "dst", sparsity=0.6, total_steps=500, update_interval=50)
-    for step in range(1, 501):
-        x = torch.randn(64, 8)
-        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+    target = copy.deepcopy(model).requires_grad_(False)  # in an RL loop: starts as sparse as its model
+    for step in range(1, 501):  # counts the module's own updates
+        obs, next_obs = torch.randn(2, 64, 8)
+        td_error = model(obs) - (obs.sum(1, keepdim=True) + 0.1 * target(next_obs))
         optimizer.zero_grad()
-        loss.backward()
-        sparse.after_backward(step)  # changes the masks when due, then masks the gradients; clip after this
-        optimizer.step()
-    print(f"loss {loss.item():.3f},", sparse)
-
-In an RL loop, count the module's own updates, and use no other module's loss. A target network starts as sparse as its
-model, but a soft target still averages weights that were dropped since; `apply_masks` clears them:
-
-    target = copy.deepcopy(model).requires_grad_(False)
-    sparse = SparseTraining(model, optimizer, "dst", sparsity=0.6, total_steps=200, update_interval=20)
-    for update in range(1, 201):
-        obs, reward, next_obs = torch.randn(64, 8), torch.randn(64, 1), torch.randn(64, 8)
-        td_error = model(obs) - (reward + 0.99 * target(next_obs))
-        optimizer.zero_grad()
-        td_error.square().mean().backward()
-        changed = sparse.after_backward(update)
+        td_error.square().mean().backward()  # the module's own loss only
+        if sparse.after_backward(step):  # changes the masks when due, then masks the gradients; clip after this
+            sparse.apply_masks(target)  # a soft target still averages weights that were dropped since
         optimizer.step()
         for average, weight in zip(target.parameters(), model.parameters()):
             average.lerp_(weight.detach(), 0.005)
-        if changed:
-            sparse.apply_masks(target)
+    print(f"error {td_error.abs().mean():.3f},", sparse)
 """
 
 import copy
@@ -67,13 +54,11 @@ GROWTHS = ("gradient", "random")
 def layer_densities(shapes, sparsity, distribution="er"):
     """Density of each layer such that all layers together keep exactly `1 - sparsity` of their weights.
 
-    shapes: one weight shape per layer in PyTorch's order: (out, in), or (out, in, height, width) for a convolution.
-    distribution: "uniform", the same density in every layer; "er", Erdős–Rényi, density = ε·(sum of the shape's sides) /
-        (their product), which keeps small layers denser than large ones. Appendix B.1.1, items 1 and 2.
-    Returns a float in [0, 1] per layer. Raises ValueError for a sparsity outside [0, 1) or an unknown distribution.
+    shapes: weight shapes in PyTorch's order: (out, in), or (out, in, height, width) for a convolution.
+    distribution: "uniform", the same density in every layer; "er", Erdős–Rényi, density = ε·(sum of the sides) / (their
+        product), which keeps small layers denser than large ones. Appendix B.1.1, items 1 and 2.
     """
-    _require(distribution in DISTRIBUTIONS, f"unknown distribution {distribution!r}: choose one of {DISTRIBUTIONS}")
-    _require(0 <= sparsity < 1, f"sparsity is the fraction of weights pruned and must lie in [0, 1), not {sparsity}")
+    _check_choices(sparsity=sparsity, distribution=distribution)
     if distribution == "uniform" or sparsity == 0:  # at sparsity 0, ε·ratio can round to 1 + 1e-10
         return [1.0 - sparsity] * len(shapes)
 
@@ -111,59 +96,59 @@ def update_mask(weight, grad, mask, drop_fraction, num_active=None, grow="gradie
     """Algorithm 1 for one layer: drop the smallest active weights, grow the most promising of the rest.
 
     weight, grad, mask: tensors of one shape; mask is bool, True where a weight is active; grad is the dense gradient.
-    drop_fraction: ζ_t, the fraction of active weights to drop, in [0, 1].
-    num_active: number of active weights afterwards (default: as many as now). Fewer makes D2S, more makes S2D.
+    drop_fraction: ζ_t, the fraction of active weights to drop. num_active: how many are active afterwards (default: as
+        many as now); fewer makes D2S, more makes S2D.
     grow: "gradient" (RigL: largest |gradient|) or "random" (SET; drawn from `generator`, on the generator's device).
     generator: if given, gradients of 0 rank in random order. All other ties go to the lower index.
-    active: number of active weights now, if known: it saves a device read.
-    Returns the new bool mask and changes nothing. Raises ValueError for shapes or counts that do not fit.
+    active: how many are active now, if known: it saves a device read. Returns the new mask and changes nothing.
     """
     mask = mask.bool()
     active = int(mask.sum()) if active is None else active
     num_active = active if num_active is None else num_active
-    _check_update(weight, grad, mask, drop_fraction, num_active, grow)
+    _check_choices(grow=grow)
+    _require(weight.shape == grad.shape == mask.shape and 0 <= drop_fraction <= 1 and 0 <= num_active <= mask.numel(),
+             f"drop_fraction={drop_fraction} is not in [0, 1], num_active={num_active} not in [0, {mask.numel()}], or "
+             f"shapes differ: {weight.shape}, {grad.shape}, {mask.shape}")
     # Line 8. With a sparsity schedule, drop at least as many as the new count asks for.
     kept = active - max(math.floor(drop_fraction * active), active - num_active)
     # Line 9. Inactive weights rank below every active one: an active weight may itself be 0.
     keep = _largest(_magnitude(weight).masked_fill(~mask, -1.0), kept)
     # Line 10. Everything not kept competes, including the weights just dropped, as in the published RigL.
-    promise = _uniform(weight, generator) if grow == "random" else _magnitude(grad, generator)
+    promise = _uniform(weight.shape, generator, weight.device) if grow == "random" else _magnitude(grad, generator)
     return keep | _largest(promise.masked_fill(keep, -2.0), num_active - kept)  # line 11
 
 
 class SparseTraining:
     """Draws a module's masks, applies them throughout training, and changes them as the regime asks.
 
-    module: any `nn.Module`. It masks the trainable weights of linear, convolution, embedding, attention and recurrent
+    module: any `nn.Module`. Masks the trainable weights of linear, convolution, embedding, attention and recurrent
         layers (MASKED_LAYERS); never biases, norms, or what is frozen now.
-    optimizer: the `torch.optim` optimizer that trains the module, or a list of several. Its state follows the masks: SGD,
-        Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, Rprop, ASGD, and Adafactor, whose moments are of
-        rows and columns and stay. Refused: Muon, LBFGS, SparseAdam, 8-bit state, and an `eps` that is 0 in the weights'
-        precision. One from elsewhere must not move weights without gradient and state. "dense" and "sst" take None.
-    regime, sparsity: see the table above; the fraction of weights pruned always (sst, dst), at first (s2d) or at last (d2s).
-    total_steps: T, the number of updates this module gets in all. Required for dst, s2d and d2s: it sets both schedules.
+    optimizer: the `torch.optim` optimizer that trains the module, or a list of several. Its state follows the masks:
+        SGD, Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, Rprop, ASGD, and Adafactor, whose moments
+        are of rows and columns and stay. Refused: Muon, LBFGS, SparseAdam, 8-bit state, and an `eps` that is 0 in the
+        weights' precision. Others must not move weights without gradient and state. "dense" and "sst" take None.
+    regime, sparsity: as above; the fraction of weights pruned always (sst, dst), at first (s2d) or at last (d2s).
+    total_steps: T, the number of updates this module gets in all. dst, s2d and d2s need it.
     update_interval: ΔT, updates between topology changes. Not in the paper; 1000 as in published sparse SAC.
     distribution, grow: "er" or "uniform"; "gradient" (RigL) or "random" (SET).
-    drop_fraction_start, drop_fraction_end: ζ at steps 0 and T, Eq. (1). Not in the paper; 0.5 to 0 as in sparse SAC. From
-        0, D2S is pure magnitude pruning; otherwise gradients decide which of the weights it drops return.
-    schedule_start, schedule_end, schedule_power: when s_t begins and ends to change, as fractions of T (not in the paper),
-        and λ (2 in the paper), Eq. (2).
-    seed: of the masks' own generator; the global one is untouched. By default it is derived from the weights: equal
-        after the same `torch.manual_seed`, different for different modules.
+    drop_fraction_start, drop_fraction_end: ζ at steps 0 and T, Eq. (1); from the same SAC. From 0, D2S is pure
+        magnitude pruning; otherwise gradients decide which of the weights it drops return.
+    schedule_start, schedule_end, schedule_power: of s_t, Eq. (2), as fractions of T (not in the paper), and λ.
+    seed: of the masks. By default it follows from the weights: equal after the same `torch.manual_seed`.
     exclude, include: what to leave dense, and what to mask as well: names ("encoder.0", "0.weight"), kinds of layer
-        (nn.Conv2d), layers, or tensors, one or a list. An included (n, out, in) counts as n matrices. NoisyLinear's sigma
-        shares the mask of its mean.
+        (nn.Conv2d), layers, or tensors, one or a list. An included (n, out, in) counts as n matrices. NoisyLinear's
+        sigma shares the mask of its mean.
 
-    Masks are kept here and not in the module, so its `state_dict` keys do not change. Stored weights are masked: a deep
-    copy or a hard target update is sparse too. Known and small: Adam counts steps per tensor, so a newly grown weight has
-    zero moments and a large step count. Its first moves are 3 to 7 times the learning rate.
+    Masks are kept here and not in the module: its `state_dict` keys do not change, and a deep copy or a hard target is
+    sparse too. Adam counts steps per tensor, so that the first moves of a new weight are 3 to 7 learning rates.
     """
 
     def __init__(self, module, optimizer, regime, sparsity=0.6, total_steps=None, update_interval=1000,
                  distribution="er", grow="gradient", drop_fraction_start=0.5, drop_fraction_end=0.0,
                  schedule_start=0.2, schedule_end=0.8, schedule_power=2.0, seed=None, exclude=(), include=()):
         self.module, self.optimizer, self.regime, self.seed = module, optimizer, regime, seed
-        self.total_steps, self.update_interval, self.distribution, self.grow = total_steps, update_interval, distribution, grow
+        self.total_steps, self.update_interval = total_steps, update_interval
+        self.distribution, self.grow = distribution, grow
         self.drop_fraction_start, self.drop_fraction_end = drop_fraction_start, drop_fraction_end
         self.schedule_start, self.schedule_end, self.schedule_power = schedule_start, schedule_end, schedule_power
         _check_settings(self, sparsity)
@@ -171,12 +156,13 @@ class SparseTraining:
         self.initial, self.final, self.dynamic = {
             "dense": (0.0, 0.0, False), "sst": (sparsity, sparsity, False), "dst": (sparsity, sparsity, True),
             "s2d": (sparsity, 0.0, True), "d2s": (0.0, sparsity, True)}[regime]
-        self.start, self.end = round(schedule_start * (total_steps or 0)), max(1, round(schedule_end * (total_steps or 0)))
-        self.sparsity, self.last_step = self.initial, 0  # s_t of the masks now; the latest step given to `update_topology`
-        self.masks, self.active = {}, {}  # weight's name -> bool tensor, True where active; -> how many are, on the host
-        self.first_masks, self.last_update = {}, {}  # by name too: masks before any change; what the latest change did
+        self.start, self.end = (round(fraction * (total_steps or 0)) for fraction in (schedule_start, schedule_end))
+        self.sparsity, self.last_step = self.initial, 0  # s_t of the masks now; latest step given to `update_topology`
+        self.masks, self.active = {}, {}  # by weight's name: bool tensor, True where active; how many are, on the host
+        self.first_masks, self.last_update = {}, {}  # by name: masks before any change; what the latest change did
         self.waiting = []  # names of the layers whose change waits for a usable gradient
-        self._leaders, self._matrices, self._warned = {}, {}, set()  # name -> whose mask it has; -> how many matrices it is
+        self._leaders, self._matrices = {}, {}  # by name: whose mask it has; how many matrices it stacks
+        self._own_seed, self._unstepped, self._warned = seed is None, 0, set()
         if regime != "dense":
             self._draw_masks(sparsity, exclude, include)
 
@@ -192,80 +178,81 @@ class SparseTraining:
     def update_topology(self, step, scores=None):
         """Drops and grows if `step` crosses a multiple of the update interval. Returns whether it did.
 
-        step: number of this module's updates, this one included: 1, 2, ... It may skip multiples of the interval, as the
-        steps of a delayed module do. Call it after `backward` and before `mask_gradients`: the dense gradients in `.grad`
-        rank growth, so they must come from the module's own loss only. A layer whose gradient ranks nothing (missing, all
-        zero, or not finite) changes at the next step that has a usable one.
-        scores: weight's name -> dense tensor of its shape that ranks growth instead of the gradient.
+        step: number of this module's updates, this one included: 1, 2, ... It may skip some, as the steps of a delayed
+        module do. Call it after `backward` and before `mask_gradients`: growth is ranked by the dense gradients, which
+        must come from the module's own loss only, or by `scores` (weight's name -> dense tensor). A layer that nothing
+        ranks (its gradient is missing, all zero, or not finite) changes as soon as something does.
         """
         step = _whole_step(step)
-        begins = self._begins_change(step)
-        self._check_weights(step, begins or bool(self.waiting))
+        due = self._is_due(step)
+        self._check_weights(step, due or self.waiting)
         self.last_step = step
-        if not (begins or self.waiting):
+        if not self.dynamic or not (due or self.waiting):
             return False
-        late = self.waiting
-        if begins:
-            self.sparsity = scheduled_sparsity(step, self.initial, self.final, self.start, self.end, self.schedule_power)
-        counts = self._counts(self.masks, self.sparsity)  # Eq. (2), with ER solved anew for s_t
-        if begins:  # a layer that is dense before and after would only regrow what it drops
-            self.waiting = [n for n, mask in self.masks.items() if not self.active[n] == counts[n] == mask.numel()]
-            if stuck := [name for name in self.waiting if name in late]:
-                self._warn("stuck", f"the topology of {stuck[0]} stands still: its gradients since the last interval were missing, "
-                           "zero or not finite. Call update_topology between backward and zero_grad, or exclude the layer")
+        if due:
+            self.sparsity = scheduled_sparsity(step, self.initial, self.final, self.start, self.end,
+                                               self.schedule_power)  # Eq. (2), with ER solved anew for s_t
+        counts = self._counts(self.masks, self.sparsity)
+        if due:  # a layer that is dense before and after would only regrow what it drops
+            late, self.waiting = self.waiting, [name for name, mask in self.masks.items() if not (
+                self.active[name] == counts[name] == mask.numel())]
+            for name in set(late) & set(self.waiting):
+                self._warn("stuck", f"the topology of {name} stands still, as its gradients are missing, zero or not "
+                           "finite: call update_topology between backward and zero_grad, or exclude the layer")
         zeta = drop_fraction(step, self.total_steps, self.drop_fraction_start, self.drop_fraction_end)  # Eq. (1)
         weights = {name: weight for name, weight, _ in self._tensors()}
-        usable = self._usable(weights, scores)
-        for number, name in enumerate(self.waiting):
-            if name in usable:
-                generator = self._generator(step, number, weights[name].device)
-                self._change(name, weights, usable[name], zeta, counts[name], generator)
-        self.waiting = [name for name in self.waiting if name not in usable]
-        return bool(usable) or not self.waiting
+        ranks = {name: self._score(name, weights[name], scores) for name in self.waiting}
+        for number, (name, score) in enumerate(ranks.items()):
+            if score is not None:
+                self._change(name, weights, score, zeta, counts[name], self._generator(step, number, score.device))
+        self.waiting = [name for name, score in ranks.items() if score is None]
+        return len(self.waiting) < len(ranks) or not ranks
 
     def _change(self, name, weights, score, zeta, count, generator):
         """One layer's topology change, and the record of it."""
-        weight, mask, active, first = weights[name], self.masks[name], self.active[name], self.first_masks[name]
-        new_mask = update_mask(weight, score, mask, zeta, count, self.grow, generator, active)
-        # Line 12. A weight dropped and regrown at once is in both masks: it keeps its value and moments. Others start anew.
+        mask, active, first = self.masks[name], self.active[name], self.first_masks[name]
+        new_mask = update_mask(weights[name], score, mask, zeta, count, self.grow, generator, active)
+        # Line 12. A weight dropped and regrown at once is in both masks: its value and moments stay. Others start anew.
         for follower in [other for other, leader in self._leaders.items() if leader == name]:
             self._reset_pruned(weights[follower], mask & new_mask)
         dropped = max(math.floor(zeta * active), active - count)
-        left, kept, size = _read(mask & ~new_mask, first & new_mask, first)
+        left, kept, first = _read(mask & ~new_mask, first & new_mask, first)
         self.last_update[name] = {"dropped": dropped, "grown": count - active + dropped, "regrown": dropped - left,
-                                  "initial_kept": kept / max(1, size)}
+                                  "initial_kept": kept / max(1, first)}
         mask.copy_(new_mask)  # in place: a captured graph reads this tensor
         self.active[name] = count
-
-    def is_update_step(self, step):
-        """Whether `update_topology(step)` would change anything."""
-        return bool(self.waiting) or self._begins_change(_whole_step(step))
-
-    def _begins_change(self, step):  # at the schedule's end as well, or D2S would stop short of its final sparsity
-        return self.dynamic and (self._crosses_interval(step) or self.initial != self.final and self.last_step < self.end <= step)
-
-    def _crosses_interval(self, step):
-        return step // self.update_interval > self.last_step // self.update_interval
 
     @torch.no_grad()
     def mask_gradients(self):
         """Zeroes the gradients of pruned weights. Before clipping: they must not count towards the norm."""
+        compiling = torch.compiler.is_compiling()
+        if not self.last_step and not compiling:  # `update_topology`, which checks, may never be called
+            self._unstepped += 1
+            self._check_weights(self._unstepped, self._unstepped % self.update_interval == 0)
         for _, weight, mask in self._tensors():
             if weight.grad is not None:
                 _zero_pruned(weight.grad, mask)
-                if not torch.compiler.is_compiling():
-                    weight.grad._masked_version = weight.grad._version  # `_usable` asks whether topology came first
+                if not compiling:
+                    weight.grad._masked = weight.grad._version, weight._version  # `_score` asks what came first
+
+    def is_update_step(self, step):
+        """Whether `update_topology(step)` would change anything."""
+        return self.dynamic and (bool(self.waiting) or self._is_due(_whole_step(step)))
+
+    def _is_due(self, step):  # at the schedule's end as well, or D2S would stop short of its final sparsity
+        return (step // self.update_interval > self.last_step // self.update_interval
+                or self.initial != self.final and self.last_step < max(1, self.end) <= step)
 
     # ---- reading, copying, saving ----
 
     @torch.no_grad()
     def apply_masks(self, module=None):
-        """Zeroes in `module` what is pruned here: this module (default), or one of the same layout, such as a soft target.
+        """Zeroes in `module` what is pruned here: this module (default), or one of the same layout, such as a target.
 
         Either may be wrapped by torch.compile, DataParallel or AveragedModel. ValueError for another layout.
         """
         module = self.module if module is None else module
-        theirs = _plain_parameters(module)
+        theirs = _plain(dict(module.named_parameters()))
         pairs = [(theirs.get(name), mask) for name, _, mask in self._tensors()]
         _require(all(weight is not None and weight.shape == mask.shape for weight, mask in pairs),
                  f"parameter names or shapes of {type(module).__name__} differ from the masked module's")
@@ -275,35 +262,38 @@ class SparseTraining:
     @torch.no_grad()
     def set_optimizer(self, optimizer):
         """Follows this optimizer (or list) from now on: one built anew, or built after parameters were replaced."""
-        self.optimizer = optimizer
-        self._take_over()
+        self.optimizer, self._checked = optimizer, False
+        OWNERS.update((weight, weakref.ref(self)) for _, weight, _ in self._tensors())
+        for weight, mask in self._check_trained().values():
+            self._reset_pruned(weight, mask)
+        self._versions = {name: weight._version for name, weight, _ in self._tensors()}
 
     def density(self):
         """Fraction of the module's maskable weights that are active: 1.0 if it is dense."""
-        total = sum(mask.numel() for mask in self.masks.values())
-        return sum(self.active.values()) / total if total else 1.0
+        return sum(self.active.values()) / sum(mask.numel() for mask in self.masks.values()) if self.masks else 1.0
 
     def layer_densities(self):
         """Weight's name -> fraction of it that is active; empty for regime "dense"."""
         return {name: self.active[name] / mask.numel() for name, mask in self.masks.items()}
 
     def movement(self):
-        """What topology changes did, as floats, without a device read; NaN before the first. Per layer: `last_update`.
+        """What the layers' latest topology changes did, in all; by layer: `last_update`. NaN before the first.
 
-        dropped, grown: how many weights each layer's latest change dropped and grew (Algorithm 1, lines 9 and 10);
-        regrown: dropped and grown back at once; initial_kept: fraction of the first masks that is still active.
+        dropped, grown: weights (Algorithm 1, lines 9 and 10); regrown: of these, dropped and grown back at once;
+        initial_kept: fraction of the first masks that is still active. Reads nothing from the device.
         """
-        first = self._counts(self.masks, self.initial) if self.last_update else {}
-        kept = sum(n * self.last_update.get(name, {}).get("initial_kept", 1.0) for name, n in first.items())
-        return {key: float(sum(layer[key] for layer in self.last_update.values())) if first else math.nan
-                for key in ("dropped", "grown", "regrown")} | {"initial_kept": kept / sum(first.values()) if first else math.nan}
+        records, first = self.last_update, self._counts(self.masks, self.initial)
+        kept = [n * records[name]["initial_kept"] if name in records else n for name, n in first.items()]
+        totals = {key: sum(record[key] for record in records.values()) for key in ("dropped", "grown", "regrown")}
+        totals["initial_kept"] = sum(kept) / max(1, sum(first.values()))
+        return {key: float(value) if records else math.nan for key, value in totals.items()}
 
     def __repr__(self):
         """A table of layers, shapes and densities."""
-        rows = [(name, "x".join(map(str, self.masks[name].shape)), density) for name, density in self.layer_densities().items()]
+        rows = [(name, "x".join(map(str, self.masks[name].shape)), d) for name, d in self.layer_densities().items()]
         rows.append(("all", str(sum(mask.numel() for mask in self.masks.values())), self.density()))
-        return "\n".join([f"SparseTraining of {type(self.module).__name__}: {self.regime}, step {self.last_step}"]
-                         + [f"  {name:<30} {shape:>16}  density {density:.4f}" for name, shape, density in rows])
+        return f"SparseTraining of {type(self.module).__name__}: {self.regime}, step {self.last_step}" + "".join(
+            f"\n  {name:<30} {shape:>16}  density {density:.4f}" for name, shape, density in rows)
 
     def state_dict(self):
         """Tensors and plain values: masks (bool), seed, schedule and progress. Names are the unwrapped module's."""
@@ -312,15 +302,13 @@ class SparseTraining:
 
     def _schedule(self):
         names = ("total_steps", "update_interval", "distribution", "grow", "drop_fraction_start", "drop_fraction_end",
-                 "initial", "final", "schedule_start", "schedule_end", "schedule_power")  # the last three: if it changes
-        return {name: getattr(self, name) for name in names[:8 if self.initial == self.final else None] if self.dynamic}
+                 "initial", "final", "schedule_start", "schedule_end", "schedule_power")  # the last three: if s_t moves
+        return {name: getattr(self, name) for name in names[:8 if self.initial == self.final else 11] if self.dynamic}
 
     @torch.no_grad()
     def load_state_dict(self, state):
         """Restores what `state_dict` returned and clears what it prunes: load the module and the optimizer before.
-
-        ValueError, before anything changes, if it belongs to another regime, layout, sparsity, distribution or schedule.
-        """
+        ValueError, before anything changes, if it belongs to another regime, layout, sparsity or schedule."""
         masks = self.check_state_dict(state)
         self.last_step, self.sparsity, self.seed = state["last_step"], state["sparsity"], state["seed"]
         # States of older versions have no first masks; they follow from the seed.
@@ -330,68 +318,72 @@ class SparseTraining:
                 mask.copy_(saved[name])
         self.active = {name: int(mask.sum()) for name, mask in masks.items()}
         self.waiting, self.last_update = list(state.get("waiting", [])), copy.deepcopy(state.get("last_update", {}))
-        self._take_over()
+        self.set_optimizer(self.optimizer)
 
     def check_state_dict(self, state):
         """ValueError for a state that `load_state_dict` would not accept. Returns its masks by this object's names."""
-        _require(state["regime"] == self.regime,
-                 f"the saved masks are for regime {state['regime']!r}, this module trains {self.regime!r}")
         masks = state["masks"]
         if masks.keys() != self.masks.keys():  # older versions saved a wrapper's names
-            masks = dict(zip(_plain_names(masks), masks.values()))
-        saved, own = ({name: tuple(mask.shape) for name, mask in each.items()} for each in (masks, self.masks))
-        odd = [name for name in saved | own if saved.get(name) != own.get(name)]
-        _require(not odd, f"the saved masks do not fit this module, first at {odd[:1]}")
-        saved, own = state.get("schedule", {}), self._schedule()
-        odd = [f"{key}={saved[key]} (here {own.get(key)})" for key in saved if saved[key] != own.get(key)]
-        _require(not odd, f"the masks were saved under {', '.join(odd)}: build with that, or delete state['schedule'] to change it")
+            masks = _plain(masks)
+        own = {"regime": self.regime} | self._schedule() | {name: mask.shape for name, mask in self.masks.items()}
+        saved = {name: mask.shape for name, mask in masks.items()} | state.get("schedule", self._schedule()) | {
+            "regime": state["regime"]}
+        odd = [f"{key}={saved.get(key)} (here {own.get(key)})" for key in own | saved if saved.get(key) != own.get(key)]
+        _require(not odd, f"the saved masks have {', '.join(odd[:3])}: build with that; to change only the schedule, "
+                 "delete state['schedule']")
         low, high = sorted((self.initial, self.final))
         wanted = self._counts(masks, state["sparsity"]) if low <= state["sparsity"] <= high else {}
-        _require(all(mask.sum() == wanted.get(name) for name, mask in masks.items() if name not in state.get("waiting", ())),
+        _require(all(mask.sum() == wanted.get(n) for n, mask in masks.items() if n not in state.get("waiting", ())),
                  "the saved masks do not match this sparsity and distribution")
         return masks
 
-    # ---- masks, weights and optimizer state ----
-
     def _draw_masks(self, sparsity, exclude, include):
         weights, self._leaders, self._matrices, dense = _choose_weights(self.module, exclude, include)
-        _check_counts(self, self._counts(weights, sparsity), weights)
+        counts = self._counts(weights, sparsity)
+        least = min(counts, key=counts.get)
+        _require(counts[least], f"{least} keeps no weight at this sparsity: lower the sparsity, or exclude it")
         if dense:
             self._warn("dense", f"left dense: {', '.join(dense)}; mask them by include=, or confirm by exclude=")
-        self._own_seed = self.seed is None
+        if self.dynamic and sparsity > 0:
+            most = max((n for name, n in counts.items() if n < weights[name].numel()), default=math.inf)
+            zetas = [drop_fraction(step, self.total_steps, self.drop_fraction_start, self.drop_fraction_end)
+                     for step in (self.update_interval, self.total_steps - self.total_steps % self.update_interval)]
+            if self.update_interval > self.total_steps or self.regime == "dst" and max(zetas) * most < 1:
+                self._warn("static", f"the topology never changes{'' if self.regime == 'dst' else ' before the end'}: "
+                           f"lower update_interval ({self.update_interval}), or raise total_steps ({self.total_steps})")
         if self._own_seed:
             self.seed = hash(tuple(value for weight in weights.values() for value in weight.flatten()[:64].tolist()))
         self.masks, self.active = self._first_masks(weights), self._counts(weights, self.initial)
         self.first_masks = copy.deepcopy(self.masks) if self.dynamic else {}
-        self._take_over()
+        self.set_optimizer(self.optimizer)
 
     def _first_masks(self, weights):
         """Exact counts, never Bernoulli draws; drawn on the CPU, so that every device has the same masks."""
         generator, counts = torch.Generator().manual_seed(self.seed), self._counts(weights, self.initial)
-        return {name: _largest(_uniform(weight, generator, "cpu"), counts[name]).to(weight.device)
+        return {name: _largest(_uniform(weight.shape, generator, "cpu"), counts[name]).to(weight.device)
                 for name, weight in weights.items()}
 
     def _counts(self, weights, sparsity):
-        """Active weights per layer, exact in sum: shares are rounded down, the largest remainders up. weights: by name."""
-        copies = [self._matrices[name] for name in weights]  # n matrices are n layers of one density
-        shapes = [tuple(w.shape) if n == 1 else tuple(w.shape[-2:]) for w, n in zip(weights.values(), copies)]
-        densities = layer_densities([shape for shape, n in zip(shapes, copies) for _ in range(n)], sparsity, self.distribution)
-        shares = [densities[sum(copies[:layer])] * w.numel() for layer, w in enumerate(weights.values())]
-        counts = [math.floor(share + 1e-6) for share in shares]
-        missing = math.floor((1.0 - sparsity) * sum(weight.numel() for weight in weights.values()) + 0.5) - sum(counts)
-        by_remainder = sorted(range(len(shares)), key=lambda layer: counts[layer] - shares[layer])
-        for layer in by_remainder[:max(0, missing)]:
-            counts[layer] += 1
-        return dict(zip(weights, counts))
+        """Active weights per layer, exact in sum: shares are rounded down, the largest remainders up."""
+        layers = [(name, weight.shape if self._matrices[name] == 1 else weight.shape[-2:])
+                  for name, weight in weights.items() for _ in range(self._matrices[name])]
+        densities = layer_densities([shape for _, shape in layers], sparsity, self.distribution)
+        shares = {name: density * weights[name].numel() for (name, _), density in zip(layers, densities)}
+        counts = {name: math.floor(share + 1e-6) for name, share in shares.items()}
+        total = math.floor((1.0 - sparsity) * sum(weight.numel() for weight in weights.values()) + 0.5)
+        by_remainder = sorted(counts, key=lambda name: counts[name] - shares[name])
+        for name in by_remainder[:max(0, total - sum(counts.values()))]:
+            counts[name] += 1
+        return counts
 
     def _tensors(self):
         """(name, weight, mask) of all masked weights. Looked up at each use: `.to` and loading replace parameters."""
-        parameters = _plain_parameters(self.module) if self.masks else {}
+        parameters = _plain(dict(self.module.named_parameters())) if self.masks else {}
         for name, leader in self._leaders.items():
             weight, mask = parameters.get(name), self.masks[leader]
             if weight is None or weight.shape != mask.shape:
-                raise RuntimeError(f"{name} is gone or has another shape: its layer was replaced, tied, pruned or parametrized "
-                                   "after SparseTraining was built; build it after that")
+                raise RuntimeError(f"{name} is gone or has another shape: build SparseTraining after layers are "
+                                   "replaced, tied, pruned or parametrized")
             if mask.device != weight.device:  # the module has moved: the masks follow
                 self.masks[leader] = mask = mask.to(weight.device)
             yield name, weight, mask
@@ -399,69 +391,62 @@ class SparseTraining:
     def _reset_pruned(self, weight, kept):
         """Where not `kept`, sets the weight to 0 and its optimizer state to that of a new weight."""
         _zero_pruned(weight, kept)
-        for optimizer in _optimizers(self.optimizer):
-            group = next((g for g in optimizer.param_groups if any(weight is p for p in g["params"])), {})
-            for key, state in getattr(optimizer, "state", {}).get(weight, {}).items():  # exp_avg, momentum_buffer, ...
+        for _, group, states in _trainers(self.optimizer, weight):
+            for key, state in states.items():  # exp_avg, momentum_buffer, ...
                 if torch.is_tensor(state) and state.shape == weight.shape:
                     _zero_pruned(state, kept)
                     if initial := group.get(INITIAL_STATE.get(key), 0):
                         state.masked_fill_(~kept, complex(initial, initial) if state.is_complex() else initial)
 
     def _generator(self, step, number, device):
-        """For one layer at one step: there is no state to save, and a resumed run draws the same numbers.
-
-        On the weights' device: drawing 150 million numbers on the CPU would stall a GPU for a second. So devices differ in
-        what they grow at random; rounding makes their weights differ anyway.
-        """
+        """For one layer at one step: a resumed run draws the same numbers, without a state to save. On the weights'
+        device, as drawing 150 million numbers on the CPU would stall a GPU for a second."""
         return None if device.type == "meta" else torch.Generator(device).manual_seed(hash((self.seed, step, number)))
 
-    # ---- guards ----
-
-    def _take_over(self):
-        """Checks that weights and optimizer can follow the masks, and clears what these prune."""
-        tensors = list(self._tensors())
-        self._checked = False
-        OWNERS.update((weight, weakref.ref(self)) for _, weight, _ in tensors)
-        _check_trained(self, tensors)
-        for _, weight, mask in tensors:
-            self._reset_pruned(weight, mask)
-        self._versions = {name: weight._version for name, weight, _ in tensors}
+    def _check_trained(self):
+        """name -> (weight, mask). ValueError if the optimizer does not train a weight, or moves its pruned entries."""
+        tensors = {name: (weight, mask) for name, weight, mask in self._tensors()}
+        _require(_optimizers(self.optimizer) or not self.dynamic, f"{self.regime} needs the optimizer, to reset state")
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        _require(not (tensors and self._own_seed and parallel and torch.distributed.get_world_size() > 1),
+                 "each process would draw masks of its own: give SparseTraining the same seed in all of them")
+        for name, (weight, _) in tensors.items():
+            _check_weight(name, weight, self.optimizer)
+            _require(OWNERS.get(weight, lambda: self)() in (self, None),
+                     f"{name} is also masked by a SparseTraining built later: exclude it from one, or keep only one")
+        return tensors
 
     def _check_weights(self, step, due):
-        """At the first step, at topology changes, and once per interval in between: refuses weights that the optimizer no
-        longer trains, and clears pruned ones that are not 0. Only here and at changes does training read from the device."""
-        if not self.masks:
+        """At the first step, at topology changes and once per interval. Reads from the device only when due."""
+        _require(step >= self.last_step or not self.masks, f"step {step} comes after step {self.last_step}: count "
+                 "updates over the whole training, not per epoch; load_state_dict goes back")
+        if not self.masks or self._checked and not due or (
+                torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return
-        _require(step >= self.last_step, f"step {step} comes after step {self.last_step}: count updates over the whole training, "
-                 "not per epoch; load_state_dict goes back to an earlier state")
-        due = due or self._crosses_interval(step)
-        if not due and self._checked or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return
-        tensors = list(self._tensors())
-        _check_trained(self, tensors)
-        written = [(name, weight, mask) for name, weight, mask in tensors if due or weight._version != self._versions[name]]
-        for (name, weight, mask), count in zip(written, _read(*((weight != 0) & ~mask for _, weight, mask in written))):
-            if count:
+        for name, (weight, mask) in self._check_trained().items():
+            count = _read((weight != 0) & ~mask)[0] if due or weight._version != self._versions[name] else 0
+            if count or not self._checked:  # the first time in any case: `weight.data` has no version
                 self._reset_pruned(weight, mask)
-                self._warn("written", f"{count} pruned weights of {name} were not 0 at step {step} and were cleared. List all "
-                           "optimizers of the module, call set_optimizer() for a new one, and apply_masks() after writing weights")
+            if count:
+                self._warn("written", f"{count} pruned weights of {name} were not 0 at step {step}, and are now. List "
+                           "all optimizers, call set_optimizer() for a new one and apply_masks() after writing weights")
         self._checked = True
 
-    def _usable(self, weights, scores):
-        """name -> what ranks growth, for the waiting layers where it can. RuntimeError if the gradients are masked already."""
+    def _score(self, name, weight, scores):
+        """What ranks a layer's growth, or None if it has to wait. RuntimeError for a gradient masked already."""
         if self.grow == "random":
-            return {name: weights[name] for name in self.waiting}
-        ranks = {name: weights[name].grad if scores is None else scores[name] for name in self.waiting}
-        ranks = {name: score for name, score in ranks.items() if score is not None}
-        informs = _read(*(score.isfinite().all() & (score != 0).any() for score in ranks.values()))
-        ranks = {name: score for (name, score), informative in zip(ranks.items(), informs) if informative or score.is_meta}
-        for name, score in ranks.items():
-            writes = score._version - getattr(score, "_masked_version", -9)  # since it was masked; clipping is one
-            if self.active[name] < score.numel() and (
-                    writes == 0 or writes == 1 and not any(_read((score != 0) & ~self.masks[name]))):
-                raise RuntimeError("the gradients are masked already and cannot rank growth: call update_topology before "
-                                   "mask_gradients and optimizer.step, or after_backward instead of both")
-        return ranks
+            return weight
+        score = weight.grad if scores is None else scores.get(name)
+        if score is None or not (score.is_meta or any(_read(score.isfinite().all() & (score != 0).any()))):
+            return None
+        masked, trained = getattr(score, "_masked", (None, None))  # versions of gradient and weight when it was masked
+        # Clipping writes a gradient once; before an optimizer step, all that may happen to it is scaling.
+        scaled = masked is not None and (score._version == masked + 1 or weight._version == trained)
+        if self.active[name] < score.numel() and (
+                score._version == masked or scaled and not any(_read((score != 0) & ~self.masks[name]))):
+            raise RuntimeError("the gradients are masked already and cannot rank growth: use after_backward, or call "
+                               "update_topology before mask_gradients and optimizer.step")
+        return score
 
     def _warn(self, kind, message):
         if kind not in self._warned:
@@ -484,23 +469,25 @@ def _largest(scores, count):
 
 
 def _magnitude(tensor, generator=None):
-    """|tensor|, finite, so that counts stay exact. With a generator, zeros become random numbers in (-1, 0]: they rank last
-    as before, and among themselves at random, as position says nothing about a weight."""
+    """|tensor|, finite, so that counts stay exact. With a generator, zeros become random numbers in (-1, 0]: they rank
+    last as before, and among themselves at random, as position says nothing about a weight."""
     scores = torch.nan_to_num(tensor.detach().abs())
-    return scores if generator is None else scores.where(scores != 0, -_uniform(tensor, generator).to(scores))
+    if generator is None:
+        return scores
+    return scores.where(scores != 0, -_uniform(tensor.shape, generator, tensor.device).to(scores))
 
 
-def _uniform(like, generator, device=None):
+def _uniform(shape, generator, device):
     """Random scores in float64: float32 has 2^24 values, too few to rank a layer of millions without ties."""
-    drawn = torch.rand(like.shape, dtype=torch.float64, generator=generator, device=generator.device if generator else like.device)
-    return drawn.to(like.device if device is None else device)
+    place = device if generator is None else generator.device
+    return torch.rand(shape, dtype=torch.float64, generator=generator, device=place).to(device)
 
 
 def _zero_pruned(tensor, mask):
     """tensor ⊙ mask, in place, on the bits as integers: NaN × 0 is NaN, but a NaN's bits times 0 are 0.0.
 
-    Vectorized; `masked_fill_` with a random mask takes 30 times as long on a CPU. There PyTorch first writes the mask out as
-    integers: in pieces, these stay in the cache, which is six times faster again for millions of weights.
+    `masked_fill_` with a random mask takes 30 times as long on a CPU. There PyTorch first writes the mask as integers:
+    in pieces, these stay in the cache, which is six times faster again for millions of weights.
     """
     if tensor.is_complex():
         tensor, mask = torch.view_as_real(tensor.detach()), mask.unsqueeze(-1).expand(*mask.shape, 2)  # (..., 2)
@@ -519,186 +506,147 @@ def _read(*flags):
 
 # ---- guards: what can be masked, and by whom it may be trained ----
 
-# Chosen by kind of layer: by number of dimensions, LayerNorm([4, 8]) and attention's bias_k would be masked. What one
-# tensor stacks (q, k and v, or a GRU's gates) counts as one weight.
+# By kind of layer: by number of dimensions, LayerNorm([4, 8]) and attention's bias_k would be masked. What one tensor
+# stacks (q, k and v, or a GRU's gates) counts as one weight.
 MASKED_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention,
                  nn.RNNBase, nn.RNNCellBase)
 MASKED_NAMES = re.compile(r"weight|in_proj_weight|[qkv]_proj_weight|weight_(ih|hh|hr)(_l\d+(_reverse)?)?")
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 # Muon orthogonalizes matrices, LBFGS mixes the steps of all weights, SparseAdam needs sparse gradients.
-REFUSED_OPTIMIZERS = ("Muon", "LBFGS", "SparseAdam")
+REFUSED_OPTIMIZERS = {"Muon", "LBFGS", "SparseAdam"}
 INITIAL_STATE = {"step_size": "lr", "sum": "initial_accumulator_value"}  # Rprop's and Adagrad's do not start at 0
 OWNERS = WeakTensorKeyDictionary()  # weight -> weak reference to the latest SparseTraining that masks it
-OLD_NAMES = {"leave_out": "exclude", "power": "schedule_power", "drop_initial": "drop_fraction_start",
-             "drop_final": "drop_fraction_end"}  # keyword arguments that were renamed
 
 
 def maskable_weights(module, exclude=(), include=()):
-    """name -> weight that SparseTraining masks; `exclude` and `include` as there. ValueError for what masks cannot follow."""
+    """name -> weight that SparseTraining masks; `exclude` and `include` as there. ValueError if masks cannot follow."""
     return _choose_weights(module, exclude, include)[0]
 
 
 def _choose_weights(module, exclude, include):
     """(name -> weight, name -> whose mask it has, name -> number of matrices, names of matrices left dense)."""
-    excluded, included = (set().union(*_find(module, choices)) for choices in (exclude, include))
-    masked, means, dense = {}, {}, {}  # by id, as two layers may share one weight: its matrices, its mean; by name: its id
-    for path, layer in module.named_modules():
-        standard = isinstance(layer, MASKED_LAYERS) and path not in excluded
-        if standard:
+    _require(isinstance(module, nn.Module), f"module must be an nn.Module, not a {type(module).__name__}")
+    wanted = list(_find(module, include))  # by id, as layers may share a weight
+    included, excluded = (set().union(*(ids for _, ids in found)) for found in (wanted, _find(module, exclude)))
+    trained = {name: weight for name, weight in _plain(dict(module.named_parameters())).items()
+               if weight.requires_grad and id(weight) not in excluded}
+    names = {id(weight): name for name, weight in trained.items()}
+    leaders, matrices = {}, {}
+    for path, layer in sorted(module.named_modules(), key=lambda named: isinstance(named[1], MASKED_LAYERS)):
+        standard = isinstance(layer, MASKED_LAYERS)
+        if standard and any(id(weight) in names for weight in layer.parameters()):
             _check_layer(path or type(layer).__name__, layer)
-        for short, weight in layer._parameters.items():
-            name = f"{path}.{short}" if path else short
-            if weight is None or not weight.requires_grad or name in excluded:
+        own = {key: weight for key, weight in layer._parameters.items() if id(weight) in names}
+        for key, weight in own.items():
+            name = names[id(weight)]
+            if standard or id(weight) in included:
+                _check_weight(name, weight)
+            if nn.parameter.is_lazy(weight) or weight.ndim < 2 or "bias" in key or isinstance(layer, NORMS) or (
+                    not weight.numel()):
                 continue
-            if standard or name in included:
-                _check_tensor(name, weight)
-            matrix = not (nn.parameter.is_lazy(weight) or weight.ndim < 2 or "bias" in short or isinstance(layer, NORMS))
-            if standard and MASKED_NAMES.fullmatch(short):
-                masked[id(weight)] = 1
-            elif matrix and name in included:
-                masked[id(weight)] = math.prod(weight.shape[:-2])
-            elif matrix:
-                dense[name] = id(weight)
-            for other in {short.replace("sigma", "mu"), re.sub("_?sigma_?", "", short)} - {short}:
-                if matrix and getattr(layer._parameters.get(other), "shape", None) == weight.shape:
-                    means[id(weight)] = id(layer._parameters[other])  # NoisyLinear
-    every = {name: id(weight) for name, weight in module.named_parameters(remove_duplicate=False)}
-    masked = {weight: n for weight, n in masked.items() if weight not in {every.get(name) for name in excluded}}
-    means = {weight: mean for weight, mean in means.items() if mean in masked}
-    for names in _find(module, include):
-        _require(any(every.get(name) in masked | means for name in names),
-                 f"include: {min(names)!r} holds no trainable matrix of weights")
-    weights = {name: weight for name, weight in _plain_parameters(module).items()
-               if id(weight) in masked.keys() | means and weight.numel()}
-    names = {id(weight): name for name, weight in weights.items()}
-    leaders = {name: names[means.get(id(weight), id(weight))] for name, weight in weights.items()}
-    weights = {name: weight for name, weight in weights.items() if leaders[name] == name}
-    _require(weights, f"{type(module).__name__} trains no weight of a layer that is masked: name weights by include=")
-    return (weights, leaders, {name: masked[id(weight)] for name, weight in weights.items()},
-            [name for name, weight in dense.items() if weight not in names])
+            if standard and MASKED_NAMES.fullmatch(key):
+                matrices[name] = 1
+            elif id(weight) in included:
+                matrices[name] = math.prod(weight.shape[:-2])
+            means = [own.get(other) for other in (key.replace("sigma", "mu"), re.sub("_?sigma_?", "", key))]
+            leaders[name] = next((names[id(m)] for m in means if m is not None and m.shape == weight.shape), name)
+    leaders = {name: leader if leader in matrices else name for name, leader in leaders.items()}
+    masked = {name: leader for name, leader in leaders.items() if leader in matrices}
+    for choice, ids in wanted:
+        _require(any(id(trained[name]) in ids for name in masked), f"include: {choice} holds no trainable matrix")
+    _require(masked, f"{type(module).__name__} trains no weight of a masked layer: name weights by include=")
+    weights = {name: trained[name] for name in trained if masked.get(name) == name}
+    return weights, masked, matrices, [name for name in leaders if name not in masked]
 
 
 def _find(module, choices):
-    """For each choice (a name, a kind of layer, a layer or a tensor) the names of all layers and parameters it covers."""
+    """(choice, ids of the parameters that it covers), for names, kinds of layer, layers and tensors."""
     things = dict(module.named_modules()) | dict(module.named_parameters(remove_duplicate=False))
     for choice in [choices] if isinstance(choices, (str, type, nn.Module, torch.Tensor)) else choices:
-        roots = [f".{name}." if name else "." for name, thing in things.items() if thing is choice
-                 or isinstance(choice, type) and isinstance(thing, choice) or isinstance(choice, str) and name == choice]
-        what = repr(choice) if isinstance(choice, (str, type)) else f"that is the given {type(choice).__name__}"
-        _require(roots, f"{type(module).__name__} has no layer or weight {what}")
-        yield {name for name in things if f".{name}.".startswith(tuple(roots))}
+        found = [thing for name, thing in things.items() if thing is choice or isinstance(choice, type) and isinstance(
+            thing, choice) or isinstance(choice, str) and name == choice]
+        what = str(choice).splitlines()[0]
+        _require(found, f"{type(module).__name__} has no layer or weight {what}")
+        yield what, {id(p) for each in found for p in (each.parameters() if isinstance(each, nn.Module) else [each])}
 
 
-def _plain_names(names):
-    """Names without what torch.compile ("_orig_mod.") and DataParallel or AveragedModel ("module.") add."""
-    names = [name.replace("_orig_mod.", "") for name in names]
-    while names and all(name.startswith("module.") for name in names):
-        names = [name.removeprefix("module.") for name in names]
-    return names
-
-
-def _plain_parameters(module):
-    named = dict(module.named_parameters())
-    return dict(zip(_plain_names(named), named.values()))
+def _plain(named):
+    """The dict by names without what torch.compile ("_orig_mod.") and DataParallel or AveragedModel ("module.") add."""
+    named = {name.replace("_orig_mod.", ""): value for name, value in named.items()}
+    while named and all(name.startswith("module.") for name in named):
+        named = {name.removeprefix("module."): value for name, value in named.items()}
+    return named
 
 
 def _optimizers(optimizer):
     """The optimizer, or those of a list, and those that a wrapper holds (Lookahead, SAM, ZeRO)."""
     found = list(optimizer) if isinstance(optimizer, (list, tuple)) else [] if optimizer is None else [optimizer]
     for one in found:  # grows meanwhile
-        inner = [value for value in vars(one).values() if isinstance(value, torch.optim.Optimizer)]
-        found += [value for value in inner if all(value is not other for other in found)]
-        _require(hasattr(one, "param_groups"), f"{type(one).__name__} is no torch.optim optimizer: it has no param_groups")
+        _require(hasattr(one, "param_groups"), f"{type(one).__name__} is no torch.optim optimizer: no param_groups")
+        inner = [part for part in getattr(one, "__dict__", {}).values() if isinstance(part, torch.optim.Optimizer)]
+        found += [part for part in inner if all(part is not other for other in found)]
     return found
 
 
-def _check_trained(own, tensors):
-    """Raises if the optimizer of `own` does not train these (name, weight, mask), or cannot keep pruned ones at 0."""
-    optimizers = _optimizers(own.optimizer)
-    refused = [kind.__name__ for one in optimizers for kind in type(one).__mro__ if kind.__name__ in REFUSED_OPTIMIZERS]
-    _require(not refused, f"{''.join(refused[:1])} cannot follow masks: use one that updates each weight on its own, as AdamW")
-    _require(optimizers or not own.dynamic, f"{own.regime} resets the optimizer's state at changes: give it the optimizer")
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    _require(not (tensors and own._own_seed and distributed and torch.distributed.get_world_size() > 1),
-             "each process would draw masks from its own weights: give SparseTraining the same seed in all of them")
-    groups = [(one, group, {id(p) for p in group["params"]}) for one in optimizers for group in one.param_groups]
-    for name, weight, _ in tensors:
-        _check_tensor(name, weight)
-        _require(OWNERS.get(weight, lambda: own)() in (own, None),
-                 f"{name} is also masked by a SparseTraining built later: exclude it from one, or keep only one")
-        trainers = [(one, group) for one, group, members in groups if id(weight) in members]
-        _require(trainers or not optimizers, f"the optimizer does not train {name}: give SparseTraining the module's own; if "
-                 "parameters were replaced (assign=True, a new layer), build a new one and call set_optimizer()")
-        for one, group in trainers:
-            # Fused Adam computes in float32 whatever the weights are.
-            dtype = torch.float32 if group.get("fused") and isinstance(one, torch.optim.Adam) else weight.dtype
-            eps, least = group.get("eps"), torch.finfo(dtype).smallest_normal  # half the smallest subnormal rounds to 0
-            _require(not isinstance(eps, (int, float)) or eps > least * torch.finfo(dtype).eps / 2, f"eps={eps} is 0 in {dtype}, and a "
-                     f"pruned weight would become 0 / 0: give {type(one).__name__} at least eps={least:.0e}")
-            for key, state in getattr(one, "state", {}).get(weight, {}).items():
-                coded = torch.is_tensor(state) and state.shape == weight.shape and (
-                    state.dtype in (torch.int8, torch.uint8) or type(state) not in (torch.Tensor, nn.Parameter))
-                _require(not coded, f"{type(one).__name__} keeps {key} as codes, whose 0 is not the number 0: use its 32-bit form")
+def _trainers(optimizer, weight):
+    """(optimizer, its parameter group, its state) for each that trains this weight."""
+    return [(one, group, getattr(one, "state", {}).get(weight, {})) for one in _optimizers(optimizer)
+            for group in one.param_groups if any(weight is parameter for parameter in group["params"])]
 
 
 def _check_layer(name, layer):
     """ValueError for a layer whose trained weights are computed from others, or have sparse gradients."""
-    own = [key for key in (*layer._parameters, *getattr(layer, "parametrizations", ())) if "weight" in key]
     # weight_norm and its like compute the weight: it is not 0 where their parameters are, and may become NaN.
-    computed = any(key not in layer._parameters or key.endswith(("_g", "_v", "_orig")) for key in own)
-    _require(not (computed or getattr(layer, "sparse", False)) or not any(p.requires_grad for p in layer.parameters()),
-             f"masks cannot follow the {'parametrization' if computed else 'sparse gradients'} of {name}: build it without, or "
-             "exclude it")
+    computed = any("weight" in key for key in getattr(layer, "parametrizations", ())) or any(
+        re.fullmatch(".*weight.*_(g|v|orig)", key) for key in layer._parameters)
+    what = "parametrization" if computed else "sparse gradients" if getattr(layer, "sparse", False) else None
+    _require(what is None, f"masks cannot follow the {what} of {name}: build it without, or exclude it")
 
 
-def _check_tensor(name, weight):
-    _require(not nn.parameter.is_lazy(weight), f"{name} has no shape yet: first pass a batch through the module")
-    _require(nn.Parameter in type(weight).__mro__, f"{name} is a {type(weight).__name__}, and masks need plain tensors: use "
-             "DistributedDataParallel instead of fully_shard, or exclude it")
+def _check_weight(name, weight, optimizer=None):
+    """ValueError for a tensor that cannot be masked, or an optimizer that cannot keep its pruned entries at 0."""
+    _require(nn.Parameter in type(weight).__mro__ and not nn.parameter.is_lazy(weight), f"{name} is a "
+             f"{type(weight).__name__}, no plain tensor: first pass a batch through lazy layers; exclude it, or use "
+             "DistributedDataParallel instead of fully_shard")
+    trainers = _trainers(optimizer, weight)
+    _require(trainers or optimizer is None, f"the optimizer does not train {name}: build one that does and call "
+             "set_optimizer() (assign=True and new layers replace parameters)")
+    for one, group, states in trainers:
+        kinds = {kind.__name__ for kind in type(one).__mro__}
+        fused, eps = group.get("fused") and "Adam" in kinds, group.get("eps")  # computes in float32
+        limits = torch.finfo(torch.float32 if fused else weight.dtype)
+        _require(not kinds & REFUSED_OPTIMIZERS, f"{type(one).__name__} cannot follow masks: use one that moves each "
+                 "weight by its own gradient, as AdamW")
+        _require(not isinstance(eps, (int, float)) or eps > limits.tiny * limits.eps / 2,  # less rounds to 0
+                 f"eps={eps} is 0 in {weight.dtype}: pruned weights become 0 / 0; use at least eps={limits.tiny:.0e}")
+        coded = [key for key, state in states.items() if torch.is_tensor(state) and (
+            type(state) not in (torch.Tensor, nn.Parameter) or state.dtype in (torch.int8, torch.uint8))]
+        _require(not coded, f"{type(one).__name__} keeps {coded} as codes, whose 0 is not the number 0: use 32 bits")
 
 
 def _check_settings(own, sparsity):
-    for what, choices in (("regime", REGIMES), ("distribution", DISTRIBUTIONS), ("grow", GROWTHS)):
-        _require(getattr(own, what) in choices, f"unknown {what} {getattr(own, what)!r}: choose one of {', '.join(choices)}")
-    _require(0 <= sparsity < 1, f"sparsity is the fraction of weights pruned and must lie in [0, 1), not {sparsity}")
-    _require(own.total_steps is not None or own.regime in ("dense", "sst"),
-             f"{own.regime} needs total_steps, the number of updates this module will get: it sets the schedule")
-    ranges = (("total_steps", 1, math.inf), ("update_interval", 1, math.inf), ("drop_fraction_start", 0, 1),
-              ("drop_fraction_end", 0, 1), ("schedule_start", 0, own.schedule_end), ("schedule_end", 0, 1),
-              ("schedule_power", 0, math.inf))
-    for name, low, high in ranges:
-        value = getattr(own, name)
-        _require(value is None or low <= value <= high and value != math.inf and (low or high < math.inf or value > 0),
-                 f"{name} must lie between {low} and {high}, not {value}")
+    _check_choices(own.regime, sparsity, own.distribution, own.grow)
+    _require(own.total_steps is not None or own.regime in ("dense", "sst"), f"{own.regime} needs total_steps, the "
+             "number of updates that this module will get")
+    sizes = (1 if own.total_steps is None else own.total_steps, own.update_interval, own.schedule_power)
+    _require(all(0 < size < math.inf for size in sizes), "total_steps, update_interval and schedule_power must be "
+             f"above 0 and finite, not {sizes}")
+    shares = (own.drop_fraction_start, own.drop_fraction_end, own.schedule_start, own.schedule_end)
+    _require(all(0 <= share <= 1 for share in shares) and own.schedule_start <= own.schedule_end, "drop_fraction_start "
+             f"and _end and schedule_start <= schedule_end must lie in [0, 1], not {shares}")
 
 
-def _check_counts(own, counts, weights):
-    """ValueError for a layer without weights, and a warning of a DST whose topology would never change."""
-    empty = [name for name, count in counts.items() if count == 0]
-    _require(not empty, f"{''.join(empty[:1])} keeps no weight at this sparsity, and its layer would pass nothing on: lower the "
-                        "sparsity, or exclude it")
-    most = max((count for name, count in counts.items() if count < weights[name].numel()), default=None)
-    if own.regime == "dst" and most is not None:
-        steps = (own.update_interval, own.total_steps // own.update_interval * own.update_interval)
-        zeta = max(drop_fraction(step, own.total_steps, own.drop_fraction_start, own.drop_fraction_end) for step in steps)
-        if own.update_interval > own.total_steps or zeta * most < 1:
-            own._warn("static", f"the topology never changes, as in sst: lower update_interval ({own.update_interval}), or raise "
-                      f"total_steps ({own.total_steps})")
-
-
-def _check_update(weight, grad, mask, drop_fraction, num_active, grow):
-    _require(grow in GROWTHS, f"unknown grow {grow!r}: choose one of {', '.join(GROWTHS)}")
-    _require(weight.shape == grad.shape == mask.shape, f"weight {tuple(weight.shape)}, grad {tuple(grad.shape)} and mask "
-             f"{tuple(mask.shape)} must have one shape")
-    _require(0 <= drop_fraction <= 1, f"drop_fraction must lie in [0, 1], not {drop_fraction}")
-    _require(0 <= num_active <= mask.numel(), f"num_active is {num_active}, but the layer has {mask.numel()} weights")
+def _check_choices(regime="sst", sparsity=0, distribution="er", grow="random"):
+    for name, value, choices in (("regime", regime, REGIMES), ("distribution", distribution, DISTRIBUTIONS),
+                                 ("grow", grow, GROWTHS)):
+        _require(value in choices, f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+    _require(0 <= sparsity < 1, f"sparsity is the fraction of weights pruned, in [0, 1), not {sparsity}")
 
 
 def _whole_step(step):
     """The step as an int of its own: a tensor may be counted on in place."""
-    _require(not torch.is_tensor(step) or step.device.type == "cpu", "the step is on a device, and reading it would wait for "
-             "that device: count on the host")
-    _require(step >= 0 and step == int(step), f"the step must be a whole number of updates, not {step}")
+    _require(getattr(step, "is_cpu", True) and step >= 0 and step % 1 == 0,  # a device would be waited for
+             f"the step must be a whole number of updates, counted on the host, not {step}")
     return int(step)
 
 
@@ -708,11 +656,15 @@ def _require(condition, message):
 
 
 def _accept_old_names(function):
-    """Also of NumPy's scalars makes Python's numbers: a state with the former does not load under weights_only."""
+    """Of arguments. Also makes Python's numbers of NumPy's: with these, `torch.load` refuses a state by default."""
+    old = {"leave_out": "exclude", "power": "schedule_power", "drop_initial": "drop_fraction_start",
+           "drop_final": "drop_fraction_end"}
+
     @functools.wraps(function)
     def renamed(*arguments, **options):
-        plain = lambda value: value.item() if hasattr(value, "dtype") and not torch.is_tensor(value) else value
-        return function(*map(plain, arguments), **{OLD_NAMES.get(name, name): plain(value) for name, value in options.items()})
+        plain = [a.item() if type(a).__module__ == "numpy" else a for a in (*arguments, *options.values())]
+        names = [old.get(name, name) for name in options]
+        return function(*plain[:len(arguments)], **dict(zip(names, plain[len(arguments):])))
     return renamed
 
 

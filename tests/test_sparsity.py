@@ -138,7 +138,7 @@ def test_a_mask_update_refuses_what_does_not_fit_and_keeps_its_count_with_nan():
     broken = torch.tensor([1.0, float("nan"), 3.0, 4.0])
     assert update_mask(broken, broken, torch.tensor([1, 1, 1, 0]).bool(), 0.4).sum() == 3
     for arguments, message in (((weight, weight, kept, -0.1), "drop_fraction"), ((weight, weight, kept, 1.5), "drop_fraction"),
-                               ((weight, weight[:2], kept, 0.5), "one shape"), ((weight, weight, kept, 0.5, 5), "num_active"),
+                               ((weight, weight[:2], kept, 0.5), "shapes differ"), ((weight, weight, kept, 0.5, 5), "num_active"),
                                ((weight, weight, kept, 0.5, None, "momentum"), "grow")):
         with pytest.raises(ValueError, match=message):
             update_mask(*arguments)
