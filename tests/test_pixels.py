@@ -19,7 +19,7 @@ from pixels import FrameReplayBuffer, PixelEncoder, PixelMRQ, PixelMRSAC, random
 from settings import check, diff_settings, from_config, parse, plan_notes, run_name
 from sparsity import SparseTraining
 from tests.helpers import layer_norm, naive_activation, property_test, refuses
-from tests.test_updates import MOVING, UNEQUAL, Naive, Noise, between, double
+from tests.naive import MOVING, UNEQUAL, Naive, Noise, between, double
 
 AGENTS = {"mrq": PixelMRQ, "mrsac": PixelMRSAC}
 
