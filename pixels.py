@@ -149,8 +149,10 @@ class FrameReplayBuffer(ReplayBuffer):
 
     def _allocate_obs(self):
         shape = (self.capacity, FRAME_CHANNELS, *self.obs_shape[1:])
-        self.frames = (torch.from_numpy(np.zeros(shape, np.uint8)) if self.frame_device.type == "cpu"  # taken as it fills
-                       else torch.zeros(shape, dtype=torch.uint8, device=self.frame_device))
+        if self.frame_device.type == "cpu":
+            self.frames = torch.from_numpy(np.zeros(shape, np.uint8))  # takes memory only as it fills
+        else:
+            self.frames = torch.zeros(shape, dtype=torch.uint8, device=self.frame_device)
         # Steps since the episode began, up to stack - 1: how many earlier rows the stack of this row reaches.
         self.age = torch.zeros(self.capacity, dtype=torch.long, device=self.device)
         self.lags = torch.arange(self.stack - 1, -1, -1, device=self.device)  # oldest frame first

@@ -344,11 +344,9 @@ class CapturedUpdate:
 
 
 def keep_freed_memory():
-    """Large buffers are reused instead of returned to the system: new pages cost more than the arithmetic on images.
-
-    glibc returns freed blocks above 32 MB at once, and each new page of the next block is a fault, twice as slow in all.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    """Large blocks are reused: glibc returns them to the system, and taking new pages costs as much as the arithmetic on
+    images. Without effect in other C libraries."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD: only larger blocks have pages of their own
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD

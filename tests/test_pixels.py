@@ -20,6 +20,7 @@ from settings import check, diff_settings, from_config, parse, plan_notes, run_n
 from sparsity import SparseTraining
 from tests.helpers import layer_norm, naive_activation, property_test, refuses
 from tests.naive import MOVING, UNEQUAL, Naive, Noise, between, double
+from tools.bench_pixels import plain_shift
 
 AGENTS = {"mrq": PixelMRQ, "mrsac": PixelMRSAC}
 
@@ -130,6 +131,14 @@ def test_both_forms_of_the_shift_are_the_same(pad):
     images = torch.randint(0, 256, (50, 6, 8, 7), dtype=torch.uint8)
     shift = torch.randint(-pad, pad + 1, (2, 50))
     assert torch.equal(pixels.shift_by_copy(images, shift, pad), pixels.shift_by_index(images, shift, pad))
+
+
+def test_the_shift_that_bench_compares_with_is_the_same(monkeypatch):
+    corner = torch.randint(0, 9, (2, 40, 1))
+    monkeypatch.setattr(torch, "randint", lambda *of, **named: corner)
+    obs = torch.randint(0, 256, (8, 5, 6, 20, 20), dtype=torch.uint8)
+    moved = pixels.shift_by_copy(obs.flatten(0, 1), corner.squeeze(2) - 4, 4)
+    torch.testing.assert_close(plain_shift(obs, 4).flatten(0, 1), moved.float(), rtol=0, atol=0.01)
 
 
 def test_shift_moves_the_frames_of_a_stack_alike_and_stacks_apart():

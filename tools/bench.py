@@ -55,6 +55,9 @@ class Args:
     steps: int = 20  # timed repetitions of each phase
     device: str = "auto"  # auto | cpu | cuda
     csv: str | None = None  # also write the rows here
+    pixels: bool = False  # MR.Q from pixels instead, on one CPU core, beside a plain form: tools/bench_pixels.py
+    image_size: int = 84  # with --pixels
+    batch_size: int = 256  # with --pixels
 
 
 class Clock:
@@ -377,6 +380,10 @@ def run(args, device):
 def main():
     args = tyro.cli(Args, description=__doc__)
     try:
+        if args.pixels:
+            from tools import bench_pixels
+            return bench_pixels.run({"image_size": args.image_size, "batch_size": args.batch_size,
+                                     "width_scale": args.width_scale or 1.0}, max(1, args.steps // 10))
         run(args, check(args))
     except USER_ERRORS as error:
         sys.exit(f"bench.py: {error_message(error)}")
