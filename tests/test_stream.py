@@ -1,7 +1,9 @@
 """Stream AC(λ): ObGD, SparseInit, the hand-written backward pass, growth, exact zeros, and a second, plain implementation."""
 
 import copy
+import importlib.util
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -12,7 +14,10 @@ import torch.nn.functional as F
 from base import ModuleConfig
 from obgd import ObGD, sparse_init
 from online import FastMLP, StreamMLP
+from runtime import checkpoint
+from settings import check, parse
 from stream import RewardScale, RunningStats, StreamAC, StreamConfig, TimedEnv
+from tests.helpers import in_process, refuses, timeless
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
 
@@ -460,3 +465,83 @@ def test_timed_env_appends_the_time_and_restores():
     state = env.state()
     assert env.step(None)[0].tolist() == [2, 2, 0]
     assert env.restore(state).tolist() == [1, 1, -0.25] and env.step(None)[0].tolist() == [2, 2, 0]
+
+
+def test_first_reward_after_a_long_wait_does_not_explode():
+    torch.manual_seed(0)
+    agent = StreamAC(5, 2, modules(), total_updates=3000)
+    current, step = transitions(1501)
+    for number in range(1501):
+        obs = current()
+        agent.update_obs_stats(obs)
+        action = agent.act(obs, explore=True)
+        _, _, next_obs, terminated, truncated = step(action)
+        agent.add(obs, action, float(number == 1500), next_obs, terminated, truncated)
+    column = agent.RECORDED.index("scaled_reward")
+    assert agent.recent[1500 % len(agent.recent), column] == agent.config.reward_clip < math.sqrt(1500) / 3
+    assert abs(agent.optimizers["critic"].weights).max() < 2 and abs(agent.optimizers["actor"].weights).max() < 2
+
+
+# ---- through train.py ----
+
+@pytest.mark.parametrize("flags, words", [
+    ("--buffer-size 1000", "--buffer-size has no effect"), ("--learning-starts 50", "--learning-starts has no effect"),
+    ("--compile on", "--compile on: stream computes one sample"), ("--cuda-graphs on", "--cuda-graphs on"),
+    ("--precision bf16", "--precision bf16"), ("--device cuda", "slower on a GPU"), ("--critic-type 6", "LayerNorm networks"),
+    ("--encoder-regime sst", "stream has no encoder"), ("--sparse-init 1", "--sparse-init")])
+def test_flags_without_a_meaning_are_refused(flags, words):
+    refuses(lambda: check(parse(["--algo", "stream", *flags.split()])), words)
+
+
+def test_a_batch_size_is_no_flag_of_stream(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--algo", "stream", "--batch-size", "32"])
+    assert "--batch-size" in capsys.readouterr().err
+
+
+def flags_of(env, *more):
+    return ["--algo", "stream", "--env", env, "--width-scale", "0.1", "--total-steps", "400", "--eval-every", "150", "--eval-episodes",
+            "1", "--log-every", "50", "--save-every", "60", "--update-interval", "40", "--threads", "1", "--name", "run", *more]
+
+
+needs_gym = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("gymnasium", "imageio"))), reason="needs gymnasium[mujoco]")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env, regimes", [("cartpole-swingup", ("dst", "sst")),
+                                          pytest.param("Hopper-v5", ("s2d", "dst"), marks=needs_gym)])
+def test_resume_after_kill_is_exact(env, regimes, tmp_path):
+    flags = flags_of(env, "--critic-regime", regimes[0], "--actor-regime", regimes[1])
+    log, killed = str(tmp_path / "output"), [*flags, "--runs", str(tmp_path / "killed"), "--resume"]
+    assert in_process([*flags, "--runs", str(tmp_path / "whole")], log) == 0, open(log).read()
+    for kill in (("a topology update", 9, 0, signal.SIGKILL), ("an evaluation", 1, 0, signal.SIGKILL)):
+        assert in_process(killed, log, kill) == -signal.SIGKILL
+    assert in_process(killed, log, ("a log row", 2, 0, signal.SIGTERM)) == 75
+    assert in_process(killed, log) == 0, open(log).read()
+    runs = [tmp_path / name / "run" for name in ("whole", "killed")]
+    assert timeless(runs[0]) == timeless(runs[1])
+    weights = [checkpoint.read(str(run / "final.pt"))[0]["networks"] for run in runs]
+    assert checkpoint.digest(weights[0]) == checkpoint.digest(weights[1])
+    rows = timeless(runs[0])["train.csv"]
+    assert [int(row["agent_step"]) for row in rows] == list(range(50, 401, 50)) and int(rows[-1]["env_frames"]) == 400
+
+
+@needs_gym
+@pytest.mark.slow
+@pytest.mark.parametrize("env", ["Walker2d-v5", "Ant-v5"])
+def test_gymnasium_tasks_train(env, tmp_path):
+    log = str(tmp_path / "output")
+    assert in_process([*flags_of(env, "--mst"), "--runs", str(tmp_path)], log) == 0, open(log).read()
+    rows = timeless(tmp_path / "run")["train.csv"]
+    assert all(math.isfinite(float(row[name])) for row in rows for name in ("delta", "entropy", "critic/step_size"))
+    timed = StreamConfig.make_env(env)
+    assert timed.reset()[-1] == -0.5 and timed.step(np.zeros(timed.action_dim))[0][-1] == pytest.approx(-0.499)
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_stops_in_one_line(tmp_path):
+    log = str(tmp_path / "output")
+    flags = flags_of("cartpole-swingup", "--critic-kappa", "1e-30", "--actor-kappa", "1e-30", "--step-size", "1e20")
+    assert in_process([*flags, "--runs", str(tmp_path)], log) == 1
+    text = open(log).read()
+    assert "Traceback" not in text and "train.py: " in text.splitlines()[-1]
