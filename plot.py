@@ -50,12 +50,19 @@ OTHERS = [("#0072B2", "s", "--"), ("#E69F00", "<", ":"), ("#7f7f7f", "o", "-"), 
           ("#CC79A7", "v", "--"), ("#56B4E9", "^", "-"), ("#000000", "P", ":"), ("#009E73", "D", "-")]
 
 
-
-def style(series, number):
-    """(color, marker, line)"""
-    again, number = divmod(number, len(OTHERS))  # the second time, a color comes with another marker and line
-    other = OTHERS[(number + again) % len(OTHERS)]
-    return STYLES.get(series, (OTHERS[number][0], *other[1:]))
+def styles(names):
+    """{name: (color, marker, line)}, no two alike: no color twice while one is left."""
+    count, free = len(OTHERS), []
+    for again in range(count):  # the second time, a color comes with another marker and line
+        free += [(OTHERS[number][0], *OTHERS[(number + again) % count][1:]) for number in range(count)]
+    found = {}
+    for name in sorted(names, key=lambda name: name not in STYLES):  # those with a style of their own choose first
+        number = names.index(name)
+        choices = [STYLES.get(name, free[number % count]), *free[number:], *free[:number]]
+        colors = {color for color, *_ in found.values()}
+        unused = [choice for choice in choices if choice not in found.values()] or choices  # more than 64 arms
+        found[name] = next((choice for choice in unused if choice[0] not in colors), unused[0])
+    return found
 
 
 def display_name(series):
@@ -63,7 +70,7 @@ def display_name(series):
 
 
 def draw_curves(axes, lines, published):
-    """lines: [(series, number, _, frames, center, low, high)]; published: [(label, frames, center, low, high)], drawn
+    """lines: [(style, number, _, frames, center, low, high)]; published: [(label, frames, center, low, high)], drawn
     no further than ours."""
     furthest = max((line[3][-1] for line in lines), default=np.inf)
     for number, (_, x, *values) in enumerate(published):
@@ -72,8 +79,7 @@ def draw_curves(axes, lines, published):
         axes.plot(x, center, color="black", linewidth=1, linestyle=REFERENCE_LINES[number % 3])
         if len(x) <= 10:
             axes.scatter(x, center, color="black", s=8)  # few points: nothing was measured between them
-    for series, number, _, x, center, low, high in lines:
-        color, marker, line = style(series, number)
+    for (color, marker, line), number, _, x, center, low, high in lines:
         every = max(1, len(x) // 6)
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(x, center, color=color, linestyle=line, linewidth=1.6, marker=marker, markersize=4.5,
@@ -85,13 +91,12 @@ def draw_curves(axes, lines, published):
 
 
 def draw_points(axes, points, ticks, joined, count):
-    """points: [(series, number, place, center, low, high)]; ticks: label of each place; joined: connect each series."""
+    """points: [(style, number, place, center, low, high)]; ticks: label of each place; joined: connect each series."""
     by_series = {}
-    for series, number, *point in points:
-        by_series.setdefault((series, number), []).append(point)
-    for (series, number), rows in by_series.items():
+    for look, number, *point in points:
+        by_series.setdefault((look, number), []).append(point)
+    for ((color, marker, line), number), rows in by_series.items():
         place, center, low, high = np.array(rows, float).T
-        color, marker, line = style(series, number)
         spread = (number - (count - 1) / 2) * min(0.14, 0.7 / count)
         intervals = np.nan_to_num([center - low, high - center])
         axes.errorbar(place + spread, center, np.maximum(intervals, 0), color=color, marker=marker, markersize=5,
@@ -169,8 +174,8 @@ def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
 
 
 def legend_of(series, labels, published, joined=True):
-    """[(label, handle)] of our lines, then of the published ones."""
-    ours = [(labels(name), style(name, number)) for number, name in enumerate(series)]
+    """series: {name: style}. [(label, handle)] of our lines, then of the published ones."""
+    ours = [(labels(name), look) for name, look in series.items()]
     return [(label, Line2D([], [], color=color, marker=marker, markersize=5, linestyle=line if joined else "none"))
             for label, (color, marker, line) in ours] + [
         (label, Line2D([], [], color="black", linestyle=REFERENCE_LINES[number % 3], linewidth=1))
@@ -235,7 +240,7 @@ def load(options):
 def draw_runs(arms, lines, options):
     """A page with one row per task and one panel per column."""
     runs = [run for of_arm in arms.values() for run in of_arm]
-    tasks, names = list(dict.fromkeys(map(task_of, runs))), list(arms)
+    tasks, looks = list(dict.fromkeys(map(task_of, runs))), styles(list(arms))
     statistic, what = STATISTICS[options.statistic]
     published = references(options.reference, statistic) if options.reference else {}
     shown = [published[task] for task in tasks if task in published]
@@ -249,7 +254,7 @@ def draw_runs(arms, lines, options):
             found = [run for run in of_arm if task_of(run) == row]
             result = curve([found], (options.columns[column],), statistic, options.episodes) if found else None
             if result is not None:
-                drawn.append((name, number, 0, *result))
+                drawn.append((looks[name], number, 0, *result))
         draw_curves(axes, drawn, published.get(row, []) if options.columns[column] == "return" else [])
         return bool(drawn)
 
@@ -259,7 +264,7 @@ def draw_runs(arms, lines, options):
     text = [f"{what}, over {number} per line.", *lines]
     titles = [(column if len(options.columns) > 1 else "", column) for column in options.columns]
     return lay_out(titles, tasks, draw, text + reference_note(options.reference) if shown else text,
-                   legend_of(names, str, shown), "environment frames")
+                   legend_of(looks, str, shown), "environment frames")
 
 
 def reference_note(path):
@@ -285,10 +290,10 @@ def add_output(parser):
     """How it is drawn and where it goes: here and in ./sweep.sh plot."""
     parser.add_argument("--statistic", choices=STATISTICS, default="iqm", help="center and interval over seeds")
     parser.add_argument("--episodes", action="store_true", help="pool episodes' returns in the IQM, not their means")
-    parser.add_argument("--reference", metavar="FILE.csv", help="published curves to draw below ours: columns env, seed, "
-                        "return, agent_step or env_step, and, if you like, algo")
+    parser.add_argument("--reference", metavar="FILE.csv", help="published curves to draw below ours: columns env, "
+                        "seed, return, agent_step or env_step, and, if you like, algo")
     parser.add_argument("--save", metavar="FILE.csv", help="also write the runs as one CSV, which can be drawn again")
-    parser.add_argument("--out", metavar="PATH", 
+    parser.add_argument("--out", metavar="PATH",
                         help="folder of the pictures, or one .png, .pdf or .svg file; default: here")
 
 

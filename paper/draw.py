@@ -50,6 +50,7 @@ def draw_figure(name, options):
         raise ValueError(f"--reference: {name} shows no curves of return, or {options.reference} has none of its tasks")
     rows = [ALL_TASKS, *tasks] if len(tasks) > 1 and not beside else tasks  # nothing is published of all tasks together
     series = list(dict.fromkeys(arm.series for arm in figure.arms))
+    looks = plot.styles(series)
     panels = list(itertools.product(dict.fromkeys(arm.panel for arm in figure.arms), figure.measures))
     found, ticks = {}, {}  # (panel, series, x) -> task -> runs; panel -> x -> label
     for job in jobs:
@@ -71,7 +72,7 @@ def draw_figure(name, options):
                 else:
                     result = final(tasks_runs, measure.columns, total_steps, statistic, options.episodes)
                 if result is not None:
-                    drawn.append((label, series.index(label), list(ticks[panel]).index(x), *result))
+                    drawn.append((looks[label], series.index(label), list(ticks[panel]).index(x), *result))
         if figure.kind == "curves":
             plot.draw_curves(axes, drawn, published.get(row, []) if measure == RETURN else [])
         else:
@@ -83,7 +84,7 @@ def draw_figure(name, options):
               for panel, measure in panels]
     text = caption(name, figure, options, jobs, wrong, ALL_TASKS in rows)
     text += plot.reference_note(options.reference) if beside else []
-    legend = plot.legend_of(series, plot.display_name, beside, figure.kind == "curves" or figure.x_is_size)
+    legend = plot.legend_of(looks, plot.display_name, beside, figure.kind == "curves" or figure.x_is_size)
     tick_lines = 1 + max(label.count("\n") for labels in ticks.values() for label in labels.values())
     page = plot.lay_out(titles, rows, draw, text, legend, x_label(figure), tick_lines)
     return page, notes + [f"{name}: {line}" for line in missing_groups(jobs, wrong)]

@@ -82,11 +82,23 @@ def test_layouts_fit_their_page(name, monkeypatch, capsys, pages, tmp_path):
 def test_intervals_are_drawn_from_low_to_high():
     _, (left, right) = plot.plt.subplots(1, 2)
     x = np.arange(3.0)
-    plot.draw_curves(left, [("MST", 0, 0, x, x + 50, x + 10, x + 70)], [])
+    plot.draw_curves(left, [(plot.STYLES["MST"], 0, 0, x, x + 50, x + 10, x + 70)], [])
     assert set(left.collections[0].get_paths()[0].vertices[:, 1]) == {10, 11, 12, 70, 71, 72}
-    plot.draw_points(right, [("MST", 0, 0, 50.0, 10.0, 70.0)], ["a"], False, 1)
+    plot.draw_points(right, [(plot.STYLES["MST"], 0, 0, 50.0, 10.0, 70.0)], ["a"], False, 1)
     whisker, = right.containers[0].lines[2][0].get_segments()
     assert whisker[:, 1].tolist() == [10, 70]
+
+
+@pytest.mark.parametrize("names", [("dense", "critic-dst", "mst"), ("dst", "MST"), ("plain", "a", "b"), ("a", "d2s"), tuple("abcdefgh")])
+def test_no_two_arms_share_a_color(names):
+    looks = plot.styles(list(names))
+    assert len({color for color, *_ in looks.values()}) == len(looks) == len(names)
+    assert looks[names[0]] == plot.STYLES.get(names[0], looks[names[0]])
+
+
+def test_more_arms_than_colors_have_other_markers():
+    assert len(set(plot.styles([str(number) for number in range(20)]).values())) == 20
+    assert len(plot.styles([str(number) for number in range(70)])) == 70
 
 
 # ---- any runs ----
