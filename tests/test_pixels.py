@@ -134,9 +134,9 @@ def test_both_forms_of_the_shift_are_the_same(pad):
 
 
 def test_the_shift_that_bench_compares_with_is_the_same(monkeypatch):
-    corner = torch.randint(0, 9, (2, 40, 1))
-    monkeypatch.setattr(torch, "randint", lambda *of, **named: corner)
     obs = torch.randint(0, 256, (8, 5, 6, 20, 20), dtype=torch.uint8)
+    corner = torch.randint(0, 9, (2, 40, 1))  # 4 is no shift
+    monkeypatch.setattr(torch, "randint", lambda *of, **named: corner)
     moved = pixels.shift_by_copy(obs.flatten(0, 1), corner.squeeze(2) - 4, 4)
     torch.testing.assert_close(plain_shift(obs, 4).flatten(0, 1), moved.float(), rtol=0, atol=0.01)
 
