@@ -458,27 +458,13 @@ def test_the_length_of_training_and_the_optimizer_are_asked_for_where_they_matte
 
 # ---- E. modules that changed, or that masks cannot follow ----
 
-def tie(model):
-    model[4].weight = model[2].weight
+CHANGES = {"tied": lambda m: setattr(m[4], "weight", m[2].weight), "normed": lambda m: weight_norm(m[2]),
+           "pruned": lambda m: prune.random_unstructured(m[2], "weight", 0.5),
+           "removed": lambda m: m.__setitem__(2, nn.Identity()),
+           "resized": lambda m: m.__setitem__(2, nn.Linear(20, 21))}
 
 
-def norm(model):
-    weight_norm(model[2])
-
-
-def prune_layer(model):
-    prune.random_unstructured(model[2], "weight", 0.5)
-
-
-def remove(model):
-    model[2] = nn.Identity()
-
-
-def resize(model):
-    model[2] = nn.Linear(20, 21)
-
-
-@pytest.mark.parametrize("change", [tie, norm, prune_layer, remove, resize])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_module_is_refused_in_words(change):
     for call in (lambda sparse: sparse.mask_gradients(), lambda sparse: sparse.update_topology(1),
                  lambda sparse: sparse.after_backward(10), lambda sparse: sparse.apply_masks(),
