@@ -195,15 +195,30 @@ def quickstart(results):
 
 def quickstart_short(results):
     """The same for the README: one row per processor, and how many seeds end well."""
-    rows = {}
-    for processor, _, seeds, *returns in quickstart(results):
-        rows.setdefault((processor, seeds), []).append(" / ".join(returns))
-    for (processor, seeds), cells in rows.items():
+    for processor, seeds, *cells in side_by_side(quickstart(results), QUICKSTART_STEPS):
         paths = quickstart_paths(results).get(processor, [])
         ends = [run.table["return"][-1] for run in finished_runs(
             "quickstart", LAPTOP["quickstart"].arms[0], RETURN, paths, seeds=range(16))]
         good = f"{sum(end > QUICKSTART_GOOD for end in ends)} of {len(ends)}" if ends else ""
-        yield processor, seeds, *cells, *[""] * (len(QUICKSTART_STEPS) - len(cells)), good
+        yield processor, seeds, *cells, good
+
+
+def side_by_side(rows, steps):
+    """Rows of `spread`, one per step, as one row per label: a cell per step."""
+    found = {}
+    for label, _, seeds, *returns in rows:
+        found.setdefault((label, seeds), []).append(" / ".join(returns))
+    for (label, seeds), cells in found.items():
+        yield label, seeds, *cells, *[""] * (len(steps) - len(cells))
+
+
+STREAM_STEPS = (0, 50_000, 100_000)
+
+
+def quickstart_stream(results):
+    """The README's streaming command."""
+    rows = [("AMD EPYC", *row[1:]) for row in spread("stream_quickstart", ("MST",), STREAM_STEPS, results.paths)]
+    yield from side_by_side([*rows, *random_policy("stream_quickstart", results)], STREAM_STEPS)
 
 
 def quickstart_arms(results):
@@ -307,6 +322,7 @@ TABLES = {
     "quickstart": (("processor", *SPREAD_HEADING), quickstart),
     "quickstart-short": (("min / median / max return", "seeds", *(f"step {step:,}" for step in QUICKSTART_STEPS),
                           f"above {QUICKSTART_GOOD} at the end"), quickstart_short),
+    "quickstart-stream": (("min / median / max return", "seeds", *(f"step {step:,}" for step in STREAM_STEPS)), quickstart_stream),
     "quickstart-arms": (("arm", *SPREAD_HEADING), quickstart_arms),
     "ball_in_cup": (("arm", *SPREAD_HEADING), ball_in_cup),
     "figures": (FIGURE_HEADING, lambda _: figures_table(False)),
