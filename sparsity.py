@@ -106,9 +106,9 @@ def update_mask(weight, grad, mask, drop_fraction, num_active=None, grow="gradie
     active = int(mask.sum()) if active is None else active
     num_active = active if num_active is None else num_active
     _check_choices(grow=grow)
-    _require(weight.shape == grad.shape == mask.shape and 0 <= drop_fraction <= 1 and 0 <= num_active <= mask.numel(),
-             f"drop_fraction={drop_fraction} is not in [0, 1], num_active={num_active} not in [0, {mask.numel()}], or "
-             f"shapes differ: {weight.shape}, {grad.shape}, {mask.shape}")
+    _require(weight.shape == grad.shape == mask.shape, f"shapes differ: {weight.shape}, {grad.shape}, {mask.shape}")
+    _require(0 <= drop_fraction <= 1, f"drop_fraction must lie in [0, 1], not {drop_fraction}")
+    _require(0 <= num_active <= mask.numel(), f"num_active is {num_active}, but the layer has {mask.numel()} weights")
     # Line 8. With a sparsity schedule, drop at least as many as the new count asks for.
     kept = active - max(math.floor(drop_fraction * active), active - num_active)
     # Line 9. Inactive weights rank below every active one: an active weight may itself be 0.
