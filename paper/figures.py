@@ -121,6 +121,15 @@ STREAM_SPARSITY = {1: 0.8, 2: 0.8, 4: 0.9, 8: 0.9}  # by width scale
 STREAM_KAPPA = {1: (1.2, 0.96), 2: (1.4, 0.86), 4: (0.97, 0.70), 8: (1.1, 0.60)}
 
 
+def visual_arms(x="", **size):
+    """MR.Q from pixels: which modules are sparse. The types are MST's, so that only regimes differ."""
+    static = {name: {f"{name}_regime": "sst"} for name in ("encoder", "critic", "actor")}
+    both = static["critic"] | static["actor"]
+    for series, flags in (("dense", RES), ("static, all modules", {**RES, **static["encoder"], **both}),
+                          ("static, critic and actor", {**RES, **both}), ("MST", {"mst": True})):
+        yield Arm("", series, {"pixels": True, **flags, **size}, x)
+
+
 def stream_arms(width, panel="", x="", **others):
     """Six arms of Stream AC(λ) at this multiple of 128 units. "dense" is the published agent."""
     base = {"algo": "stream", "width_scale": width, **others}
@@ -192,6 +201,11 @@ FIGURES = {
         tuple(_plain_and_mst("MR.SAC", _MRSAC_POINTS, RES, algo="mrsac")),
         seeds=5,  # the caption
         note="Our choice: the scales; the plain arms have MST's types 6, 6 and 5, so that only regimes differ."),
+    "visual": Figure(  # arXiv 2506.17204, Section 5, on the same tasks with DrQ-v2
+        "MR.Q from pixels: dense, static sparse modules, and MST", "points",
+        tuple(arm for scale in _SCALES for arm in visual_arms(f"×{scale}", **({"scale": scale} if scale > 1 else {}))),
+        tasks=("quadruped-run", "hopper-hop"),
+        note="Our choice: MR.Q instead of DrQ-v2, types 6, 6 and 5, and sparsity 0.6."),
     "stream": Figure(  # arXiv 2506.17204, Section 5, on Gymnasium's Ant and Walker2d
         "Stream AC(λ) in width: dense or sparse, with SparseInit or without; dense with the sparse agent's step size", "points",
         tuple(arm for width in STREAM_SPARSITY for arm in stream_arms(width, x=f"×{width}")),
@@ -212,5 +226,6 @@ def smoke(figure):
     for arm in figure.arms:
         width = arm.flags.get("width_scale", arm.flags.get("scale", 1)) / 32
         own = more.get(arm.flags.get("algo"), {**replay, "target_update_freq": 20})
+        own |= {"image_size": 36} if arm.flags.get("pixels") else {}
         arms.append(dataclasses.replace(arm, flags={**arm.flags, **tiny, **own, "width_scale": width}))
     return dataclasses.replace(figure, arms=tuple(arms), tasks=(SMOKE_TASK,), seeds=1, step_ms=SMOKE_STEP_MS)

@@ -49,6 +49,15 @@ def _simba(algo):
                           {"algo": algo, **_SHORT, "width_scale": 0.125, **flags, **mst}, f"×{scale}")
 
 
+def _visual():
+    small = {"pixels": True, "image_size": 64, "batch_size": 64, "width_scale": 0.5, "learning_starts": 1000,
+             "total_steps": 30000, "eval_every": 3000, "eval_episodes": 3}
+    for series, flags in (("dense", RES), ("static encoder", {**RES, "encoder_regime": "sst"}),
+                          ("static critic and actor", {**RES, "critic_regime": "sst", "actor_regime": "sst"}),
+                          ("MST", {"mst": True})):
+        yield Arm("", series, {**small, **flags})
+
+
 _DEEP_CRITIC = tuple(_regimes("critic", 6, critic_scale=5, **_STRONG))
 _DEEP_ACTOR = tuple(_regimes("actor", 5, **_ACTOR))
 _QUICK = {"width_scale": 0.25, "learning_starts": 1000, "eval_every": 3000}
@@ -112,6 +121,12 @@ LAPTOP = {
                     title="MST, all modules five times as deep: distribution and growth"),
     "fig13": _small("fig13", (*_simba("sac"), *_simba("ddpg")), 37,
                     size="Width ×0.125 of SimBa's published sizes (called ×1 here), and four times as wide or deep"),
+    "visual": Figure(
+        "MR.Q from pixels: static sparse encoder, static sparse critic and actor, and MST", "curves",
+        tuple(_visual()), (RETURN, CRITIC_SRANK, CRITIC_DORMANT), tasks=("walker-stand", "cartpole-balance"), seeds=5,
+        step_ms=210,  # on a busy AMD EPYC
+        note="64×64 pixels, width ×0.5, batch 64; 30,000 agent steps, of which 1,000 are random; three episodes per "
+             "evaluation; types 6, 6 and 5; sparsity 0.6."),
     "stream": dataclasses.replace(
         FIGURES["stream"], kind="curves", tasks=(TASK,), seeds=5, step_ms=1.2, measures=(RETURN, CRITIC_STEP),
         arms=tuple(arm for width in (1, 4) for arm in stream_arms(

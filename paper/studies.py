@@ -79,7 +79,7 @@ def get_runs(name, options):
 
 # task -> (obs_dim, action_dim)
 SHAPES = {"dog-run": (223, 38), "humanoid-run": (67, 21), "walker-walk": (24, 6), "walker-run": (24, 6),
-          "cartpole-balance": (5, 1)}
+          "cartpole-balance": (5, 1), "quadruped-run": (78, 12), "hopper-hop": (15, 4), "walker-stand": (24, 6)}
 # Milliseconds per agent step at millions of parameters: two cores of an AMD EPYC (AVX-512), fp32. "agent": SAC, DDPG.
 TIMED = {"encoder": ((2.09, 51), (36.97, 595), (154.69, 2420)), "critic": ((1.58, 20), (33.06, 267), (144.24, 1140)),
          "actor": ((0.81, 13), (16.58, 191), (72.22, 808)), "agent": ((4.39, 85), (207.96, 3100))}
@@ -91,9 +91,11 @@ _SIZES = {}  # building a network on the meta device takes milliseconds, and a f
 def sizes(args):
     """module -> trainable parameters, dense, without MR.Q's prediction head; for an unknown shape, humanoid-run's."""
     scales = [(module.width_scale, module.depth_scale) for module in module_configs(args).values()]
-    key = repr((args.algo, args.env, args.agent, scales))
+    key = repr((args.algo, args.env, args.agent, args.pixel, scales))
     if key not in _SIZES:
-        _SIZES[key] = count_parameters(args, *SHAPES.get(args.env, SHAPES["humanoid-run"]))
+        obs, action = SHAPES.get(args.env, SHAPES["humanoid-run"])
+        frames = (3 * args.pixel.frame_stack, args.pixel.image_size, args.pixel.image_size)
+        _SIZES[key] = count_parameters(args, frames if args.pixel.pixels else obs, action)
     return _SIZES[key]
 
 

@@ -75,6 +75,12 @@ RES = lambda *size: dense((6, 6, 5), *size)
     ("fig17", "", "pre-layer", "×1", "mrq", RES(1, 1), {"residual": "pre"}),
     ("fig26", "MR.SAC, width", "plain", "×5", "mrsac", RES(5, 1), {}),
     ("fig26", "MR.SAC, width and depth", "MST", "×5", "mrsac", MST5, {"sparsity": 0.6}),
+    ("visual", "", "dense", "×3", "mrq", RES(3, 3), {}),
+    ("visual", "", "static, all modules", "×1", "mrq", {"encoder": (6, "sst", 1, 1), "critic": (6, "sst", 1, 1),
+                                                        "actor": (5, "sst", 1, 1)}, {"sparsity": 0.6}),
+    ("visual", "", "static, critic and actor", "×1", "mrq", {"encoder": (6, "dense", 1, 1), "critic": (6, "sst", 1, 1),
+                                                             "actor": (5, "sst", 1, 1)}, {}),
+    ("visual", "", "MST", "×5", "mrq", MST5, {}),
     ("stream", "", "dense", "×1", "stream", STREAM("dense", "dense", 1),
      {"sparse_init": 0.9, "actor_kappa": 3, "critic_kappa": 2}),
     ("stream", "", "static, no SparseInit", "×4", "stream", STREAM("sst", "sst", 4),
@@ -95,6 +101,10 @@ def test_arms_match_their_labels(name, panel, series, x, algo, modules, rest):
     ("fig8", {"encoder_type": {6}, "actor_type": {3, 4, 5, 6}, "actor_scale": {5}}),
     ("fig9", {"encoder_type": {6}, "actor_type": {5}, "actor_scale": {5}, "actor_regime": {*figures.REGIMES}}),
     ("fig12", {"mst": {True}, "depth_scale": {5}, "distribution": {"uniform"}, "grow": {"random"}}),
+    ("visual", {"encoder_type": {6}, "critic_type": {6}, "actor_type": {5}, "mst": {True}, "encoder_regime": {"sst"},
+                "critic_regime": {"sst"}, "actor_regime": {"sst"}, "pixels": {True}, "image_size": {64},
+                "batch_size": {64}, "width_scale": {0.5}, "learning_starts": {1000}, "total_steps": {30000},
+                "eval_every": {3000}, "eval_episodes": {3}}),
     ("fig13", {"algo": {"sac", "ddpg"}, "width_scale": {0.125, 0.5}, "depth_scale": {4}, "mst": {True}})])
 def test_laptop_studies_vary_what_they_name(name, varied):
     arms = LAPTOP[name].arms
@@ -118,7 +128,7 @@ def test_number_of_runs():
     wanted = {"fig2": 30 * eight, "fig3": 10 * eight, "fig4": 45 * eight, "fig5": 480, "fig6": 90 * eight,
               "fig7": 10 * eight, "fig8": 480, "fig9": 45 * eight, "fig10": 10 * eight, "fig11": 3 * eight,
               "fig12": 7 * 8, "fig13": 28 * eight, "fig14": 4 * 8, "fig17": 4 * eight, "fig26": 14 * 10,
-              "stream": 6 * 4 * 3 * 8}
+              "stream": 6 * 4 * 3 * 8, "visual": 4 * 3 * eight}
     names = {name: {job.name for job in studies.get_jobs(figure)} for name, figure in FIGURES.items()}
     assert {name: len(of) for name, of in names.items()} == wanted
     # Parts of Figs. 2, 6 and 9; scale 1 of Figs. 4, 6 and 9; ...
