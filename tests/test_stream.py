@@ -249,6 +249,7 @@ class Plain:
                 z.zero_(), dense.zero_()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic, actor, settings", [
     ("dense", "dense", {}),
     ("dst", "sst", {"time_limit": "bootstraps", "entropy_weight": 0.2, "discount": 0.95, "critic_kappa": 1.7}),
