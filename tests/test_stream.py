@@ -511,7 +511,7 @@ needs_gym = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("gymnasium
 @pytest.mark.slow
 @pytest.mark.parametrize("env, regimes", [("cartpole-swingup", ("dst", "sst")),
                                           pytest.param("Hopper-v5", ("s2d", "dst"), marks=needs_gym)])
-def test_resume_after_kill_is_exact(env, regimes, tmp_path):
+def test_stream_resume_after_kill_is_exact(env, regimes, tmp_path):
     flags = flags_of(env, "--critic-regime", regimes[0], "--actor-regime", regimes[1])
     log, killed = str(tmp_path / "output"), [*flags, "--runs", str(tmp_path / "killed"), "--resume"]
     assert in_process([*flags, "--runs", str(tmp_path / "whole")], log) == 0, open(log).read()
