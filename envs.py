@@ -64,10 +64,13 @@ def check_task(name):
         known = _gym_names(name)
     if name.rpartition(":")[2] in known:
         return GymEnv
+    package, colon, own = name.rpartition(":")
     with contextlib.suppress(ImportError):
-        known = [*task_names(), *known]
-    nearest = _nearest(name.rpartition(":")[2], known)
-    raise ValueError(f"unknown environment {name!r}: did you mean {', '.join(nearest) or 'dog-run, Hopper-v5'}?")
+        known = known if colon else [*task_names(), *known]
+    nearest = [package + colon + near for near in _nearest(own, known)]
+    nearest = ", ".join(nearest) or "dog-run, Hopper-v5"
+    advice = " One of your own needs its module in front: my_package:MyEnv-v0" if like_gym and not colon else ""
+    raise ValueError(f"unknown environment {name!r}: did you mean {nearest}?{advice}")
 
 
 def task_names():
@@ -365,7 +368,10 @@ class GymEnv(BaseEnv):
                 return gym.make(self.name, disable_env_checker=True, **options)
         except Exception as error:
             if isinstance(error, (ImportError, gym.error.Error)):
-                raise _gl_error(error) or ImportError(f"{self.name} cannot start ({one_line(error)})") from error
+                missing = getattr(error, "name", None) in ("mujoco", "imageio")
+                advice = ': pip install "gymnasium[mujoco]>=1.0,<2"' if missing else ""
+                line = f"{self.name} cannot start ({one_line(error)}){advice}"
+                raise _gl_error(error) or ImportError(line) from error
             raise _gl_error(error) or RuntimeError(f"{self.name} failed in its constructor: "
                                                    f"{one_line(error)}") from error
 

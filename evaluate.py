@@ -15,7 +15,6 @@ The training loop uses `evaluate` and `measure` of this file. MuJoCo draws with 
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -84,7 +83,7 @@ def run(args):
     if args.video and not args.video.endswith(".mp4"):
         raise ValueError(f"--video {args.video} must be an .mp4 file")
     imageio = import_imageio() if args.video else None
-    folder = args.run if os.path.isdir(args.run) else os.path.dirname(args.run)
+    folder = os.path.dirname(args.run) or "." if os.path.isfile(args.run) else args.run
     run_args, state = load(folder)
     seed = run_args.seed + FRESH_SEEDS if args.seed is None else args.seed
     device = torch.device("cpu") if run_args.algo == "stream" else fast.resolve_device(args.device)
@@ -113,12 +112,8 @@ def run(args):
 
 def load(folder):
     """(settings.Args, saved state) of a run: from final.pt, or from an unfinished run's newest whole checkpoint."""
-    from settings import from_config
-    with open(os.path.join(folder, "config.json")) as file:
-        try:
-            args = from_config(json.load(file))
-        except ValueError as error:
-            raise ValueError(f"{file.name} cannot be read: {str(error).splitlines()[0]}") from None
+    from settings import read_config
+    args = read_config(folder)
     path = os.path.join(folder, "final.pt")
     if os.path.exists(path):
         return args, read(path)[0]
@@ -137,7 +132,8 @@ def restore(agent, state, folder):
         load_tensors(agent, state["tensors"])
     except (KeyError, TypeError, RuntimeError) as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"the state saved in {folder} does not fit its config.json: {line}") from None
+        raise ValueError(f"the state saved in {folder} does not fit its config.json: {line} (for networks "
+                         "of your own, call evaluate.main() where you call train.main())") from None
 
 
 def film(imageio, env, act, seed, path, height=480, width=640):

@@ -6,7 +6,7 @@ drawn.
 
     python plot.py runs/                                        # every run there; writes curves.png and curves.pdf
     python plot.py runs/A__seed=0 runs/A__seed=1 others.csv     # single runs, and a CSV of runs (--save)
-    python plot.py regimes.toml runs/ --table                   # your own grid (runtime/grid.py): a table, no picture
+    python plot.py regimes.toml runs/ --table                   # your own grid (docs/figures.md): a table, no picture
     python plot.py runs/ --columns return critic/dormant_ratio train:critic/grad_norm --only mst=true
     python plot.py runs/ --reference published.csv --out figure.png
 

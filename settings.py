@@ -15,6 +15,8 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import json
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -138,6 +140,8 @@ def parse(arguments=None, description=None):
     flags = {word.partition("=")[0] for word in arguments}
     if moved := [flag for flag in ("--eval-only", "--checkpoint", "--video") if flag in flags]:
         raise ValueError(f"{moved[0]} is now part of evaluate.py: python evaluate.py RUN [--video out.mp4]")
+    if "--extend" in flags and not flags & {"--total-steps", "-h", "--help"}:
+        raise ValueError("--extend needs --total-steps: how long the whole run shall be")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--algo", nargs="?")
     algo = first.parse_known_args(arguments)[0].algo  # tyro reports an unknown one
@@ -242,6 +246,17 @@ def extended(args, before):
     return dataclasses.replace(before, total_steps=args.total_steps,
                                **{name: getattr(args, name) for name in NOT_IN_NAME if name not in ("env", "seed")})
 
+
+def read_config(folder):
+    """The Args in a run's folder. ValueError or OSError, in one line."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.exists(path):
+        raise ValueError(f"{folder} is not a run's folder: it has no config.json")
+    with open(path) as file:
+        try:
+            return from_config(json.load(file))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def from_config(config):

@@ -6,7 +6,7 @@
 #   ./sweep.sh fig6                                  run it here: one run per GPU, or one per core
 #   ./sweep.sh fig6 fig7 --tasks dog-run --seeds 3   a part of two figures; runs that they share are run once
 #   ./sweep.sh fig11 --laptop                        a study that two cores finish in hours
-#   ./sweep.sh my-grid.toml                          your own arms, tasks and seeds: runtime/grid.py shows such a file
+#   ./sweep.sh my-grid.toml                          your own arms, tasks and seeds: docs/figures.md shows such a file
 #   ./sweep.sh all --smoke --jobs 2                  every figure's grid at a toy size, into runs/smoke, two at a time
 #   ./sweep.sh fig6 --print                          the plain train.py commands, to run them by other means
 #   ./sweep.sh fig6 -- --precision bf16              flags after -- are passed to every train.py

@@ -39,7 +39,8 @@ from runtime.checkpoint import Checkpoints
 from runtime.evaluator import Evaluator
 from runtime.log import RunFinished, RunLocked, RunLog, provenance
 from runtime.resume import SavedRun, Stopped, StopSignals
-from settings import check, diff_settings, extended, from_config, module_configs, parse, run_name, plan_notes
+from settings import (check, diff_settings, extended, from_config, module_configs, parse, plan_notes, read_config,
+                      run_name)
 
 
 def train(args, env, agent, evaluator, log, saved):
@@ -279,16 +280,6 @@ def extension_notes(args, source):
     return [f"  extends  {source}: {note}"]
 
 
-def read_config(folder):
-    """The Args in a run's folder. ValueError or OSError, in one line."""
-    path = os.path.join(folder, "config.json")
-    with open(path) as file:
-        try:
-            return from_config(json.load(file))
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-
-
 # ---- the command ----
 
 def main():
@@ -307,7 +298,7 @@ def main():
         sys.exit(console.EXIT_LOCKED)
     except console.USER_ERRORS as error:
         line = console.error_message(error)
-        sys.exit(f"\ntrain.py: {line}; the last checkpoint is {saved.checkpoints.last()}" if log else f"train.py: {line}")
+        sys.exit(f"\ntrain.py: {line}; {saved.checkpoints.last()}" if log else f"train.py: {line}")
     print(f"done: {os.path.join(log.folder, 'eval.csv')}\n  plot it:   python plot.py {log.folder}\n"
           f"  watch it:  python evaluate.py {log.folder} --video out.mp4")
 
@@ -317,7 +308,9 @@ def save_and_stop(saved, stopped):
     step = saved.progress.step
     saved.save(wait=True)
     failure = saved.checkpoints.failure
-    outcome = f"but {failure}: the last is {saved.checkpoints.last()}" if failure else "and saved; the same command with --resume continues"
+    outcome = "and saved; the same command with --resume continues"
+    if failure:
+        outcome = f"but {failure}: {saved.checkpoints.last()}"
     print(f"\ntrain.py: stopped by {stopped} at agent step {step:,}, {outcome}", file=sys.stderr)
     return console.EXIT_FAILED if failure else console.EXIT_STOPPED
 

@@ -161,7 +161,7 @@ def list_all(options):
             show_table(list(all_figures(part)), part)
             print()
     print("Hours are for two CPU cores, estimated from measured times of a step; not measured on a GPU.\n"
-          "Runs that figures share are run once. Your own grid: a .toml file, see runtime/grid.py.")
+          "Runs that figures share are run once. Your own grid: a .toml file, see docs/figures.md.")
 
 
 def add_options(parser):

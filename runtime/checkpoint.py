@@ -274,7 +274,7 @@ class Checkpoints:
     def last(self):
         """The newest checkpoint on the disk, in words."""
         self.wait()
-        return "none" if self.step is None else f"of step {self.step:,}"
+        return "no checkpoint was saved" if self.step is None else f"the last checkpoint is of step {self.step:,}"
 
     def finish(self, state, keep=False):
         """The run is complete: writes `final.pt`, then removes the other files. OSError if it cannot be written.

@@ -7,6 +7,7 @@ that tells an arm from another.
     print(format_table(list(table_rows(arms, ["return"])), "markdown"))
 """
 
+import difflib
 import math
 
 import numpy as np
@@ -78,7 +79,8 @@ def select(runs, options):
         matching = [(text, [run for run in runs if test(run)]) for name, text, test in filters if name == option]
         for text, kept in matching:
             if not kept:
-                raise ValueError(f"{option} {text} matches none of the runs")
+                advice = _values(runs, text) if option == "--only" else ""
+                raise ValueError(f"{option} {text} matches none of the runs{advice}")
         one_of = option == "--tasks"  # several tasks: any of them; several --only: all
         keep = [set(map(id, kept)) for _, kept in matching]
         keep = set.union(*keep) if one_of else set.intersection(*keep)
@@ -86,6 +88,18 @@ def select(runs, options):
         if not runs:
             raise ValueError(f"{option} {' '.join(text for text, _ in matching)} matches none of the runs together")
     return runs
+
+
+def _values(runs, text):
+    """What the runs have instead: "; they have mst=false"."""
+    flag = text.removeprefix("--").partition("=")[0]
+    of_runs = [settings_of(run.args) for run in runs if run.args is not None]
+    name = current_flag(flag.replace("-", "_"))
+    found = sorted({f"{flag}={format_value(given[name])}".lower() for given in of_runs if name in given})
+    near = difflib.get_close_matches(name, {key for given in of_runs for key in given}, 1)
+    if found:
+        return f"; they have {', '.join(found)}"
+    return f"; did you mean {near[0].replace('_', '-')}?" if near else ""
 
 
 def task_of(run):
@@ -100,7 +114,9 @@ def check_columns(runs, options):
     """ValueError for a column that no run has."""
     for column in options.columns:
         if all(run.values((column,)) is None for run in runs):
-            raise ValueError(f"--columns {column}: no run has it, neither in eval.csv nor in train.csv")
+            near = difflib.get_close_matches(column, {name for run in runs for name in run.header}, 3)
+            advice = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"--columns {column}: no run has it, neither in eval.csv nor in train.csv{advice}")
     if options.episodes and not any("returns" in run.table for run in runs):
         raise ValueError("--episodes: no run has the column returns")
 

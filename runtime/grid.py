@@ -182,7 +182,8 @@ def _settings(where, flags):
             args = parse(words)
     except SystemExit:
         message = " ".join(re.sub(r"[^\x20-\x7e]|-{3,}", " ", said.getvalue().replace("\n", " ")).split())
-        raise ValueError(f"{where}: {message.removeprefix('Parsing error ')}") from None
+        message = re.sub(r"^(Parsing error|Invalid choice) | For full helptext.*", "", message)
+        raise ValueError(f"{where}: {message}") from None
     return {name: getattr(args if known[name] is None else getattr(args, known[name]), name) for name in flags}
 
 

@@ -35,6 +35,7 @@ class RunData:
     train: dict = field(default_factory=dict)
     config: dict | None = None
     notes: list = field(default_factory=list)
+    header: list = field(default_factory=list)  # all columns of the files that were read
     args: object = None  # settings.Args; None if neither config.json nor the name says what the run is
 
     @property
@@ -92,11 +93,11 @@ def read_run(folder, columns):
     """A run's folder. OSError or ValueError, in one line, if there is nothing to read."""
     of_eval = [column for column in columns if not column.startswith("train:")]
     table, notes, header = read_table(folder, "eval", of_eval)
-    run = RunData(os.path.basename(os.path.normpath(os.path.abspath(folder))), table, notes=notes)
+    run = RunData(os.path.basename(os.path.normpath(os.path.abspath(folder))), table, notes=notes, header=header)
     rest = [column for column in columns if column not in of_eval or column.removeprefix("eval:") not in header]
     if rest and os.path.exists(os.path.join(folder, "train.csv")):
-        run.train, notes, _ = read_table(folder, "train", rest)
-        run.notes += notes
+        run.train, notes, more = read_table(folder, "train", rest)
+        run.notes, run.header = run.notes + notes, header + more
     try:
         with open(os.path.join(folder, "config.json")) as file:
             run.config = json.load(file)
@@ -119,7 +120,8 @@ def read_saved(path, columns):
     runs = {}
     for name, rows in lines.items():
         table, bad = parse_rows(rows, header[1:], dict.fromkeys(column for column in wanted if column not in INDEX))
-        runs[name] = RunData(name, table, notes=[f"{path}: {name}: skipped {bad} malformed rows"] if bad else [])
+        notes = [f"{path}: {name}: skipped {bad} malformed rows"] if bad else []
+        runs[name] = RunData(name, table, notes=notes, header=header[1:])
     return runs
 
 

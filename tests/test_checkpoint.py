@@ -156,12 +156,12 @@ def test_a_save_holds_the_state_at_its_call_and_last_waits_for_it(tmp_path, monk
     write, begin = checkpoint.write, threading.Event()
     monkeypatch.setattr(checkpoint, "write", lambda *given: (begin.wait(10), write(*given))[1])
     checkpoints, weights, rows = checkpoint.Checkpoints(str(tmp_path)), torch.ones(3), torch.ones(4)
-    assert checkpoints.last() == "none"
+    assert checkpoints.last() == "no checkpoint was saved"
     checkpoints.save(7000, {"a": weights}, 0, {"x": rows})
     assert checkpoints.step is None  # it is being written
     weights.fill_(7), rows.fill_(7)  # training continues meanwhile
     threading.Timer(0.1, begin.set).start()
-    assert checkpoints.last() == "of step 7,000"
+    assert checkpoints.last() == "the last checkpoint is of step 7,000"
     found = checkpoint.Checkpoints(str(tmp_path))
     assert found.load()["a"].tolist() == [1] * 3 and [part["x"].tolist() for _, part in found.rows()] == [[1] * 4]
 

@@ -198,11 +198,23 @@ def test_gym_spaces_that_agents_cannot_use_are_refused(number):
     assert "\n" not in str(error.value)
 
 
+@needs_gym
+@pytest.mark.parametrize("package, advised", [("imageio", True), ("my_simulator", False)])
+def test_a_missing_part_of_gymnasium_comes_with_its_install_command(package, advised, monkeypatch):
+    def make(*_, **__):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    monkeypatch.setattr("gymnasium.make", make)
+    with pytest.raises(ImportError, match=f"No module named '{package}'") as error:
+        make_env("Hopper-v5")
+    assert ("gymnasium[mujoco]" in str(error.value)) == advised
+
+
 def test_unknown_names_are_answered_with_the_nearest(monkeypatch):
     near = {"dog_run": "dog-run", "cartpole-swing": "cartpole-swingup", "reacher": "reacher-"}
     if HAS_GYM:
         near |= {"hopper-v5": "Hopper-v5", "Walker-v5": "Walker2d-v5", "hopper-hops": "hopper-hop, .*Hopper-v5",
-                 "tests.test_envs:Points-v0": "Point-v0", "Ant": "Ant-v5"}
+                 "tests.test_envs:Points-v0": "tests.test_envs:Point-v0",
+                 "PointsOfMine-v0": "needs its module in front", "Ant": "Ant-v5"}
     for name, nearest in near.items():
         with pytest.raises(ValueError, match=f"unknown environment '{name}': did you mean .*{nearest}"):
             make_env(name)

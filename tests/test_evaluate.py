@@ -90,7 +90,14 @@ def test_states_that_do_not_fit_are_refused():
     evaluate.restore(agent, other.state_dict(), "here")
     assert all(torch.equal(a, b) for a, b in zip(agent.actor.parameters(), other.actor.parameters()))
     for state in (tiny_of("mrq")[0].state_dict(), {"networks": {}}):
-        refuses(lambda: evaluate.restore(agent, state, "here"), "here")
+        refuses(lambda: evaluate.restore(agent, state, "here"), "here", "evaluate.main()")
+
+
+def test_what_is_no_run_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").write_text("")
+    for path, folder in ((tmp_path / "nope", "nope"), (tmp_path / "notes.txt", tmp_path.name)):
+        status, *_ = run_main(evaluate, monkeypatch, capsys, path)
+        assert f"{folder} is not a run's folder" in str(status)
 
 
 @pytest.mark.parametrize("algo", ["mrq", "sac"])

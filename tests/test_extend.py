@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.helpers import in_process, table, timeless
+from settings import parse
+from tests.helpers import in_process, refuses, table, timeless
 
 pytestmark = pytest.mark.slow
 FLAGS = ["--env", "cartpole-swingup", "--width-scale", "0.05", "--learning-starts", "45", "--eval-every", "50",
@@ -45,7 +46,9 @@ def test_extension_refuses_what_it_cannot_mean(tmp_path):
         run(tmp_path, *FLAGS, *flags, "--total-steps", "130", "--name", name)
     for name, flags, word in (("short", "130", "--total-steps"), ("short", "200 --mst", "--mst"),
                               ("short", "200 --critic-lr 1", "--critic-lr"), ("d2s", "200", "Eq. 2"),
-                              ("none", "200", "--keep-checkpoint"), ("nowhere", "200", "config.json")):
+                              ("none", "200", "--keep-checkpoint"),
+                              ("nowhere", "200", "nowhere is not a run's folder")):
         more = ["--total-steps", *flags.split(), "--name", "more"]
         status, said = run(tmp_path, "--extend", str(tmp_path / name), *more)
         assert status == 1 and word in said and not (tmp_path / "more").exists()
+    refuses(lambda: parse(["--extend", str(tmp_path / "short")]), "--extend needs --total-steps")  # not 500,000

@@ -200,7 +200,7 @@ def test_grid_files_that_are_refused(tmp_path):
                             ({"seeds": -1}, "seeds must be"), ({"sed": 1}, "unknown key 'sed'"),
                             ({"arms": {"a": {"critic-regim": "dst"}}},
                              "arm 'a': mrq has no flag critic-regim: did you mean critic-regime?"),
-                            ({"arms": {"a": {"critic-regime": "ds"}}}, "arm 'a': "),
+                            ({"arms": {"a": {"critic-regime": "ds"}}}, "arm 'a': invalid choice 'ds'"),
                             ({"arms": {"a": {"seed": 1}}}, "arm 'a': seed"),
                             ({"arms": {"a": {}, "b": {}}}, "arms a and b have the same flags")):
         (tmp_path / "grid.json").write_text(json.dumps(GRID | change))

@@ -89,7 +89,8 @@ def test_intervals_are_drawn_from_low_to_high():
     assert whisker[:, 1].tolist() == [10, 70]
 
 
-@pytest.mark.parametrize("names", [("dense", "critic-dst", "mst"), ("dst", "MST"), ("plain", "a", "b"), ("a", "d2s"), tuple("abcdefgh")])
+@pytest.mark.parametrize("names", [("dense", "critic-dst", "mst"),
+                                   ("dst", "MST"), ("plain", "a", "b"), ("a", "d2s"), tuple("abcdefgh")])
 def test_no_two_arms_share_a_color(names):
     looks = plot.styles(list(names))
     assert len({color for color, *_ in looks.values()}) == len(looks) == len(names)
@@ -151,9 +152,11 @@ def test_what_cannot_be_done_is_refused(tmp_path, monkeypatch, capsys):
     write_arms(tmp_path / "runs")
     (tmp_path / "ref.csv").write_text("env,agent_step,seed,return\ndog-run,0,0,1\n")
     for argv, message in (("no", "no: no such file or folder"), ("empty", "empty: no runs here"),
-                          ("runs --columns retrun", "--columns retrun: no run has it"),
+                          ("runs --columns retrun", "did you mean return?"),
                           ("runs --tasks dog-run", "--tasks dog-run matches none"),
-                          ("runs --only mst", "--only mst matches none"), ("runs runs", "is given twice"),
+                          ("runs --only mst", "--only mst matches none of the runs; they have mst=false"),
+                          ("runs --only critic-regim=dst", "did you mean critic-regime?"),
+                          ("runs runs", "is given twice"),
                           ("fig6 runs", "./sweep.sh plot fig6 runs"), ("runs --reference ref.csv", "none of the tasks"),
                           ("runs --table --reference ref.csv", "add --out"), (__file__, "is not a CSV of runs")):
         status, _, _ = run_main(plot, monkeypatch, capsys, *argv.split())

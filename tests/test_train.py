@@ -127,7 +127,7 @@ def test_first_of_two_faults_is_reported():
 
 def test_signal_to_a_broken_run_names_the_fault(monkeypatch, capsys):
     agent = argparse.Namespace(nonfinite_report=lambda: ("the critic's loss", 3))
-    log, checkpoints = argparse.Namespace(folder="here"), argparse.Namespace(last=lambda: "none")
+    log, checkpoints = argparse.Namespace(folder="here"), argparse.Namespace(last=lambda: "no checkpoint was saved")
     saved = SavedRun(checkpoints, flags_to_args(), torch.device("cpu"), agent, None, log)
 
     def stopped(*_):
@@ -136,7 +136,7 @@ def test_signal_to_a_broken_run_names_the_fault(monkeypatch, capsys):
     monkeypatch.setattr(train, "build", lambda args: (None, log, saved))
     monkeypatch.setattr(train, "train", stopped)
     line = run_main(train, monkeypatch, capsys)[0]
-    assert "critic's loss" in line and "agent step 10,003" in line and "none" in line  # the last checkpoint
+    assert "critic's loss" in line and "agent step 10,003" in line and "no checkpoint" in line
 
 
 # ---- what a run is built from ----
