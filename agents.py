@@ -77,7 +77,11 @@ def build_agent(args, obs_dim, action_dim, device, buffer_size=None):
                                   buffer_size=replay_rows(args) if buffer_size is None else buffer_size,
                                   **({"shift": args.pixel.shift} if args.pixel.pixels else {}))
     fast.speed_up(agent, precision, compile)
-    if graphs:
+    on_host = getattr(agent.replay, "frame_device", device) != device
+    if on_host and args.cuda_graphs == "on":
+        raise ValueError("--cuda-graphs: the frames do not fit on the GPU, and fetching them from the host cannot be captured; "
+                         "use a smaller --buffer-size or --image-size")
+    if graphs and not on_host:
         fast.captured(agent)
     return agent
 

@@ -9,6 +9,7 @@ import torch
 
 from runtime import fast
 from tests.helpers import REPLAY_AGENTS, tiny_of
+from tests.test_pixels import tiny_agent
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
@@ -36,6 +37,25 @@ def moved_by_updates(agent, buffer):
 
 def distance(one, other):
     return torch.cat([(a.detach() - b.detach()).flatten() for a, b in zip(one, other, strict=True)]).norm().item()
+
+
+def test_cuda_pixel_updates_equal_those_of_a_cpu():
+    """The encoder's loss on the same frames without shifts, and captured updates with them."""
+    agent, other = tiny_agent("mrq"), tiny_agent("mrq", device="cuda")
+    for name, network in agent.networks.items():
+        other.networks[name].load_state_dict(network.state_dict())
+        other.targets[name].load_state_dict(agent.targets[name].state_dict())
+    losses = []
+    for one in (agent, other):
+        one.replay.shift = 0
+        batch = one.replay.gather(torch.arange(12, device=one.device))
+        losses.append(one.encoder_loss(batch, one.replay.termination_seen)[0].detach().cpu())
+        one.replay.shift = 4
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=1e-3)
+    fast.captured(other)
+    for _ in range(12):
+        other.update()
+    assert other.nonfinite_report() is None and other.updates["critic"] == 12
 
 
 @pytest.mark.parametrize("precision, compile", [("fp32", False), ("tf32", False), ("bf16", False), ("tf32", True),

@@ -16,6 +16,7 @@ import pixels
 from agents import build_agent, count_parameters, replay_rows
 from networks import Encoder
 from pixels import FrameReplayBuffer, PixelEncoder, PixelMRQ, PixelMRSAC, random_shift
+from runtime import fast
 from settings import check, diff_settings, from_config, parse, plan_notes, run_name
 from sparsity import SparseTraining
 from tests.helpers import layer_norm, naive_activation, property_test, refuses
@@ -253,14 +254,14 @@ def test_dormant_channels_by_hand():
     assert metrics.dormant_ratio(activations)[1]["zs_mlp.convs.1"] >= 3 / 8
 
 
-def tiny_agent(algo, seed=0, **modules):
+def tiny_agent(algo, seed=0, device="cpu", **modules):
     agent_class = AGENTS[algo]
     torch.manual_seed(seed)
     presets = agent_class.Config.presets["mst"]
     modules = {name: dataclasses.replace(m, width_scale=1 / 32, sparse_options={"update_interval": 3},
                                          **modules.get(name, {})) for name, m in presets.items()}
     config = agent_class.Config(batch_size=16, target_update_freq=4)
-    agent = agent_class((9, 36, 36), 2, modules, config, 40, "cpu", seed, buffer_size=200)
+    agent = agent_class((9, 36, 36), 2, modules, config, 40, device, seed, buffer_size=200)
     fill_with_frames(agent, 60, seed)
     return agent
 
@@ -331,6 +332,24 @@ def test_flags_that_cannot_work_are_refused_or_noted():
     assert run_name(idle) == run_name(parse(["--algo", "sac"]))
     assert "note: --image-size, --shift changes nothing without --pixels" in plan_notes(idle)
     assert plan_notes(parse(["--pixels", "--image-size", "64"])) == []
+
+
+def test_frames_on_the_host_are_not_captured(monkeypatch):
+    captured = []
+    monkeypatch.setattr(fast, "captured", captured.append)
+    monkeypatch.setattr(fast, "resolve_speed", lambda *of: (False, True, []))
+    for on_host, count in ((False, 1), (True, 1)):
+        if on_host:
+            check_memory = FrameReplayBuffer._check_memory
+
+            def host(self, padded):
+                check_memory(self, padded)
+                self.frame_device = torch.device("cuda")  # another one than the agent's
+            monkeypatch.setattr(FrameReplayBuffer, "_check_memory", host)
+            monkeypatch.setattr(FrameReplayBuffer, "_allocate_obs", lambda self: None)
+        built("--pixels", "--image-size", "40")
+        assert len(captured) == count
+    refuses(lambda: built("--pixels", "--image-size", "40", "--cuda-graphs", "on"), "--cuda-graphs: the frames do not fit")
 
 
 def test_a_run_of_half_a_million_steps_takes_10_6_gigabytes():
