@@ -144,9 +144,9 @@ def test_state_of_another_agent_is_refused_before_anything_changes():
     dense = tiny_of("sac", regimes_dense("sac"))[0].state_dict()
     second = copy.deepcopy(tiny_of("sac", seed=3)[0].state_dict())  # the first module's masks fit
     second["sparse"]["actor"]["regime"] = "s2d"
-    for state, message in ((dense, "regime 'dense'"), (second, "regime 's2d'"),
-                           (tiny_of("mrsac")[0].state_dict(), "encoder, critic, actor, this agent has"),
-                           (tiny_of("ddpg")[0].state_dict(), "the saved optimizers are critic, actor, this agent has")):
+    for state, message in ((dense, "regime.*dense"), (second, "regime.*s2d"),
+                           (tiny_of("mrsac")[0].state_dict(), "encoder, critic, actor"),
+                           (tiny_of("ddpg")[0].state_dict(), "optimizers are critic, actor")):
         with pytest.raises(ValueError, match=message):
             agent.load_state_dict(state)
         assert all(torch.equal(a, b) for a, b in zip(weights, agent.critic.parameters()))
