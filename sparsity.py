@@ -93,7 +93,7 @@ def scheduled_sparsity(step, initial, final, start, end, power=2.0):
 
 
 def update_mask(weight, grad, mask, drop_fraction, num_active=None, grow="gradient", generator=None, active=None):
-    """Algorithm 1 for one layer: drop the smallest active weights, grow the most promising of the rest.
+    """Algorithm 1 for one layer, lines 8 to 11 (line 12 is in `SparseTraining._change`): drop, then grow.
 
     weight, grad, mask: tensors of one shape; mask is bool, True where a weight is active; grad is the dense gradient.
     drop_fraction: ζ_t, the fraction of active weights to drop. num_active: how many are active afterwards (default: as
@@ -110,12 +110,12 @@ def update_mask(weight, grad, mask, drop_fraction, num_active=None, grow="gradie
     _require(0 <= drop_fraction <= 1, f"drop_fraction must lie in [0, 1], not {drop_fraction}")
     _require(0 <= num_active <= mask.numel(), f"num_active is {num_active}, but the layer has {mask.numel()} weights")
     # Line 8. With a sparsity schedule, drop at least as many as the new count asks for.
-    kept = active - max(math.floor(drop_fraction * active), active - num_active)
+    dropped = max(math.floor(drop_fraction * active), active - num_active)
     # Line 9. Inactive weights rank below every active one: an active weight may itself be 0.
-    keep = _largest(_magnitude(weight).masked_fill(~mask, -1.0), kept)
+    kept = _largest(_magnitude(weight).masked_fill(~mask, -1.0), active - dropped)
     # Line 10. Everything not kept competes, including the weights just dropped, as in the published RigL.
-    promise = _uniform(weight.shape, generator, weight.device) if grow == "random" else _magnitude(grad, generator)
-    return keep | _largest(promise.masked_fill(keep, -2.0), num_active - kept)  # line 11
+    score = _uniform(weight.shape, generator, weight.device) if grow == "random" else _magnitude(grad, generator)
+    return kept | _largest(score.masked_fill(kept, -2.0), num_active - (active - dropped))  # line 11; scores are > -1
 
 
 class SparseTraining:
@@ -180,7 +180,7 @@ class SparseTraining:
 
         step: number of this module's updates, this one included: 1, 2, ... It may skip some, as the steps of a delayed
         module do. Call it after `backward` and before `mask_gradients`: growth is ranked by the dense gradients, which
-        must come from the module's own loss only, or by `scores` (weight's name -> dense tensor). A layer that nothing
+        must come only from the module's own loss, or by `scores` (weight's name -> dense tensor). A layer that nothing
         ranks (its gradient is missing, all zero, or not finite) changes as soon as something does.
         """
         step = _whole_step(step)
@@ -193,9 +193,10 @@ class SparseTraining:
             self.sparsity = scheduled_sparsity(step, self.initial, self.final, self.start, self.end,
                                                self.schedule_power)  # Eq. (2), with ER solved anew for s_t
         counts = self._counts(self.masks, self.sparsity)
-        if due:  # a layer that is dense before and after would only regrow what it drops
-            late, self.waiting = self.waiting, [name for name, mask in self.masks.items() if not (
-                self.active[name] == counts[name] == mask.numel())]
+        if due:
+            late = self.waiting
+            self.waiting = [name for name, mask in self.masks.items()  # dense before and after: nothing to change
+                            if not self.active[name] == counts[name] == mask.numel()]
             for name in set(late) & set(self.waiting):
                 self._warn("stuck", f"the topology of {name} stands still, as its gradients are missing, zero or not "
                            "finite: call update_topology between backward and zero_grad, or exclude the layer")
@@ -224,7 +225,7 @@ class SparseTraining:
 
     @torch.no_grad()
     def mask_gradients(self):
-        """Zeroes the gradients of pruned weights. Before clipping: they must not count towards the norm."""
+        """Zeroes the gradients of pruned weights. Call it before clipping, so that they do not count."""
         compiling = torch.compiler.is_compiling()
         if not self.last_step and not compiling:  # `update_topology`, which checks, may never be called
             self._unstepped += 1
@@ -504,7 +505,7 @@ def _read(*flags):
     return [0 if flag.is_meta else flag.sum().tolist() for flag in flags]
 
 
-# ---- guards: what can be masked, and by whom it may be trained ----
+# ---- guards: the algorithm ends here; the rest chooses what to mask and refuses what would break it ----
 
 # By kind of layer: by number of dimensions, LayerNorm([4, 8]) and attention's bias_k would be masked. What one tensor
 # stacks (q, k and v, or a GRU's gates) counts as one weight.
