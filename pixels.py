@@ -26,7 +26,7 @@ from rendering import FRAME_CHANNELS
 from replay import ReplayBuffer, free_memory, to_device
 
 CHANNELS, KERNEL, STRIDES = 32, 3, (2, 2, 2, 1)  # the published MR.Q's, at scale 1: 84 -> 41 -> 20 -> 9 -> 7
-PIECE = 32  # images that pass the convolutions together without gradients: their activations stay in the CPU's cache
+PIECE = 32  # images that pass the convolutions together without gradients on a CPU: their activations stay small
 
 
 # ---- encoder ----
@@ -69,7 +69,7 @@ class ImageLayers(nn.Module):
         return zs.unflatten(0, obs.shape[:-3]) if obs.ndim > 3 else zs.squeeze(0)
 
     def _embed(self, images):
-        x = images.to(self.linear.weight.dtype, memory_format=torch.channels_last).div_(255).sub_(0.5)
+        x = images.to(self.linear.weight.dtype, memory_format=torch.channels_last, copy=True).div_(255).sub_(0.5)
         return self.linear(self.convs(x).flatten(1))
 
 

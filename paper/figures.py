@@ -204,7 +204,7 @@ FIGURES = {
     "visual": Figure(  # arXiv 2506.17204, Section 5, on the same tasks with DrQ-v2
         "MR.Q from pixels: dense, static sparse modules, and MST", "points",
         tuple(arm for scale in _SCALES for arm in visual_arms(f"×{scale}", **({"scale": scale} if scale > 1 else {}))),
-        tasks=("quadruped-run", "hopper-hop"),
+        tasks=("quadruped-run", "hopper-hop"), step_ms=15000,  # 1.8, 9.4 and 33 s at the three scales, on a busy AMD EPYC
         note="Our choice: MR.Q instead of DrQ-v2, types 6, 6 and 5, and sparsity 0.6."),
     "stream": Figure(  # arXiv 2506.17204, Section 5, on Gymnasium's Ant and Walker2d
         "Stream AC(λ) in width: dense or sparse, with SparseInit or without; dense with the sparse agent's step size", "points",
