@@ -124,7 +124,7 @@ LAPTOP = {
     "visual": Figure(
         "MR.Q from pixels: static sparse encoder, static sparse critic and actor, and MST", "curves",
         tuple(_visual()), (RETURN, CRITIC_SRANK, CRITIC_DORMANT), tasks=("walker-stand", "cartpole-balance"), seeds=5,
-        step_ms=210,  # on a busy AMD EPYC
+        step_ms=175,  # on a busy AMD EPYC
         note="64×64 pixels, width ×0.5, batch 64; 30,000 agent steps, of which 1,000 are random; three episodes per "
              "evaluation; types 6, 6 and 5; sparsity 0.6."),
     "stream": dataclasses.replace(
