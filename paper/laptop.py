@@ -78,8 +78,8 @@ LAPTOP = {
         note="Width ×0.25, types 6, 6 and 5; 1,000 random steps (one arm: 10,000)."),
     "stream_quickstart": Figure(
         "the README's streaming command", "curves",
-        (Arm("", "MST", {"algo": "stream", "mst": True, "total_steps": 100_000, "eval_every": 50_000}),), tasks=(TASK,), step_ms=0.6,
-        note="128 units, sparsity 0.8; 100,000 agent steps."),
+        (Arm("", "MST", {"algo": "stream", "mst": True, "total_steps": 200_000, "eval_every": 50_000}),), tasks=(TASK,), step_ms=0.6,
+        note="128 units, sparsity 0.8; 200,000 agent steps."),
     "ball_in_cup": Figure(
         "short runs of narrow SAC and DDPG agents", "curves",
         (Arm("", "MST, SAC", {"algo": "sac", **_BALL}), Arm("", "MST, DDPG", {"algo": "ddpg", **_BALL})), _CRITIC,

@@ -212,7 +212,7 @@ def side_by_side(rows, steps):
         yield label, seeds, *cells, *[""] * (len(steps) - len(cells))
 
 
-STREAM_STEPS = (0, 50_000, 100_000)
+STREAM_STEPS = (0, 50_000, 100_000, 200_000)
 
 
 def quickstart_stream(results):
