@@ -87,16 +87,16 @@ def build_agent(args, obs_dim, action_dim, device, buffer_size=None):
 
 
 def replay_rows(args, shortest_episode=1):
-    """Rows of the replay buffer: --buffer-size, or as many as the run can fill if those are fewer. An episode takes a row
-    more than it has steps. shortest_episode: its steps."""
+    """Rows of the replay buffer: --buffer-size, or as many as the run can fill if those are fewer. An episode takes a
+    row more than it has steps. shortest_episode: its steps."""
     episodes = -(-args.total_steps // shortest_episode)
     return min(args.buffer_size, args.total_steps + episodes + 2 * args.agent.horizon + 2)
 
 
 def compiling_pays(args):
-    """Whether a run on a CPU earns back the minute that compiling takes. Measured on an Intel Xeon: compiled, an update of
-    MR.Q takes 0.75 times as long at a quarter of the width and 0.87 at scale 1; SimBa's takes 1.2 times as long. From
-    pixels, it was not measured."""
+    """Whether a run on a CPU earns back the minute that compiling takes. Measured on an Intel Xeon: compiled, an update
+    of MR.Q takes 0.75 times as long at a quarter of the width and 0.87 at scale 1; SimBa's takes 1.2 times as long.
+    From pixels, it was not measured."""
     return args.algo in ("mrq", "mrsac") and not args.pixel.pixels and args.total_steps - args.learning_starts >= 10_000
 
 

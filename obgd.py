@@ -1,7 +1,7 @@
 """ObGD and SparseInit, the parts of streaming RL that any network can use.
 
-Guarantees: no step overshoots by more than the bound allows; a TD error or a trace that is not finite changes no weight;
-weights and traces are views of two vectors, also after loading a state.
+Guarantees: no step overshoots by more than the bound allows; a TD error or a trace that is not finite changes no
+weight; weights and traces are views of two vectors, also after loading a state.
 
 Paper: Elsayed, Vasan and Mahmood, 2024, "Streaming Deep Reinforcement Learning Finally Works", Algorithms 1 and 3. This
 file needs torch, numpy and scipy, and nothing else from this project:
@@ -33,8 +33,8 @@ class ObGD(torch.optim.Optimizer):
 
         z <- decay·z + gradient;   M = κ·α·max(|δ|, 1)·‖z‖₁;   w <- w - α/max(M, 1)·δ·z
 
-    All weights move into one vector, all traces into another; parameters and `state[p]["trace"]` are views of them. So a
-    bound over the whole network is two calls, and numpy code may work on `weights` and `traces`. CPU only, one dtype.
+    All weights move into one vector, all traces into another; parameters and `state[p]["trace"]` are views of them. So
+    a bound over the whole network is two calls, and numpy code may work on `weights` and `traces`. CPU only, one dtype.
     """
 
     def __init__(self, params, kappa, decay, step_size=1.0):
@@ -83,8 +83,8 @@ class ObGD(torch.optim.Optimizer):
 def sparse_init(module, sparsity=0.9):
     """SparseInit: uniform in ±1/√fan_in, then ⌈sparsity·fan_in⌉ weights of each output unit are 0; biases are 0.
 
-    All weights stay trainable. Each unit keeps at least one weight: the published formula leaves none below 10 inputs, and
-    a task with 6 would start without any input.
+    All weights stay trainable. Each unit keeps at least one weight: the published formula leaves none below 10 inputs,
+    and a task with 6 would start without any input.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):

@@ -1,7 +1,7 @@
 """A network that learns from one sample at a time: the PyTorch module, and its forward, backward and update in numpy.
 
-Guarantees: the numpy code works on the PyTorch weights' own memory and agrees with autograd to rounding; pruned weights and
-their traces are exactly zero after every update.
+Guarantees: the numpy code works on the PyTorch weights' own memory and agrees with autograd to rounding; pruned weights
+and their traces are exactly zero after every update.
 
 With one sample, the gradient of a layer is an outer product, so an update is a handful of vector operations, and the
 overhead of calling them decides the speed. numpy and BLAS calls cost a microsecond or less, several times less than
@@ -94,8 +94,9 @@ class Learner:
     """One module's streaming update: traces, growth scores, topology, masks, ObGD.
 
     Growth: one step's gradient has rank one, so its largest entries lie in a few rows and columns. `--grow gradient`
-    therefore ranks by |Σ δ·z̃| since the last change, z̃ being the trace of all weights, the pruned ones included: it is the
-    move that a weight would have made in that time, up to the step size, as the batch gradient E[δz] is for a replay buffer.
+    therefore ranks by |Σ δ·z̃| since the last change, z̃ being the trace of all weights, the pruned ones included: it
+    is the move that a weight would have made in that time, up to the step size, as the batch gradient E[δz] is for a
+    replay buffer.
     """
 
     def __init__(self, network, optimizer, sparse, growth_score):

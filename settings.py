@@ -1,7 +1,7 @@
 """Every flag of a run with its help, the checks, and the run's name.
 
-Guarantees: a wrong flag is refused in one line that names it, before anything is built; two different runs never share a
-name, and a flag that changes nothing is not part of it; flags, configs and run names of earlier versions still work.
+Guarantees: a wrong flag is refused in one line that names it, before anything is built; two different runs never share
+a name, and a flag that changes nothing is not part of it; flags, configs and run names of earlier versions still work.
 
     args = parse(["--mst", "--scale", "5"])         # Args
     check(args)                                     # ValueError, one line
@@ -30,7 +30,8 @@ from sparsity import DISTRIBUTIONS, GROWTHS, REGIMES
 
 CONFIGS = {name: agent.Config for name, agent in AGENTS.items()}
 Regime, ArchType = Literal[REGIMES], Literal[tuple(ARCH_CONFIGS)]
-# Not part of a run's name. All but the first two may change when a run is resumed: they change results by rounding at most.
+# Not part of a run's name. All but the first two may change when a run is resumed: they change results by rounding at
+# most.
 NOT_IN_NAME = ("env", "seed", "device", "threads", "compile", "cuda_graphs", "eval_workers", "runs", "name", "tensorboard",
                "wandb_project", "resume", "save_every", "keep_checkpoint", "extend")
 OLD_FLAGS = {"growth": "grow", "drop_initial": "drop_fraction_start", "drop_final": "drop_fraction_end", "target_rate": "tau",
@@ -172,9 +173,9 @@ def current_spelling(arguments):
 def run_name(args, flags=None, old=False):
     """The task, the algorithm if it is not MR.Q, and the settings that differ from the defaults.
 
-    flags: `nondefault_flags(args)` if it is already known; it is the same for all tasks and seeds. old: the name that earlier
-    versions gave this run. A flag that changes nothing (a default restated, `--sparsity` where every module is dense) is left
-    out. Two different runs never share a name.
+    flags: `nondefault_flags(args)` if it is already known; it is the same for all tasks and seeds. old: the name that
+    earlier versions gave this run. A flag that changes nothing (a default restated, `--sparsity` where every module is
+    dense) is left out. Two different runs never share a name.
     """
     algo = [] if args.algo == "mrq" else [args.algo]
     spelling = {new.replace("_", "-"): before.replace("_", "-") for before, new in OLD_FLAGS.items()} if old else {}
@@ -280,7 +281,8 @@ def from_config(config):
 
 
 def diff_settings(before, now):
-    """What makes these two settings different runs, in a line: "--critic-lr 0.0003, not 0.001". Empty if they are the same.
+    """What makes these two settings different runs, in a line: "--critic-lr 0.0003, not 0.001". Empty if they are the
+    same.
 
     Flags that do not change results are ignored.
     """

@@ -1,11 +1,12 @@
 """Stream AC(λ): an actor-critic that uses each transition once, without a replay buffer, a batch or target networks.
 
-Guarantees: the updates of the published algorithm, one per environment step; all five regimes on both modules, with pruned
-weights and their traces exactly zero through every step; and a state that resumes exactly.
+Guarantees: the updates of the published algorithm, one per environment step; all five regimes on both modules, with
+pruned weights and their traces exactly zero through every step; and a state that resumes exactly.
 
-Paper: Elsayed, Vasan and Mahmood, 2024, "Streaming Deep Reinforcement Learning Finally Works" (the agent, ObGD, SparseInit);
-arXiv 2506.17204, Section 5 (static sparsity in streaming RL). obgd.py has the optimizer and the initialization, online.py
-the networks and their update from one sample. Run it with `python train.py --algo stream`, or use it as a part:
+Paper: Elsayed, Vasan and Mahmood, 2024, "Streaming Deep Reinforcement Learning Finally Works" (the agent, ObGD,
+SparseInit); arXiv 2506.17204, Section 5 (static sparsity in streaming RL). obgd.py has the optimizer and the
+initialization, online.py the networks and their update from one sample. Run it with `python train.py --algo stream`, or
+use it as a part:
 
     import numpy as np
     from stream import STREAM_MST, StreamAC
@@ -77,9 +78,11 @@ class StreamConfig(Choices):
 # ---- running statistics ----
 
 class RunningStats:
-    """Mean and sample variance (n - 1) of all values so far, in float64, by Welford's update. The variance is 1 until n = 2.
+    """Mean and sample variance (n - 1) of all values so far, in float64, by Welford's update. The variance is 1 until n
+    = 2.
 
-    `state` is one tensor (mean, squared deviations, count) and the arrays are views of it, so restoring it in place is enough.
+    `state` is one tensor (mean, squared deviations, count) and the arrays are views of it, so restoring it in place is
+    enough.
     """
 
     def __init__(self, dim):
@@ -201,8 +204,8 @@ class StreamAC(BaseAgent):
             self._counted[0] = 1
 
     def act(self, obs, explore):
-        """obs: (obs_dim,) or, to evaluate, (n, obs_dim), numpy. Returns actions of the same leading shape: the mean, clipped, or
-        a draw from N(μ, softplus(ρ)²), not clipped."""
+        """obs: (obs_dim,) or, to evaluate, (n, obs_dim), numpy. Returns actions of the same leading shape: the mean,
+        clipped, or a draw from N(μ, softplus(ρ)²), not clipped."""
         if obs.ndim > 1:
             with torch.no_grad():
                 return self.actor(self._normalized(obs))[0].clamp(-1, 1).float().numpy()
@@ -351,7 +354,8 @@ class StreamAC(BaseAgent):
 # ---- the environment's time ----
 
 class TimedEnv:
-    """An environment whose observation ends with the time within the episode, -0.5 + t/T, for t agent steps of at most T.
+    """An environment whose observation ends with the time within the episode, -0.5 + t/T, for t agent steps of at most
+    T.
 
     T is the environment's time limit, or 1,000 if it has none.
     """

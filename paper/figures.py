@@ -113,11 +113,13 @@ def _plain_and_mst(name, points, plain, **others):
         yield Arm(f"{name}, {dimension}", "MST", {**flags, "mst": True}, x)
 
 
-# Streaming. ObGD's step is always at its bound, and the bound counts active weights: pruning makes steps larger, and more
-# units make them smaller. "dense, larger step" has the static arm's median steps, so that beside it only sparsity counts.
+# Streaming. ObGD's step is always at its bound, and the bound counts active weights: pruning makes steps larger, and
+# more units make them smaller. "dense, larger step" has the static arm's median steps, so that beside it only sparsity
+# counts.
 STREAM_SPARSITY = {1: 0.8, 2: 0.8, 4: 0.9, 8: 0.9}  # by width scale
-# (actor's κ, critic's κ) of that arm. From walker-walk, 20,000 steps, seeds 100 and 101: medians of train.csv's step sizes over
-# the second half, dense and static; κ is the published one times their ratio, then corrected once by the ratio that was left.
+# (actor's κ, critic's κ) of that arm. From walker-walk, 20,000 steps, seeds 100 and 101: medians of train.csv's step
+# sizes over the second half, dense and static; κ is the published one times their ratio, then corrected once by the
+# ratio that was left.
 STREAM_KAPPA = {1: (1.2, 0.96), 2: (1.4, 0.86), 4: (0.97, 0.70), 8: (1.1, 0.60)}
 
 

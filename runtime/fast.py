@@ -344,8 +344,8 @@ class CapturedUpdate:
 
 
 def keep_freed_memory():
-    """Large blocks are reused: glibc returns them to the system, and taking new pages costs as much as the arithmetic on
-    images. Without effect in other C libraries."""
+    """Large blocks are reused: glibc returns them to the system, and taking new pages costs as much as the arithmetic
+    on images. Without effect in other C libraries."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2 ** 30)  # M_MMAP_THRESHOLD: only larger blocks have pages of their own

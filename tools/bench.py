@@ -5,12 +5,12 @@
     python bench.py --variants dense mst mst+bf16    # which forms to compare
     python bench.py --algo sac --env humanoid-run --width-scale 4 --depth-scale 3
 
-Every figure is a median, in milliseconds per agent step; the encoder's burst, what is refreshed before it (targets, scales,
-draws) and the topology updates are spread over the steps they serve; observe and add are what the loop does beside. The
-variants of one scale take turns within one run, so that a noisy machine is noisy to all of them: read the ratios. FLOPs are
-counted by PyTorch's own counter during a real update, bytes are counted from the optimiser's traffic, and the rates that
-turn both into a floor are measured on the spot. Phases are timed apart and uncaptured; "masks" is the plain pass over the
-gradients, which +compile fuses with clipping on CUDA.
+Every figure is a median, in milliseconds per agent step; the encoder's burst, what is refreshed before it (targets,
+scales, draws) and the topology updates are spread over the steps they serve; observe and add are what the loop does
+beside. The variants of one scale take turns within one run, so that a noisy machine is noisy to all of them: read the
+ratios. FLOPs are counted by PyTorch's own counter during a real update, bytes are counted from the optimiser's traffic,
+and the rates that turn both into a floor are measured on the spot. Phases are timed apart and uncaptured; "masks" is
+the plain pass over the gradients, which +compile fuses with clipping on CUDA.
 """
 
 import contextlib

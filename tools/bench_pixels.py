@@ -5,7 +5,8 @@
 
 "plain" is written here, as published pixel agents do it: frames by advanced indexing, converted to floats, shifted by
 `grid_sample`, all four stacks of the critic's subtrajectories, and one autograd pass over all images. Each form runs in
-processes of its own, in turns; the figures are medians of CPU milliseconds, so that neighbors of a busy machine count less.
+processes of its own, in turns; the figures are medians of CPU milliseconds, so that neighbors of a busy machine count
+less.
 """
 
 import dataclasses

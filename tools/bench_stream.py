@@ -2,9 +2,9 @@
 
     python tools/bench_stream.py                    # widths 128 and 512, dense and MST
 
-The plain form has the published code's structure: autograd, one tensor after the other, a read for each norm. CPU time, so that
-neighbors slow both. Steps per second: acting, walker-walk's simulator and learning, in blocks of 100 steps, the median block
-and the fastest tenth, which neighbors disturb least. A whole run logs its own in train.csv.
+The plain form has the published code's structure: autograd, one tensor after the other, a read for each norm. CPU time,
+so that neighbors slow both. Steps per second: acting, walker-walk's simulator and learning, in blocks of 100 steps, the
+median block and the fastest tenth, which neighbors disturb least. A whole run logs its own in train.csv.
 """
 
 import math

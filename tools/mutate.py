@@ -7,8 +7,8 @@
 A mutant changes one comparison, operator, constant or argument, or deletes one statement; texts and types stay. The
 suite runs once to record which test runs which line, itself or in a process that it starts. Then each mutant, in a copy
 of the project, meets the tests that run its line (all tests, if the line runs on import), the fast ones first, until
-one fails or takes far too long. A smaller sample is the beginning of a larger one. PYTEST_ADDOPTS='-m "not slow"' selects
-tests.
+one fails or takes far too long. A smaller sample is the beginning of a larger one. PYTEST_ADDOPTS='-m "not slow"'
+selects tests.
 
 --same takes the sample that this program would draw from another version of the project, and runs each mutant whose
 statement is unchanged here, in a function of the same name or where the statement is unique. --log is that version's
