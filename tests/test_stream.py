@@ -1,4 +1,4 @@
-"""Stream AC(λ): ObGD, SparseInit, the hand-written backward pass, growth, exact zeros, and a second, plain implementation."""
+"""Stream AC(λ): ObGD, SparseInit, the hand-written backward pass, growth, exact zeros, a plain implementation."""
 
 import copy
 import importlib.util
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from base import ModuleConfig
 from obgd import ObGD, sparse_init
@@ -18,6 +17,7 @@ from runtime import checkpoint
 from settings import check, parse
 from stream import RewardScale, RunningStats, StreamAC, StreamConfig, TimedEnv
 from tests.helpers import in_process, refuses, timeless
+from tests.naive_stream import Plain
 
 REGIMES = ("dense", "sst", "dst", "s2d", "d2s")
 
@@ -30,7 +30,7 @@ def modules(critic="dst", actor="sst", sparsity=0.8, width=0.125, **options):
 
 
 def transitions(steps, obs_dim=5, action_dim=2, seed=0):
-    """A made-up task: (obs, reward, next_obs, terminated, truncated) by an agent's action, with both kinds of ending."""
+    """A made-up task: (obs, reward, next_obs, terminated, truncated) for an action, with both kinds of ending."""
     random = np.random.RandomState(seed)
     mix = random.randn(obs_dim, action_dim)
     obs, time = random.randn(obs_dim).astype(np.float32), 0
@@ -76,11 +76,12 @@ def test_obgd_on_two_weights_by_hand():
     before = weights.detach().clone()
     weights.grad = torch.tensor([0.05, 0.05], dtype=torch.float64)  # z = (0.2, 0.0); M = 2·1·0.2 = 0.4: not bounded
     optimizer.step(delta=0.25, reset=True)
-    np.testing.assert_allclose(weights.detach(), before - 0.25 * torch.tensor([0.2, 0.0], dtype=torch.float64), rtol=1e-14)
+    expected = before - 0.25 * torch.tensor([0.2, 0.0], dtype=torch.float64)
+    np.testing.assert_allclose(weights.detach(), expected, rtol=1e-14)
     assert optimizer.state[weights]["trace"].eq(0).all()  # the episode has ended
     with pytest.raises(FloatingPointError):
         optimizer.step(delta=math.nan)
-    np.testing.assert_allclose(weights.detach(), before - 0.25 * torch.tensor([0.2, 0.0], dtype=torch.float64), rtol=1e-14)
+    np.testing.assert_allclose(weights.detach(), expected, rtol=1e-14)
 
 
 def test_obgd_trains_any_module_and_stays_tied_after_loading():
@@ -174,81 +175,6 @@ def test_first_reward_after_many_zeros_is_clipped():
 
 # ---- a second, plain implementation of whole steps ----
 
-class Plain:
-    """Stream AC(λ) from its equations, by autograd, tensor by tensor, with statistics over the whole history."""
-
-    def __init__(self, agent):
-        self.config = agent.config
-        self.critic, self.actor = copy.deepcopy(agent.critic), copy.deepcopy(agent.actor)
-        self.sparse = agent.sparse
-        self.masks = {name: {key: mask.clone() for key, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
-        self.traces = {name: [torch.zeros_like(p) for p in net.parameters()] for name, net in self.nets().items()}
-        self.dense = {name: [torch.zeros_like(p) for p in net.parameters()] for name, net in self.nets().items()}
-        self.sums = {name: [torch.zeros_like(p) for p in net.parameters()] for name, net in self.nets().items()}
-        self.seen, self.returns, self.u, self.number = [], [], 0.0, 0
-
-    def nets(self):
-        return {"critic": self.critic, "actor": self.actor}
-
-    def normalize(self, obs):
-        seen = np.stack(self.seen)[:, :-1]
-        var = seen.var(0, ddof=1) if len(seen) > 1 else np.ones(seen.shape[1])
-        out = np.array(obs, np.float64)
-        out[:-1] = (out[:-1] - seen.mean(0)) / np.sqrt(var + 1e-8)
-        return torch.from_numpy(out)
-
-    def add(self, obs, action, reward, next_obs, terminated, truncated, start):
-        c, self.number = self.config, self.number + 1
-        over = terminated or truncated
-        cut = terminated or (truncated and c.time_limit == "ends")
-        if start:
-            self.seen.append(np.float64(obs))
-        s = self.normalize(obs)
-        self.u = c.discount * self.u * (not over) + reward
-        self.returns.append(self.u)
-        scale = math.sqrt((np.var(self.returns, ddof=1) if len(self.returns) > 1 else 1.0) + 1e-8)
-        scaled = float(np.clip(reward / scale, -c.reward_clip, c.reward_clip))
-        self.seen.append(np.float64(next_obs))
-        value, next_value = self.critic(s)[0], self.critic(self.normalize(next_obs))[0].detach()
-        delta = (scaled + c.discount * next_value * (not cut) - value).item()
-        mean, rho = self.actor(s)
-        policy = torch.distributions.Normal(mean, F.softplus(rho))
-        actor_loss = (-policy.log_prob(torch.from_numpy(np.float64(action))) - c.entropy_weight * np.sign(delta) * policy.entropy()).sum()
-        for name, loss, kappa in (("critic", -value.sum(), c.critic_kappa), ("actor", actor_loss, c.actor_kappa)):
-            net = self.nets()[name]
-            grads = torch.autograd.grad(loss, list(net.parameters()))
-            self.step(name, net, grads, delta, kappa, over)
-        return delta
-
-    @torch.no_grad()
-    def step(self, name, net, grads, delta, kappa, over):
-        c, masks = self.config, self.masks[name]
-        decay = c.discount * c.trace_decay
-        new = {key: mask for key, mask in self.sparse[name].masks.items()}  # the agent has stepped already
-        changed = any(not torch.equal(new[key], masks[key]) for key in new)
-        for (key, p), z, dense, total, grad in zip(net.named_parameters(), self.traces[name], self.dense[name],
-                                                   self.sums[name], grads):
-            old = masks.get(key, torch.ones_like(p, dtype=torch.bool))
-            mask = new.get(key, old)
-            dense.mul_(decay).add_(grad)
-            total.add_(dense, alpha=delta)
-            z.mul_(decay).add_(grad)
-            if changed:
-                grown = mask & ~old
-                p[~(mask & old)] = 0.0
-                z[grown], dense[grown] = 0.0, 0.0
-            z[~mask] = 0.0
-        if changed:
-            self.masks[name] = {key: mask.clone() for key, mask in new.items()}
-        norm = sum(z.abs().sum().item() for z in self.traces[name])
-        bound = kappa * c.step_size * max(abs(delta), 1.0) * norm
-        step = c.step_size / bound if bound > 1.0 else c.step_size
-        for p, z, dense in zip(net.parameters(), self.traces[name], self.dense[name]):
-            p -= step * delta * z
-            if over:
-                z.zero_(), dense.zero_()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("critic, actor, settings", [
     ("dense", "dense", {}),
@@ -256,10 +182,11 @@ class Plain:
     ("s2d", "d2s", {"step_size": 0.3, "trace_decay": 0.5, "actor_kappa": 2.6, "sparse_init": 0.0, "reward_clip": 0.8})])
 def test_agent_matches_a_plain_implementation_over_thousands_of_steps(critic, actor, settings):
     torch.manual_seed(1)
-    agent = StreamAC(5, 2, modules(critic, actor, grow="gradient"), StreamConfig(**settings), 2000, seed=3, dtype=torch.float64)
+    agent = StreamAC(5, 2, modules(critic, actor, grow="gradient"), StreamConfig(**settings), 2000, seed=3,
+                     dtype=torch.float64)
     plain, steps = Plain(agent), 2000
     current, step = transitions(steps)
-    start, before = True, {name: dict(sparse.active) for name, sparse in agent.sparse.items()}
+    start = True
     for number in range(steps):
         obs = current()
         agent.update_obs_stats(obs)
@@ -316,7 +243,8 @@ def test_growth_sums_match_a_dense_twin():
                                                  ("dst", "gradient", "last"), ("dst", "random", "sum")])
 def test_pruned_weights_and_traces_are_exactly_zero(regime, grow, score):
     torch.manual_seed(0)
-    agent = StreamAC(5, 2, modules(regime, regime, grow=grow, update_interval=40), StreamConfig(growth_score=score), 400)
+    networks = modules(regime, regime, grow=grow, update_interval=40)
+    agent = StreamAC(5, 2, networks, StreamConfig(growth_score=score), 400)
     before = {name: {key: mask.clone() for key, mask in sparse.masks.items()} for name, sparse in agent.sparse.items()}
     densities, changes = [], 0
 
@@ -403,7 +331,8 @@ def test_time_is_not_normalized_and_evaluation_is_frozen():
     agent = StreamAC(5, 2, modules(), total_updates=300)
     play(agent, 100)
     obs = np.random.RandomState(0).randn(3, 5).astype(np.float32)
-    assert (agent.normalizer(obs)[:, -1] == obs[:, -1]).all() and not (agent.normalizer(obs)[:, :-1] == obs[:, :-1]).any()
+    same = agent.normalizer(obs) == obs
+    assert same[:, -1].all() and not same[:, :-1].any()
     before = agent.normalizer.stats.state.clone()
     action = agent.act(obs, explore=False)
     assert torch.equal(before, agent.normalizer.stats.state)
@@ -433,7 +362,7 @@ def test_a_value_that_is_not_finite_stops_before_it_reaches_a_weight(bad):
     with pytest.raises(FloatingPointError), np.errstate(invalid="ignore"):
         agent.add(obs, np.zeros(2, np.float32), math.nan if bad == "reward" else reward, next_obs, False, False)
     assert agent.nonfinite_report() == ("the TD error or a trace", 50)
-    assert np.isfinite(agent.optimizers["critic"].weights).all() and np.isfinite(agent.optimizers["actor"].weights).all()
+    assert all(np.isfinite(agent.optimizers[name].weights).all() for name in ("critic", "actor"))
 
 
 def test_a_gpu_is_refused():
@@ -488,8 +417,9 @@ def test_first_reward_after_a_long_wait_does_not_explode():
 @pytest.mark.parametrize("flags, words", [
     ("--buffer-size 1000", "--buffer-size has no effect"), ("--learning-starts 50", "--learning-starts has no effect"),
     ("--compile on", "--compile on: stream computes one sample"), ("--cuda-graphs on", "--cuda-graphs on"),
-    ("--precision bf16", "--precision bf16"), ("--device cuda", "slower on a GPU"), ("--critic-type 6", "LayerNorm networks"),
-    ("--encoder-regime sst", "stream has no encoder"), ("--sparse-init 1", "--sparse-init")])
+    ("--precision bf16", "--precision bf16"), ("--device cuda", "slower on a GPU"),
+    ("--critic-type 6", "LayerNorm networks"), ("--encoder-regime sst", "stream has no encoder"),
+    ("--sparse-init 1", "--sparse-init")])
 def test_flags_without_a_meaning_are_refused(flags, words):
     refuses(lambda: check(parse(["--algo", "stream", *flags.split()])), words)
 
@@ -501,11 +431,13 @@ def test_a_batch_size_is_no_flag_of_stream(capsys):
 
 
 def flags_of(env, *more):
-    return ["--algo", "stream", "--env", env, "--width-scale", "0.1", "--total-steps", "400", "--eval-every", "150", "--eval-episodes",
-            "1", "--log-every", "50", "--save-every", "60", "--update-interval", "40", "--threads", "1", "--name", "run", *more]
+    return ["--algo", "stream", "--env", env, "--width-scale", "0.1", "--total-steps", "400", "--eval-every", "150",
+            "--eval-episodes", "1", "--log-every", "50", "--save-every", "60", "--update-interval", "40",
+            "--threads", "1", "--name", "run", *more]
 
 
-needs_gym = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("gymnasium", "imageio"))), reason="needs gymnasium[mujoco]")
+has_gym = all(map(importlib.util.find_spec, ("gymnasium", "imageio")))
+needs_gym = pytest.mark.skipif(not has_gym, reason="needs gymnasium[mujoco]")
 
 
 @pytest.mark.slow
