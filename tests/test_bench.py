@@ -22,7 +22,7 @@ def test_table_and_csv_with_sizes_and_floor(algo, tmp_path, capsys):
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 4  # one heading
-    assert all(f" {phase} " in lines[0] for phase in bench.PHASES) and "16.0 bytes a weight" in out
+    assert all(f" {phase} " in lines[0] for phase in bench.PHASES) and "16.0 bytes per weight" in out
     with open(path, newline="") as file:
         rows = [{name: float(value) if value[:1].isdigit() else value for name, value in row.items()}
                 for row in csv.DictReader(file)]
@@ -71,7 +71,7 @@ def test_phases_are_weighted_by_their_number_per_step(algo, monkeypatch):
                                torch.device("cpu"))
     often = {"mrq": 1, "sac": 2}[algo]
     refresh, encoder = (1 / 250, 1) if algo == "mrq" else ("", "")
-    assert row["update"] == 2 + (refresh or 0)  # two captures a step and a burst's beginning, or two updates
+    assert row["update"] == 2 + (refresh or 0)  # two captures per step and a burst's beginning, or two updates
     assert [row[phase] for phase in bench.PHASES] == [refresh, often, encoder, often, often, often, often, often / 1000,
                                                       1, 1, 1, 1]
     assert products == {"onednn" if algo == "sac" else "mm"}

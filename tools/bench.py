@@ -1,16 +1,16 @@
 """Time and memory of one agent step, split by phase, with the floor that arithmetic and bytes allow beside it.
 
-    python bench.py                                  # scale 1, this machine, dog-run shapes
-    python bench.py --scales 1 3 5 --variants mst mst+graphs mst+bf16+compile+graphs --csv gpu.csv   # a GPU's rows of the README
-    python bench.py --variants dense mst mst+bf16    # which forms to compare
-    python bench.py --algo sac --env humanoid-run --width-scale 4 --depth-scale 3
+    python tools/bench.py                                  # scale 1, this machine, dog-run shapes
+    python tools/bench.py --variants dense mst mst+bf16    # which forms to compare
+    python tools/bench.py --algo sac --env humanoid-run --width-scale 4 --depth-scale 3
+    # the GPU rows of docs/speed.md:
+    python tools/bench.py --scales 1 3 5 --variants mst mst+graphs mst+bf16+compile+graphs --csv gpu.csv
 
-Every figure is a median, in milliseconds per agent step; the encoder's burst, what is refreshed before it (targets,
-scales, draws) and the topology updates are spread over the steps they serve; observe and add are what the loop does
-beside. The variants of one scale take turns within one run, so that a noisy machine is noisy to all of them: read the
-ratios. FLOPs are counted by PyTorch's own counter during a real update, bytes are counted from the optimiser's traffic,
-and the rates that turn both into a floor are measured on the spot. Phases are timed apart and uncaptured; "masks" is
-the plain pass over the gradients, which +compile fuses with clipping on CUDA.
+Each number is the median time in milliseconds per agent step. Rare work (encoder updates, target copies, topology
+updates) is spread over the steps that it serves. Variants take turns within one run, so machine noise affects all of
+them: compare ratios. FLOPs come from PyTorch's counter, bytes from the optimizer's reads and writes; the rates that
+turn both into a floor are measured at run time. Phases are timed separately and uncaptured; "masks" is the plain pass
+over the gradients, which +compile fuses with clipping on CUDA.
 """
 
 import contextlib
@@ -38,17 +38,17 @@ from mrq import MRQ
 from replay import ReplayBuffer
 from runtime.console import USER_ERRORS, error_message
 
-PHASES = ("refresh", "sample", "encoder", "critic", "actor", "optimiser", "masks", "topology", "environment", "act",
+PHASES = ("refresh", "sample", "encoder", "critic", "actor", "optimizer", "masks", "topology", "environment", "act",
           "observe", "add")
-BYTES_A_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all but the gradient, 4 bytes each
+BYTES_PER_WEIGHT = 28  # AdamW: reads weight, gradient and two moments, writes all but the gradient, 4 bytes each
 
 
 @dataclass
 class Args:
     algo: Literal["mrq", "sac", "ddpg", "mrsac"] = "mrq"
     scales: list[float] = field(default_factory=lambda: [1.0])  # width and depth of every module
-    width_scale: float | None = None  # width alone, instead of the scales
-    depth_scale: float | None = None  # depth alone, instead of the scales
+    width_scale: float | None = None  # only the width, instead of the scales
+    depth_scale: float | None = None  # only the depth, instead of the scales
     # dense | mst, then +fp32 | +tf32 | +bf16, +compile, +graphs
     variants: list[str] = field(default_factory=lambda: ["dense", "mst"])
     env: str = "dog-run"  # whose shapes and whose step are timed
@@ -128,7 +128,8 @@ def variant_agent(variant, scale, env, device, args):
 
 
 def precision_of(variant, device):
-    return fast.resolve_precision(next((part for part in variant.split("+") if part in fast.PRECISIONS), "auto"), device)
+    precision = next((part for part in variant.split("+") if part in fast.PRECISIONS), "auto")
+    return fast.resolve_precision(precision, device)
 
 
 def release_memory():
@@ -138,8 +139,8 @@ def release_memory():
 
 def filled_replay(env, agent, steps=2000):
     """Gives the agent a buffer with some random steps in it, and returns that."""
-    agent.replay = replay = ReplayBuffer(env.obs_dim, env.action_dim, 1_000_000, agent.config.horizon, agent.config.prioritized,
-                                         device=agent.device)
+    agent.replay = replay = ReplayBuffer(env.obs_dim, env.action_dim, 1_000_000, agent.config.horizon,
+                                         agent.config.prioritized, device=agent.device)
     obs = env.reset()
     for _ in range(steps):
         agent.update_obs_stats(obs)
@@ -167,7 +168,7 @@ def mrq_phases(agent, replay):
             losses = agent.actor_loss(zs)[0]
         backward(agent, "actor", losses)
 
-    def optimiser():
+    def step_optimizers():
         torch.nn.utils.clip_grad_norm_(list(agent.critic.parameters()), config.critic_grad_clip)
         for optimizer in agent.optimizers.values():
             optimizer.step()
@@ -175,11 +176,11 @@ def mrq_phases(agent, replay):
     return {"sample": sample,
             "encoder": lambda: backward(agent, "encoder", agent.encoder_loss(batch, replay.termination_seen)[0]),
             "critic": lambda: backward(agent, "critic", agent.critic_loss(short, agent.encode(short.obs[:, 0]))[0]),
-            "actor": actor, "optimiser": optimiser}
+            "actor": actor, "optimizer": step_optimizers}
 
 
 def backward(agent, name, losses):
-    """As in an update, into gradients that are not there yet: adding to those of the call before would be timed as well."""
+    """As in an update, with no gradients yet: adding to those of the call before would be timed as well."""
     agent.optimizers[name].zero_grad(set_to_none=True)
     losses.mean().backward()
 
@@ -193,13 +194,13 @@ def simba_phases(agent, replay):
             losses = agent.actor_loss(batch.obs[:, 0])[0]
         backward(agent, "actor", losses)
 
-    def optimiser():  # and the soft target
+    def step_optimizers():  # and the soft target
         for optimizer in agent.optimizers.values():
             optimizer.step()
         agent.update_target(topology_changed=False)
 
     return {"sample": lambda: agent.draw(), "critic": lambda: backward(agent, "critic", agent.critic_loss(batch)[0]),
-            "actor": actor, "optimiser": optimiser}
+            "actor": actor, "optimizer": step_optimizers}
 
 
 def phases(agent, replay, env):
@@ -214,7 +215,8 @@ def phases(agent, replay, env):
         for sparse in agent.sparse.values():
             before, sparse.last_step = sparse.last_step, 0
             weights = dict(sparse.module.named_parameters())  # by their gradients, which are masked by now
-            sparse.update_topology(sparse.update_interval, scores={name: weights[name].grad.detach() for name in sparse.masks})
+            scores = {name: weights[name].grad.detach() for name in sparse.masks}
+            sparse.update_topology(sparse.update_interval, scores=scores)
             sparse.last_step = before
 
     def environment():
@@ -239,9 +241,11 @@ def memory(agent, replay):
     weights = [p for network in agent.networks.values() for p in network.parameters()]
     states = [state for optimizer in agent.optimizers.values() for values in optimizer.state.values()
               for state in values.values() if torch.is_tensor(state)]
+    masks = [mask for sparse in agent.sparse.values()
+             for mask in (*sparse.masks.values(), *sparse.first_masks.values())]
     return {"weights": size(weights), "gradients": size([p.grad for p in weights if p.grad is not None]),
             "moments": size(states), "targets": size(p for t in agent.targets.values() for p in t.parameters()),
-            "masks": size(mask for sparse in agent.sparse.values() for mask in (*sparse.masks.values(), *sparse.first_masks.values())),
+            "masks": size(masks),
             "buffer": size(value for value in vars(replay).values() if torch.is_tensor(value))}
 
 
@@ -259,7 +263,7 @@ def rates(device, precision):
 
 
 def bench_scale(scale, args, device):
-    """All variants of one scale, taking turns. Returns one row a variant."""
+    """All variants of one scale, taking turns. Returns one row per variant."""
     env, time_of = Env(args.env), Clock(device)
     cases, flops = {}, {}
     for variant in args.variants:
@@ -303,10 +307,10 @@ def bench_scale(scale, args, device):
                "update": sum(medians[update] for update in agent.graph_methods) * agent.updates_per_step}
         row |= {name: medians[name] * parts[name][1] if name in parts else "" for name in PHASES}
         row["update"] += row["refresh"] or 0.0
-        optimiser_bytes = weights * BYTES_A_WEIGHT * agent.updates_per_step
+        optimizer_bytes = weights * BYTES_PER_WEIGHT * agent.updates_per_step
         if not isinstance(agent, MRQ):  # the soft target: reads both, writes one
-            optimiser_bytes += 12 * agent.updates_per_step * sum(p.numel() for p in agent.critic.parameters())
-        row |= {"floor": 1e3 * (count / flop_rate + optimiser_bytes / byte_rate), "gflop": count / 1e9,
+            optimizer_bytes += 12 * agent.updates_per_step * sum(p.numel() for p in agent.critic.parameters())
+        row |= {"floor": 1e3 * (count / flop_rate + optimizer_bytes / byte_rate), "gflop": count / 1e9,
                 "tflop_per_s": flop_rate / 1e12, "gb_per_s": byte_rate / 1e9}
         row |= {f"mb_{name}": size / 1e6 for name, size in memory(agent, replay).items()}
         row["mb_peak"] = peak / 1e6 if device.type == "cuda" else ""  # the host's peak is not the agent's alone
@@ -332,12 +336,12 @@ def show_sizes(rows):
         sizes = ", ".join(f"{name[3:]} {value:.0f}" for name, value in row.items()
                           if name.startswith("mb_") and value != "")
         per_weight = (row["mb_weights"] + row["mb_gradients"] + row["mb_moments"]) * 1e6 / row["weights"]
-        print(f"scale {row['scale']:g} {row['variant']}: {row['weights'] / 1e6:.1f} M weights, {row['gflop']:.1f} GFLOP "
-              f"a step, {per_weight:.1f} bytes a weight in training; MB: {sizes}")
+        print(f"scale {row['scale']:g} {row['variant']}: {row['weights'] / 1e6:.1f} M weights, "
+              f"{row['gflop']:.1f} GFLOP per step, {per_weight:.1f} bytes per weight in training; MB: {sizes}")
 
 
 def check(args):
-    """The device. Whatever is wrong with the flags is told here, before anything is timed."""
+    """The device. Whatever is wrong with the flags is reported here, before anything is timed."""
     device = fast.resolve_device(args.device)
     if args.steps < 1 or not args.scales or not args.variants:
         raise ValueError("--steps must be at least 1, and --scales and --variants must name at least one each")

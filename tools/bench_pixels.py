@@ -80,7 +80,8 @@ def make_agent(form, env, size):
     modules = {name: dataclasses.replace(module, width_scale=size["width_scale"])
                for name, module in MRQConfig.presets["default"].items()}
     config = MRQConfig(batch_size=size["batch_size"])
-    agent = (PlainMRQ if form == "plain" else PixelMRQ)(env.obs_shape, env.action_dim, modules, config, buffer_size=20_000)
+    kind = PlainMRQ if form == "plain" else PixelMRQ
+    agent = kind(env.obs_shape, env.action_dim, modules, config, buffer_size=20_000)
     if form != "plain":
         fast.keep_freed_memory()
         fast.speed_up(agent, form)
@@ -148,13 +149,15 @@ def run(size, steps, rounds=3):
             if result.returncode:
                 raise ValueError(f"{form}: {result.stderr.strip().splitlines()[-1]}")
             found[form].append(json.loads(result.stdout))
-    medians = {form: {name: statistics.median(times[name] for times in found[form]) for name in PHASES} for form in forms}
+    medians = {form: {name: statistics.median(times[name] for times in found[form]) for name in PHASES}
+               for form in forms}
     print(f"MR.Q on {TASK} from pixels, one core, CPU ms per agent step: {size}\n")
     print(f"| form | {' | '.join(PHASES)} | plain / form |\n|---{'|---' * (len(PHASES) + 1)}|")
     for form, times in medians.items():
         print(f"| {form} | {' | '.join(f'{times[name]:.3g}' for name in PHASES)} | "
               f"{medians['plain']['update'] / times['update']:.2f} |")
-    print("\ndraw, shift: of the encoder's batch. encoder, critic, actor: loss and gradients. update: all but physics, frame, act.")
+    print("\ndraw, shift: of the encoder's batch. encoder, critic, actor: loss and gradients. "
+          "update: all but physics, frame, act.")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@
     python tools/mutate.py --number 200 --same ../old --log ../old/mutate.log   # an earlier version's sample, here
 
 A mutant changes one comparison, operator, constant or argument, or deletes one statement; texts and types stay. The
-suite runs once to record which test runs which line, itself or in a process that it starts. Then each mutant, in a copy
-of the project, meets the tests that run its line (all tests, if the line runs on import), the fast ones first, until
-one fails or takes far too long. A smaller sample is the beginning of a larger one. PYTEST_ADDOPTS='-m "not slow"'
-selects tests.
+suite runs once to record which test runs which line, itself or in a process that it starts. For each mutant, in a copy
+of the project, it runs the tests that cover its line (all tests, if the line runs on import), fastest first, until one
+fails or times out. A smaller sample is the beginning of a larger one. PYTEST_ADDOPTS='-m "not slow"' selects tests.
 
 --same takes the sample that this program would draw from another version of the project, and runs each mutant whose
 statement is unchanged here, in a function of the same name or where the statement is unique. --log is that version's
@@ -280,7 +279,7 @@ def in_a_copy(plugin, limit=1e9, changes=()):
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    import dm_control.suite, hypothesis, torch, tqdm  # slow to import: the children have them already
+    import dm_control.suite, hypothesis, torch, tqdm  # noqa: F401  slow to import: the children have them already
     numbered = list(enumerate(sample(HERE, args), start=1))
     if args.same:
         numbered = same_as(Path(args.same).resolve(), args)
