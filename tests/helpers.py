@@ -154,7 +154,7 @@ def tiny_of(algo, modules=None, seed=0, device="cpu", interval=3, total_updates=
                                  prioritized=agent.config.prioritized, device="cpu" if device == "meta" else device)[0]
     if device != "meta":
         for obs in buffer.obs[:50].cpu().numpy():
-            agent.update_obs_stats(2 * obs + 1)  # a normaliser that does something
+            agent.update_obs_stats(2 * obs + 1)  # a normalizer that does something
     return agent, buffer
 
 

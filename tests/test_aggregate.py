@@ -23,9 +23,9 @@ def test_interquartile_means_by_hand():
     assert aggregate.iqm(strata([0, 10, 20, 30], [1, 11, 21, 31]))[0] == [15.5]
     episodes = [np.array([[[0, 50, 60, 70], [61, 62, 63, 1000]]], float)]
     assert aggregate.iqm(episodes)[0] == [61.5]  # (60 + 61 + 62 + 63) / 4: two seeds of four episodes, pooled
-    centre, low, high = aggregate.mean_sd(strata([1, 3], [10, 18]))
+    center, low, high = aggregate.mean_sd(strata([1, 3], [10, 18]))
     # variances within a task
-    assert centre == [8] and [high[0] - 8, 8 - low[0]] == [pytest.approx(math.sqrt((2 + 32) / 2))] * 2
+    assert center == [8] and [high[0] - 8, 8 - low[0]] == [pytest.approx(math.sqrt((2 + 32) / 2))] * 2
     # one seed
     assert np.isnan(aggregate.iqm(strata([7]))[1:]).all() and np.isnan(aggregate.mean_sd(strata([7]))[1:]).all()
     for few in (strata([7, 9]), strata([7, 9], [1, 2])):
@@ -35,14 +35,14 @@ def test_interquartile_means_by_hand():
 
 def test_intervals_are_those_of_scipy_at_the_widened_level():
     values = np.random.default_rng(3).normal(100, 10, 8)
-    centre, low, high = (part[0] for part in aggregate.iqm(strata(values)))
+    center, low, high = (part[0] for part in aggregate.iqm(strata(values)))
     beyond = aggregate.tail([8])
     assert beyond == pytest.approx(scipy.stats.norm.sf(math.sqrt(8 / 7) * 2.364624), rel=1e-5)  # Student's t, 7 degrees
     assert aggregate.tail([8, 8]) == pytest.approx(scipy.stats.norm.sf(math.sqrt(8 / 7) * scipy.stats.t.ppf(0.975, 14)))
     theirs = scipy.stats.bootstrap((values,), lambda x, axis: scipy.stats.trim_mean(x, 0.25, axis=axis),
                                    method="percentile", n_resamples=20000, confidence_level=1 - 2 * beyond,
                                    rng=np.random.default_rng(0))
-    assert centre == pytest.approx(scipy.stats.trim_mean(values, 0.25))
+    assert center == pytest.approx(scipy.stats.trim_mean(values, 0.25))
     assert [low, high] == pytest.approx(list(theirs.confidence_interval), abs=0.8) and high - low > 10
 
 
@@ -97,10 +97,10 @@ def test_curves_count_the_seeds_that_are_there():
 
     one, three = (run([0, 10, 20], [math.nan, *values]) for values in ((3, 5), (100, 7)))
     two = run([0, 10], [math.nan, 5])
-    frames, centre, low, high = aggregate.curve([[one, two, three]], ("m",), aggregate.mean_sd, False)
+    frames, center, low, high = aggregate.curve([[one, two, three]], ("m",), aggregate.mean_sd, False)
     # NaN at step 0: nothing to measure; then 3, then 2 seeds
-    assert frames.tolist() == [20, 40] and centre.tolist() == [36, 6]
-    assert high - centre == pytest.approx([np.std([3, 5, 100], ddof=1), math.sqrt(2)])
+    assert frames.tolist() == [20, 40] and center.tolist() == [36, 6]
+    assert high - center == pytest.approx([np.std([3, 5, 100], ddof=1), math.sqrt(2)])
     assert aggregate.curve([[one], [run([0, 10], [math.nan] * 2)]], ("m",), aggregate.iqm, False) is None
     assert aggregate.curve([[one]], ("other",), aggregate.iqm, False) is None
     assert aggregate.final([[one, two, three]], ("m",), 20, aggregate.mean_sd, False)[0] == 6  # two is not finished

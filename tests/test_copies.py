@@ -12,7 +12,8 @@ pytestmark = pytest.mark.slow
 GROUP = ("sparsity", "networks", "replay", "base", "mrq")
 ALONE = {  # example -> the files it needs; `envs` and what plays it need the simulator
     "sparsity": (), "networks": (), "replay": (), "metrics": (), "simba": ("networks",), "runtime/checkpoint": (),
-    "envs": (), "runtime/evaluator": ("envs",), "mrq": GROUP, "sac": (*GROUP, "simba"), "obgd": (), "stream": (*GROUP, "obgd", "online")}
+    "envs": (), "runtime/evaluator": ("envs",), "mrq": GROUP, "sac": (*GROUP, "simba"), "obgd": (),
+    "stream": (*GROUP, "obgd", "online")}
 BLOCKED = ("tyro", "tqdm", "pytest", "hypothesis", "matplotlib")
 
 

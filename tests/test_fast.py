@@ -20,7 +20,7 @@ from settings import parse, run_name
 from tests.helpers import REPLAY_AGENTS, regimes_dense, tiny_of
 
 
-class NoSynchronisation(TorchDispatchMode):
+class NoSynchronization(TorchDispatchMode):
     """Fails on every operation that makes the host wait for the device: reading a value or a shape that depends on one,
     or a blocking copy between the two."""
     FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
@@ -41,9 +41,9 @@ class NoSynchronisation(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-class NoNumbers(NoSynchronisation):
+class NoNumbers(NoSynchronization):
     """... and on `tensor[row] = number`: on CUDA the number becomes a tensor of the host, whose copy is waited for."""
-    FORBIDDEN = NoSynchronisation.FORBIDDEN | {"aten::scalar_tensor"}
+    FORBIDDEN = NoSynchronization.FORBIDDEN | {"aten::scalar_tensor"}
 
 
 @pytest.mark.parametrize("algo, growth", [("mrq", "gradient"), ("mrq", "random"), ("sac", "gradient"),
@@ -54,7 +54,7 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
     agent, buffer = tiny_of(algo, modules)
     for sparse in agent.sparse.values():
         sparse.grow = growth
-    with NoSynchronisation():  # bursts, targets, scales, topology updates and the fused optimizers among them
+    with NoSynchronization():  # bursts, targets, scales, topology updates and the fused optimizers among them
         for _ in range(9):
             agent.update()
         with pytest.raises(AssertionError, match="synchronizes"):
@@ -69,7 +69,7 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
     agent.replay = buffer
     for optimizer in agent.optimizers.values():  # the fused kernel has no meta form; it was under watch above
         monkeypatch.setattr(optimizer, "step", lambda: None)
-    with NoSynchronisation():  # the whole loop; the ring closes in it, and episodes end in both ways
+    with NoSynchronization():  # the whole loop; the ring closes in it, and episodes end in both ways
         for step in range(60):
             with NoNumbers():
                 agent.update_obs_stats(np.ones(4, np.float32))

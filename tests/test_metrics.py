@@ -227,5 +227,5 @@ def test_srank_max_is_the_smaller_of_samples_and_features():
 
 
 def test_dormant_scores_of_bfloat16_are_float32_means():
-    layer = torch.tensor([[1.0, 1.0], [1.0078125, 1.0]]).bfloat16()  # the mean between two neighbours is neither
+    layer = torch.tensor([[1.0, 1.0], [1.0078125, 1.0]]).bfloat16()  # the mean between two neighbors is neither
     assert metrics.dormant_ratio({"a": layer}, tau=1.0)[0] == 0.5

@@ -101,7 +101,7 @@ def test_modules_against_their_definitions():
     torch.testing.assert_close(action, pre_activation.tanh())
 
 
-def test_initialisation_and_bad_arguments():
+def test_initialization_and_bad_arguments():
     torch.manual_seed(0)
     for module in (networks.Encoder(40, 30, 4), networks.Critic(512, 4), networks.Actor(512, 30),
                    networks.GaussianActor(512, 30)):

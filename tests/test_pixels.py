@@ -349,7 +349,8 @@ def test_frames_on_the_host_are_not_captured(monkeypatch):
             monkeypatch.setattr(FrameReplayBuffer, "_allocate_obs", lambda self: None)
         built("--pixels", "--image-size", "40")
         assert len(captured) == count
-    refuses(lambda: built("--pixels", "--image-size", "40", "--cuda-graphs", "on"), "--cuda-graphs: the frames do not fit")
+    refuses(lambda: built("--pixels", "--image-size", "40", "--cuda-graphs", "on"),
+            "--cuda-graphs: the frames do not fit")
 
 
 def test_a_run_of_half_a_million_steps_takes_10_6_gigabytes():

@@ -116,7 +116,8 @@ def test_drawn_env_stacks_one_frame_per_step(walker):
         assert rest == list(plain.step(action)[1:])  # drawing does not touch the physics
         np.testing.assert_array_equal(obs, np.concatenate([drawn[max(0, k)] for k in range(step - 1, step + 2)]))
     assert len(drawn) == 5 and walker.frames == 8
-    assert walker.render(48, 64).shape == (48, 64, 3) and walker.step(action)[0].shape == (9, 36, 36)  # as a video has it
+    assert walker.render(48, 64).shape == (48, 64, 3)  # as a video has it
+    assert walker.step(action)[0].shape == (9, 36, 36)
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def test_simba_networks_and_sizes():
         assert round(sum(counts.values()) / 1e6, 2) == millions
 
 
-def test_simba_initialisation():
+def test_simba_initialization():
     torch.manual_seed(0)
     q, actor = simba.SimbaCritic(40, 10, 64, 2).q1, simba.SimbaGaussian(50, 10, 64, 2)
     for layer in (q.projection, actor.projection):

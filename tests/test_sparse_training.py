@@ -20,8 +20,9 @@ OPTIMIZERS = sorted(name for name, value in vars(torch.optim).items()
 
 
 @pytest.mark.parametrize("name, options", [(name, {}) for name in OPTIMIZERS] + [
-    ("AdamW", {"weight_decay": 0.1, "fused": True}), ("Adam", {"amsgrad": True}), ("SGD", {"momentum": 0.9, "nesterov": True}),
-    ("RMSprop", {"momentum": 0.5, "centered": True}), ("Adagrad", {"initial_accumulator_value": 0.1})])
+    ("AdamW", {"weight_decay": 0.1, "fused": True}), ("Adam", {"amsgrad": True}),
+    ("SGD", {"momentum": 0.9, "nesterov": True}), ("RMSprop", {"momentum": 0.5, "centered": True}),
+    ("Adagrad", {"initial_accumulator_value": 0.1})])
 @pytest.mark.slow
 def test_pruned_weights_stay_exactly_zero_with_every_optimizer_of_torch_or_it_is_refused(name, options):
     assert re.search(rf"\b{name}\b", SparseTraining.__doc__)
@@ -58,7 +59,8 @@ def test_pruned_weights_stay_exactly_zero_with_every_optimizer_of_torch_or_it_is
         assert weight.isfinite().all()
         assert weight[mask].count_nonzero() > 0.9 * sparse.active[key]
         if name == "AdamW":
-            assert not any(state[~mask].any() for state in optimizer.state[weight].values() if state.shape == mask.shape)
+            states = [state for state in optimizer.state[weight].values() if state.shape == mask.shape]
+            assert not any(state[~mask].any() for state in states)
 
 
 def test_an_eps_that_vanishes_in_the_weights_precision_is_refused():
@@ -75,7 +77,8 @@ def test_an_eps_that_vanishes_in_the_weights_precision_is_refused():
                 parameter.grad = torch.randn_like(parameter)
             sparse.mask_gradients()
             optimizer.step()
-        assert all(p.isfinite().all() for p in model.parameters()) and not model[0].weight[~sparse.masks["0.weight"]].any()
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert not model[0].weight[~sparse.masks["0.weight"]].any()
 
 
 def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
@@ -92,7 +95,7 @@ def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
     old_weight, old_moment = weight.detach().clone(), optimizer.state[weight]["exp_avg"].clone()
     expected = update_mask(old_weight, weight.grad, old_mask, drop_fraction(10, 100, 0.5, 0.0))
     held = sparse.masks["0.weight"]
-    with torch.no_grad():  # whatever an optimiser state loaded from elsewhere may hold there
+    with torch.no_grad():  # whatever an optimizer state loaded from elsewhere may hold there
         for tensor in (weight, optimizer.state[weight]["exp_avg"]):
             tensor[~old_mask] = 7.0
     assert sparse.update_topology(10)
@@ -101,14 +104,15 @@ def test_a_topology_update_resets_what_is_new_and_leaves_what_stays():
     stays, fresh = old_mask & new_mask, ~(old_mask & new_mask)
     assert torch.equal(weight[stays], old_weight[stays]) and not weight[fresh].any()
     assert torch.equal(optimizer.state[weight]["exp_avg"][stays], old_moment[stays])
-    assert not optimizer.state[weight]["exp_avg"][fresh].any() and not optimizer.state[weight]["exp_avg_sq"][fresh].any()
+    assert not any(optimizer.state[weight][moment][fresh].any() for moment in ("exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize("regime", ["dst", "s2d", "d2s"])
 def test_sparsity_survives_copies_saving_and_new_parameters(regime):
     model = mlp(6, 30, 30, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    make = lambda m, o, seed: SparseTraining(m, o, regime, 0.7, total_steps=60, update_interval=5, grow="random", seed=seed)
+    options = {"total_steps": 60, "update_interval": 5, "grow": "random"}
+    make = lambda m, o, seed: SparseTraining(m, o, regime, 0.7, **options, seed=seed)
     sparse = make(model, optimizer, 3)
 
     def advance(model, optimizer, sparse, first, last):
@@ -165,11 +169,13 @@ def test_a_loaded_state_is_checked_and_leaves_nothing_where_it_prunes():
     for tensor in (model[2].weight, optimizer.state[model[2].weight]["exp_avg"]):
         assert int(tensor.count_nonzero()) == sparse.active["2.weight"] < tensor.numel()
     other = mlp(6, 30, 30, 1, seed=5)
-    other_sparse = SparseTraining(other, torch.optim.AdamW(other.parameters()), "d2s", 0.7, total_steps=40, update_interval=5)
+    other_optimizer = torch.optim.AdamW(other.parameters())
+    other_sparse = SparseTraining(other, other_optimizer, "d2s", 0.7, total_steps=40, update_interval=5)
     other_sparse.load_state_dict(state)
     again = other_sparse.state_dict()
     tensors = ("masks", "first_masks")
-    assert {key: again[key] for key in again if key not in tensors} == {key: state[key] for key in state if key not in tensors}
+    values, expected = ({key: s[key] for key in s if key not in tensors} for s in (again, state))
+    assert values == expected
     assert all(torch.equal(again[key][name], state[key][name]) for key in tensors for name in state[key])
     damaged = copy.deepcopy(state)
     damaged["masks"]["2.weight"][0] = True
@@ -186,7 +192,8 @@ def test_a_loaded_state_is_checked_and_leaves_nothing_where_it_prunes():
 def test_a_state_of_the_first_version_loads_and_goes_on_exactly(regime):
     model, optimizer, sparse = build(regime, total_steps=100)
     train(model, [optimizer], sparse, range(1, 26))
-    old = {name: copy.deepcopy(sparse.state_dict()[name]) for name in ("regime", "last_step", "sparsity", "seed", "masks")}
+    names = ("regime", "last_step", "sparsity", "seed", "masks")
+    old = {name: copy.deepcopy(sparse.state_dict()[name]) for name in names}
     other, other_optimizer, resumed = build(regime, total_steps=100, seed=2)
     other.load_state_dict(model.state_dict())
     other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -266,10 +273,10 @@ def test_what_is_masked_is_a_matter_of_kind_and_choice():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("wrap", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm,
-                                  torch.nn.utils.parametrizations.orthogonal, torch.nn.utils.weight_norm,
-                                  torch.nn.utils.spectral_norm, lambda layer: prune.random_unstructured(layer, "weight", 0.5),
-                                  lambda layer: nn.Embedding(9, 4, sparse=True)])
+@pytest.mark.parametrize("wrap", [
+    torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm,
+    torch.nn.utils.parametrizations.orthogonal, torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm,
+    lambda layer: prune.random_unstructured(layer, "weight", 0.5), lambda layer: nn.Embedding(9, 4, sparse=True)])
 def test_weights_that_masks_cannot_follow_are_refused_or_excluded(wrap):
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), wrap(nn.Linear(8, 4)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -369,13 +376,15 @@ def test_settings_out_of_range_are_refused_and_their_ends_allowed():
     model = mlp(6, 20, 20, 1)
     optimizer, nan = torch.optim.SGD(model.parameters(), lr=0.1), float("nan")
     good = {"regime": "d2s", "sparsity": 0.5, "total_steps": 9, "update_interval": 1}
-    for options in ({"sparsity": 0.0}, {"schedule_start": 1, "schedule_end": 1}, {"schedule_start": 0, "schedule_end": 0},
-                    {"drop_fraction_start": 1, "drop_fraction_end": 1}, {"drop_fraction_start": 0, "drop_fraction_end": 0},
-                    {"total_steps": 1}):
+    for options in ({"sparsity": 0.0}, {"total_steps": 1},
+                    {"schedule_start": 1, "schedule_end": 1}, {"schedule_start": 0, "schedule_end": 0},
+                    {"drop_fraction_start": 1, "drop_fraction_end": 1},
+                    {"drop_fraction_start": 0, "drop_fraction_end": 0}):
         SparseTraining(model, optimizer, **good | options)
     bad = {"regime": ["rigl"], "distribution": ["erk"], "grow": ["momentum"], "sparsity": [nan, 1.0, -0.1],
-           "total_steps": [0, nan, math.inf, None], "update_interval": [0, nan, math.inf], "drop_fraction_start": [1.5, -0.1, nan],
-           "drop_fraction_end": [1.5, nan], "schedule_power": [-1, 0, nan, math.inf], "schedule_end": [nan, 1.5, 0.1],
+           "total_steps": [0, nan, math.inf, None], "update_interval": [0, nan, math.inf],
+           "drop_fraction_start": [1.5, -0.1, nan], "drop_fraction_end": [1.5, nan],
+           "schedule_power": [-1, 0, nan, math.inf], "schedule_end": [nan, 1.5, 0.1],
            "schedule_start": [nan, -0.1, 0.9]}
     for name, values in bad.items():
         for value in values:

@@ -138,22 +138,25 @@ class Agent(nn.Module):
 def test_layers_left_dense_are_named_once_and_included_by_name_kind_layer_or_tensor():
     model = Agent()
     make = lambda **options: SparseTraining(model, adamw(model), "sst", 0.5, seed=1, **options)
-    with pytest.warns(RuntimeWarning, match="left dense: mixing, critics.weight, noisy.weight_mu, noisy.weight_sigma; mask"):
+    dense = "left dense: mixing, critics.weight, noisy.weight_mu, noisy.weight_sigma; mask"
+    with pytest.warns(RuntimeWarning, match=dense):
         assert make().masks.keys() == {"image.weight", "body.weight"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert make(exclude=[Ensemble, "mixing", model.noisy]).masks.keys() == {"image.weight", "body.weight"}
         everything = {"image.weight", "body.weight", "critics.weight", "noisy.weight_mu", "mixing"}
         for include in ([Ensemble, Noisy, "mixing"], ["critics", model.noisy, model.mixing],
-                        ["critics.weight", "noisy.weight_mu", "mixing"], [model.critics.weight, Noisy, "mixing"], Agent):
+                        ["critics.weight", "noisy.weight_mu", "mixing"],
+                        [model.critics.weight, Noisy, "mixing"], Agent):
             assert make(include=include).masks.keys() == everything
         assert make(include=Agent, exclude=[nn.Conv2d, model.body.weight]).masks.keys() == everything - {
             "image.weight", "body.weight"}
         SparseTraining(model, None, "dense")
     assert maskable_weights(model, include="mixing").keys() == {"image.weight", "body.weight", "mixing"}
-    for choice, message in (("gain", "no trainable matrix"), (model.position, "no trainable matrix"), ("norm", "no trainable"),
-                            ("critic", "no layer or weight critic"), (nn.Conv3d, "no layer or weight <class"),
-                            (torch.ones(4, 4), "no layer or weight tensor"), (nn.Linear(2, 2), "no layer or weight Linear")):
+    for choice, message in (("gain", "no trainable matrix"), (model.position, "no trainable matrix"),
+                            ("norm", "no trainable"), ("critic", "no layer or weight critic"),
+                            (nn.Conv3d, "no layer or weight <class"), (torch.ones(4, 4), "no layer or weight tensor"),
+                            (nn.Linear(2, 2), "no layer or weight Linear")):
         with pytest.raises(ValueError, match=message):
             make(include=choice)
 
@@ -195,8 +198,8 @@ def test_the_record_of_what_moved(regime):
                     weakest = magnitude[name][old].sort().values[:dropped]
                     returned = dropped - int((old & ~new).sum())
                     kept = int((first[name] & new).sum()) / int(first[name].sum())
-                    assert record == {"dropped": dropped, "grown": dropped + int(new.sum()) - active, "regrown": returned,
-                                      "initial_kept": kept}
+                    grown = dropped + int(new.sum()) - active
+                    assert record == {"dropped": dropped, "grown": grown, "regrown": returned, "initial_kept": kept}
                     assert not dropped or magnitude[name][old & ~new].le(weakest.max()).all()
                 total = {key: total[key] + record[key] for key in total}
             kept = sum(int((first[name] & mask).sum()) for name, mask in sparse.masks.items())
@@ -206,7 +209,8 @@ def test_the_record_of_what_moved(regime):
         if step == 45:
             resumed = build(regime, total_steps=100, seed=9)[2]
             resumed.load_state_dict(copy.deepcopy(sparse.state_dict()))
-            assert resumed.movement() == pytest.approx(sparse.movement(), nan_ok=True) and resumed.last_update == sparse.last_update
+            assert resumed.movement() == pytest.approx(sparse.movement(), nan_ok=True)
+            assert resumed.last_update == sparse.last_update
             assert all(torch.equal(mask, first[name]) for name, mask in resumed.first_masks.items())
     assert all(math.isnan(value) for value in build("sst")[2].movement().values())
 
@@ -215,9 +219,11 @@ def test_printing_shows_layers_shapes_and_densities():
     _, _, sparse = build(sizes=(6, 20, 8))
     lines = repr(sparse).splitlines()
     assert lines[0] == "SparseTraining of Sequential: dst, step 0"
-    assert [line.split() for line in lines[1:]] == [[name, shape, "density", f"{density:.4f}"] for name, shape, density in (
-        ("0.weight", "20x6", sparse.layer_densities()["0.weight"]), ("2.weight", "8x20", sparse.layer_densities()["2.weight"]),
-        ("all", "280", sparse.density()))]
+    densities = sparse.layer_densities()
+    layers = (("0.weight", "20x6", densities["0.weight"]), ("2.weight", "8x20", densities["2.weight"]),
+              ("all", "280", sparse.density()))
+    assert [line.split() for line in lines[1:]] == [
+        [name, shape, "density", f"{density:.4f}"] for name, shape, density in layers]
 
 
 WRAPS = (lambda model: model, nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel)
@@ -226,7 +232,8 @@ WRAPS = (lambda model: model, nn.DataParallel, torch.compile, torch.optim.swa_ut
 @pytest.mark.parametrize("wrap, other", list(itertools.product(WRAPS, WRAPS)))
 def test_masks_of_a_wrapped_module_load_into_a_plain_one_and_back(wrap, other):
     one, two = wrap(mlp(6, 20, 20, 8)), other(mlp(6, 20, 20, 8))
-    sparse, second = (SparseTraining(model, adamw(model), "dst", 0.7, 100, 10, seed=seed) for seed, model in ((1, one), (2, two)))
+    sparse, second = (SparseTraining(model, adamw(model), "dst", 0.7, 100, 10, seed=seed)
+                      for seed, model in ((1, one), (2, two)))
     state = sparse.state_dict()
     second.load_state_dict(state)
     assert all(torch.equal(mask, second.masks[name]) for name, mask in sparse.masks.items()) and pruned_are_zero(second)
@@ -255,8 +262,8 @@ def batches(n=30, width=6, seed=0):
 
 
 def test_accumulated_gradients_equal_one_large_batch():
-    (one, one_optimizer, sparse), (two, two_optimizer, parts) = (build(optimizer=lambda m: torch.optim.SGD(m.parameters(), 0.1))
-                                                                 for _ in range(2))
+    sgd = lambda model: torch.optim.SGD(model.parameters(), 0.1)
+    (one, one_optimizer, sparse), (two, two_optimizer, parts) = (build(optimizer=sgd) for _ in range(2))
     one.double(), two.double(), sparse.set_optimizer(one_optimizer), parts.set_optimizer(two_optimizer)
     for step, (x, y) in enumerate(batches(), 1):
         x, y = x.double(), y.double()
@@ -326,9 +333,10 @@ def test_data_parallel_training_with_one_process_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("layer", [
-    lambda: nn.Conv2d(8, 12, 3, padding=1), lambda: nn.Conv2d(8, 16, 3, groups=8), lambda: nn.Conv2d(8, 12, 3, groups=4),
-    lambda: nn.Conv2d(8, 12, 1), lambda: nn.ConvTranspose2d(8, 12, 3), lambda: nn.Conv2d(8, 12, 3).to(
-        memory_format=torch.channels_last), lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Conv3d(2, 12, (1, 3, 3)))])
+    lambda: nn.Conv2d(8, 12, 3, padding=1), lambda: nn.Conv2d(8, 16, 3, groups=8),
+    lambda: nn.Conv2d(8, 12, 3, groups=4), lambda: nn.Conv2d(8, 12, 1), lambda: nn.ConvTranspose2d(8, 12, 3),
+    lambda: nn.Conv2d(8, 12, 3).to(memory_format=torch.channels_last),
+    lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Conv3d(2, 12, (1, 3, 3)))])
 def test_convolutions_of_every_kind_stay_exactly_sparse(layer):
     torch.manual_seed(0)
     model = nn.Sequential(layer(), nn.ELU(), nn.Flatten(), nn.LazyLinear(8))
