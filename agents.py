@@ -61,7 +61,8 @@ def own_settings(args, name):
 
 def total_updates(args):
     """T of the sparsity schedules: how many updates each module gets in the whole run."""
-    return (args.total_steps - args.learning_starts) * (args.agent.updates_per_step or 1)  # 0: the agent learns in `add`
+    per_step = args.agent.updates_per_step or 1  # 0: the agent learns in `add`
+    return (args.total_steps - args.learning_starts) * per_step
 
 
 def build_agent(args, obs_dim, action_dim, device, buffer_size=None):
@@ -73,14 +74,14 @@ def build_agent(args, obs_dim, action_dim, device, buffer_size=None):
         fast.keep_freed_memory()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the topology never changes")  # settings.plan_notes says it in the header
-        agent = agent_class(args)(obs_dim, action_dim, module_configs(args), args.agent, total_updates(args), device, args.seed,
-                                  buffer_size=replay_rows(args) if buffer_size is None else buffer_size,
+        agent = agent_class(args)(obs_dim, action_dim, module_configs(args), args.agent, total_updates(args), device,
+                                  args.seed, buffer_size=replay_rows(args) if buffer_size is None else buffer_size,
                                   **({"shift": args.pixel.shift} if args.pixel.pixels else {}))
     fast.speed_up(agent, precision, compile)
     on_host = getattr(agent.replay, "frame_device", device) != device
     if on_host and args.cuda_graphs == "on":
-        raise ValueError("--cuda-graphs: the frames do not fit on the GPU, and fetching them from the host cannot be captured; "
-                         "use a smaller --buffer-size or --image-size")
+        raise ValueError("--cuda-graphs: the frames do not fit on the GPU, and fetching them from the host cannot be "
+                         "captured; use a smaller --buffer-size or --image-size")
     if graphs and not on_host:
         fast.captured(agent)
     return agent
@@ -131,8 +132,8 @@ def check_weights(weights, device):
     """MemoryError if the device cannot train this many weights."""
     needed, free = weights * BYTES_PER_WEIGHT, free_memory(device)
     if needed > free:
-        raise MemoryError(f"networks of {weights / 1e9:.3g} billion weights need {needed / 1e9:.3g} GB to train, but {device} "
-                          f"has {free / 1e9:.3g} GB: choose a smaller --scale")
+        raise MemoryError(f"networks of {weights / 1e9:.3g} billion weights need {needed / 1e9:.3g} GB to train, "
+                          f"but {device} has {free / 1e9:.3g} GB: choose a smaller --scale")
 
 
 def _first(*values):

@@ -40,7 +40,8 @@ class ObGD(torch.optim.Optimizer):
     def __init__(self, params, kappa, decay, step_size=1.0):
         super().__init__(params, {"kappa": kappa, "decay": decay, "step_size": step_size})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if len(self.param_groups) > 1 or len({(p.dtype, p.device.type) for p in parameters} | {(parameters[0].dtype, "cpu")}) > 1:
+        kinds = {(parameter.dtype, parameter.device.type) for parameter in parameters}
+        if len(self.param_groups) > 1 or kinds != {(parameters[0].dtype, "cpu")}:
             raise ValueError("ObGD bounds one step for all weights: it takes one group, of one dtype, on the CPU")
         flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
         traces = torch.zeros_like(flat)

@@ -27,7 +27,8 @@ class StreamMLP(nn.Module):
     def __init__(self, input_dim, output_dims, hidden, depth):
         super().__init__()
         self.hidden = nn.Sequential(*[nn.Sequential(
-            nn.Linear(hidden if layer else input_dim, hidden), nn.LayerNorm(hidden, eps=NORM_EPS, elementwise_affine=False),
+            nn.Linear(hidden if layer else input_dim, hidden),
+            nn.LayerNorm(hidden, eps=NORM_EPS, elementwise_affine=False),
             nn.LeakyReLU(LEAK)) for layer in range(depth)])
         self.heads = nn.ModuleList([nn.Linear(hidden, output_dim) for output_dim in output_dims])
 
@@ -73,7 +74,7 @@ class FastMLP:
         return [self._linear(weight, bias, x) for weight, bias in self.heads], tape
 
     def backward(self, tape, output_gradients):
-        """Each layer's gradient as (d, x): d ⊗ x of its weight, d of its bias. output_gradients: (output,) of each head."""
+        """Each layer's gradient as (d, x): d ⊗ x of its weight, d of its bias. output_gradients: (output,) per head."""
         x, size, dot = tape[-1], len(self.ones), self._dot
         gradient = sum(output @ weight for output, (weight, _) in zip(output_gradients, self.heads))
         factors = [(output, x) for output in output_gradients]
@@ -94,9 +95,8 @@ class Learner:
     """One module's streaming update: traces, growth scores, topology, masks, ObGD.
 
     Growth: one step's gradient has rank one, so its largest entries lie in a few rows and columns. `--grow gradient`
-    therefore ranks by |Σ δ·z̃| since the last change, z̃ being the trace of all weights, the pruned ones included: it
-    is the move that a weight would have made in that time, up to the step size, as the batch gradient E[δz] is for a
-    replay buffer.
+    therefore ranks by |Σ δ·z̃| since the last change, z̃ being the trace of all weights, the pruned ones included: the
+    move that a weight would have made in that time, up to the step size, like the batch gradient with a replay buffer.
     """
 
     def __init__(self, network, optimizer, sparse, growth_score):
@@ -115,7 +115,7 @@ class Learner:
         self.mask = np.ones_like(optimizer.weights) if sparse.masks else None  # of all parameters, 1 or 0
         self.refresh_mask()
         self._axpy, self._ger = get_blas_funcs(("axpy", "ger"), (optimizer.weights,))
-        self.trace_views = [(weight.T, bias) for weight, bias in self.fast.views(self.traces)]  # BLAS expects the transpose
+        self.trace_views = [(weight.T, bias) for weight, bias in self.fast.views(self.traces)]  # transposed for BLAS
 
     def refresh_mask(self):
         if self.mask is not None:

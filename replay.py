@@ -223,7 +223,8 @@ class ReplayBuffer:
             raise ValueError(f"this buffer keeps subtrajectories of {self.horizon} transitions, not {horizon}")
         rows = (index.unsqueeze(1) + self.steps[:horizon + 1]) % self.capacity  # (batch, H + 1)
         rest = self.rows[rows[:, :-1]]  # (batch, H, action_dim + 3)
-        return Batch(index, self._gather_obs(rows[:, ::horizon] if ends else rows), rest[..., :-3], rest[..., -3], rest[..., -2])
+        obs = self._gather_obs(rows[:, ::horizon] if ends else rows)
+        return Batch(index, obs, rest[..., :-3], rest[..., -3], rest[..., -2])
 
     def update_priority(self, index, td_error):
         """p = max(|δ|, 1)^α for the drawn rows; td_error: (batch,), the larger of the two critics'.  Table 1, LAP
@@ -280,8 +281,7 @@ class ReplayBuffer:
         A larger buffer takes the state of a smaller one that has not wrapped around yet: its rows are the same.
         """
         priority = state["priority"].to(self.device)
-        # Older code saved no capacity, only whole blocks of priorities: rows beyond this buffer's end show a larger
-        # one.
+        # Older code saved no capacity, only whole blocks of priorities: rows past this buffer's end mean a larger one.
         saved = state.get("capacity", self.capacity)
         grows = saved < self.capacity and state["position"] < saved and len(priority) <= len(self.priority)
         if grows:

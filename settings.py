@@ -30,12 +30,12 @@ from sparsity import DISTRIBUTIONS, GROWTHS, REGIMES
 
 CONFIGS = {name: agent.Config for name, agent in AGENTS.items()}
 Regime, ArchType = Literal[REGIMES], Literal[tuple(ARCH_CONFIGS)]
-# Not part of a run's name. All but the first two may change when a run is resumed: they change results by rounding at
-# most.
-NOT_IN_NAME = ("env", "seed", "device", "threads", "compile", "cuda_graphs", "eval_workers", "runs", "name", "tensorboard",
-               "wandb_project", "resume", "save_every", "keep_checkpoint", "extend")
-OLD_FLAGS = {"growth": "grow", "drop_initial": "drop_fraction_start", "drop_final": "drop_fraction_end", "target_rate": "tau",
-             "reward_range": "reward_symlog_limit", "target_q": "target_q_reduce", "actor_q": "actor_q_reduce"}
+# Not part of a run's name. All but the first two may change on resuming: they change results by rounding at most.
+NOT_IN_NAME = ("env", "seed", "device", "threads", "compile", "cuda_graphs", "eval_workers", "runs", "name",
+               "tensorboard", "wandb_project", "resume", "save_every", "keep_checkpoint", "extend")
+OLD_FLAGS = {"growth": "grow", "drop_initial": "drop_fraction_start", "drop_final": "drop_fraction_end",
+             "target_rate": "tau", "reward_range": "reward_symlog_limit", "target_q": "target_q_reduce",
+             "actor_q": "actor_q_reduce"}
 LONGEST_NAME = 200  # bytes; file systems allow 255, and a checkpoint's files need some of them
 
 
@@ -72,9 +72,9 @@ class SparsityArgs:
     grow: Literal[GROWTHS] = "gradient"  # which weights grow: by gradient (RigL) or at random (SET) (Fig. 12)
     update_interval: int = 1000  # a module's updates between two changes of its topology
     drop_fraction_start: float = 0.5  # fraction of active weights that a topology update replaces at the start, Eq. (1)
-    drop_fraction_end: float = 0.0  # the same at the end, Eq. (1)
+    drop_fraction_end: float = 0.0  # fraction of active weights that a topology update replaces at the end, Eq. (1)
     schedule_start: float = 0.2  # fraction of training at which the sparsity of S2D and D2S starts to change, Eq. (2)
-    schedule_end: float = 0.8  # fraction of training at which it reaches its final value, Eq. (2)
+    schedule_end: float = 0.8  # fraction of training at which S2D and D2S reach their final sparsity, Eq. (2)
     schedule_power: float = 2.0  # λ of Eq. (2)
 
 
@@ -100,13 +100,13 @@ class Args:
     eval_workers: int | None = None  # evaluation worker processes (default: cores / 4); does not change results
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int = 0  # CPU threads of PyTorch; 0: all cores. Use 1 for each of several runs side by side
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # matrix-multiply precision; auto: tf32 on CUDA, else fp32
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the losses; auto: in long mrq and mrsac runs on a CPU
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # matmul precision; auto: tf32 on CUDA, else fp32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile the losses; auto: for long mrq and mrsac runs on CPU
     cuda_graphs: Literal["auto", "on", "off"] = "auto"  # capture the updates as CUDA graphs; auto: off
     mst: bool = False  # the paper's Module-Specific Training: encoder dense, critic DST, actor SST; types 6, 6, 5
     scale: float = 1.0  # multiplies the width and depth of every module
-    width_scale: float | None = None  # multiplies only the width, of every module; replaces the scales
-    depth_scale: float | None = None  # multiplies only the depth, of every module; replaces the scales
+    width_scale: float | None = None  # multiplies only the width, of every module; overrides --scale
+    depth_scale: float | None = None  # multiplies only the depth, of every module; overrides --scale
     residual: Literal[RESIDUALS] = "pre"  # residual connections before (Eq. 5) or after (Eq. 6) norm and activation
     encoder: tyro.conf.OmitArgPrefixes[EncoderArgs] = field(default_factory=EncoderArgs)
     critic: tyro.conf.OmitArgPrefixes[CriticArgs] = field(default_factory=CriticArgs)
@@ -119,8 +119,8 @@ class Args:
     log_every: int = 500  # agent steps per row of train.csv
     runs: str = "runs"  # folder for all runs
     resume: bool = False  # continue the run of this name from its last checkpoint; start it if there is none
-    save_every: int = 25_000  # agent steps between checkpoints; SIGTERM, SIGINT and SIGUSR1 also save, and stop the run
-    keep_checkpoint: Literal["auto", "on", "off"] = "auto"  # of the finished run, for --extend; auto: if below 0.1 GB
+    save_every: int = 25_000  # agent steps between checkpoints; SIGTERM, SIGINT, SIGHUP, SIGUSR1 save and stop the run
+    keep_checkpoint: Literal["auto", "on", "off"] = "auto"  # keep the last checkpoint, for --extend; auto: below 0.1 GB
     extend: str | None = None  # folder of a finished run: train it longer, to --total-steps, as a new run
     name: str | None = None  # the run's folder name; default: the task and every non-default setting
     tensorboard: bool = False  # also write TensorBoard event files
@@ -131,8 +131,8 @@ def defaults(algo):
     """The flags' defaults for this algorithm."""
     config = CONFIGS[algo]
     sparsity = config.presets["default"]["critic"].sparsity
-    return Args(algo=algo, learning_starts=config.learning_starts, sparse=SparsityArgs(sparsity=sparsity), agent=config(),
-                **getattr(config, "defaults", {}))
+    return Args(algo=algo, learning_starts=config.learning_starts, sparse=SparsityArgs(sparsity=sparsity),
+                agent=config(), **getattr(config, "defaults", {}))
 
 
 def parse(arguments=None, description=None):
@@ -149,8 +149,8 @@ def parse(arguments=None, description=None):
     return tyro.cli(Args, args=arguments, default=defaults(algo if algo in CONFIGS else "mrq"), description=description)
 
 
-WHOLE_NUMBERS = {spec.name for part in (Args, SparsityArgs, PixelArgs, *CONFIGS.values()) for spec in dataclasses.fields(part)
-                 if spec.type is int}
+WHOLE_NUMBERS = {spec.name for part in (Args, SparsityArgs, PixelArgs, *CONFIGS.values())
+                 for spec in dataclasses.fields(part) if spec.type is int}
 
 
 def current_spelling(arguments):
@@ -163,8 +163,8 @@ def current_spelling(arguments):
             flag = name[2:].replace("-", "_")
             flag = OLD_FLAGS.get(flag, flag)
             start = "--" + flag.replace("_", "-") + equals
-        power = flag in WHOLE_NUMBERS and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", value) and float(value).is_integer()
-        words.append(start + (str(int(float(value))) if power else value))
+        power = flag in WHOLE_NUMBERS and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d{1,2}", value)
+        words.append(start + (str(int(float(value))) if power and float(value).is_integer() else value))
     return words
 
 
@@ -238,12 +238,12 @@ def extended(args, before):
     if given := [flag for flag, _ in nondefault_flags(own)]:
         raise ValueError(f"--extend continues a run with its own settings: drop {given[0]}")
     if args.total_steps <= before.total_steps:
-        raise ValueError(f"--extend: the run has {before.total_steps:,} steps already, --total-steps must be above that, not "
-                         f"{args.total_steps:,}")
+        raise ValueError(f"--extend: the run has {before.total_steps:,} steps already, --total-steps must be above "
+                         f"that, not {args.total_steps:,}")
     if moving := [name for name, module in module_configs(before).items() if module.regime in ("s2d", "d2s")]:
         regime = module_configs(before)[moving[0]].regime
-        raise ValueError(f"--extend: the {moving[0]}'s regime {regime} has a sparsity schedule that ended with the run (Eq. 2); "
-                         "a longer schedule would move it back. Start a new run with more --total-steps")
+        raise ValueError(f"--extend: the {moving[0]}'s regime {regime} has a sparsity schedule that ended with the run "
+                         "(Eq. 2); a longer schedule would move it back. Start a new run with more --total-steps")
     return dataclasses.replace(before, total_steps=args.total_steps,
                                **{name: getattr(args, name) for name in NOT_IN_NAME if name not in ("env", "seed")})
 
@@ -272,7 +272,8 @@ def from_config(config):
         value, saved = getattr(args, spec.name), config.get(spec.name)
         if dataclasses.is_dataclass(value) and spec.name in config:
             known = {inner.name for inner in dataclasses.fields(value)}
-            saved = {OLD_FLAGS.get(name, name): one for name, one in saved.items()} if isinstance(saved, dict) else {spec.name: 0}
+            saved = saved if isinstance(saved, dict) else {spec.name: 0}
+            saved = {OLD_FLAGS.get(name, name): one for name, one in saved.items()}
             if odd := sorted(saved.keys() - known):
                 raise ValueError(f"the run's config is from another version: this code does not have {', '.join(odd)}")
             saved = dataclasses.replace(value, **saved)
@@ -281,8 +282,7 @@ def from_config(config):
 
 
 def diff_settings(before, now):
-    """What makes these two settings different runs, in a line: "--critic-lr 0.0003, not 0.001". Empty if they are the
-    same.
+    """What makes these two settings different runs, in a line: "--critic-lr 0.0003, not 0.001". Empty if equal.
 
     Flags that do not change results are ignored.
     """
@@ -291,8 +291,8 @@ def diff_settings(before, now):
     names = [(None, "env"), (None, "seed"), *flag_names(before)]
     if before.algo != now.algo:  # two algorithms do not have the same flags
         names = [(None, "algo")]
-    return ", ".join(f"--{name.replace('_', '-')} {get_setting(before, group, name)}, not {get_setting(now, group, name)}"
-                     for group, name in names if get_setting(before, group, name) != get_setting(now, group, name))
+    pairs = [(name, get_setting(before, group, name), get_setting(now, group, name)) for group, name in names]
+    return ", ".join(f"--{name.replace('_', '-')} {old}, not {new}" for name, old, new in pairs if old != new)
 
 
 # ---- checks: ValueError in one line that names the flag, before anything is built ----
@@ -301,12 +301,12 @@ EPISODE_STEPS = 500  # agent steps: 1,000 frames of two each
 RANGES = {  # allowed numbers; default: [1, 1e12] for whole numbers and [0, inf) for others
     "seed": "[0, 4294967295]", "learning_starts": "[0, 1e12]", "trace_decay": "[0, 1]", "step_size": "(0, inf)",
     "actor_kappa": "(0, inf)", "critic_kappa": "(0, inf)", "sparse_init": "[0, 1)", "reward_clip": "(0, inf]",
-    "eval_workers": "[0, 1000]", "threads": "[0, 1024]", "eval_episodes": "[1, 10000]",
-    "reward_bins": "[2, 100000]",
-    "discount": "(0, 1]", "tau": "(0, 1]", "updates_per_step": "[1, 1000]", "initial_temperature": "(0, inf)", "critic_grad_clip": "(0, inf)",
-    "reward_symlog_limit": "(0, 80]", "target_entropy": "(-inf, inf)", "sparsity": "[0, 1)", "encoder_sparsity": "[0, 1)",
-    "critic_sparsity": "[0, 1)", "actor_sparsity": "[0, 1)", "drop_fraction_start": "[0, 1]", "drop_fraction_end": "[0, 1]",
-    "schedule_start": "[0, 1]", "schedule_end": "[0, 1]", "schedule_power": "(0, inf)", "scale": "(0, 1e4]",
+    "eval_workers": "[0, 1000]", "threads": "[0, 1024]", "eval_episodes": "[1, 10000]", "reward_bins": "[2, 100000]",
+    "discount": "(0, 1]", "tau": "(0, 1]", "updates_per_step": "[1, 1000]", "initial_temperature": "(0, inf)",
+    "critic_grad_clip": "(0, inf)", "reward_symlog_limit": "(0, 80]", "target_entropy": "(-inf, inf)",
+    "sparsity": "[0, 1)", "encoder_sparsity": "[0, 1)", "critic_sparsity": "[0, 1)", "actor_sparsity": "[0, 1)",
+    "drop_fraction_start": "[0, 1]", "drop_fraction_end": "[0, 1]", "schedule_start": "[0, 1]",
+    "schedule_end": "[0, 1]", "schedule_power": "(0, inf)", "scale": "(0, 1e4]",
     "width_scale": "(0, 1e4]", "depth_scale": "(0, 1e4]", "encoder_scale": "(0, 1e4]", "critic_scale": "(0, 1e4]",
     "actor_scale": "(0, 1e4]", "image_size": "[31, 1000]", "frame_stack": "[1, 100]", "shift": "[0, 1000]",
     "encoder_horizon": f"[1, {EPISODE_STEPS}]", "q_horizon": f"[1, {EPISODE_STEPS}]",
@@ -315,7 +315,8 @@ RANGES = {  # allowed numbers; default: [1, 1e12] for whole numbers and [0, inf)
 
 def check(args):
     """Refuses flags that would fail late or silently do something else."""
-    for group, name in [*flag_names(args), *((None, name) for name in ("seed", "eval_workers", "threads", "save_every"))]:
+    unnamed = [(None, name) for name in ("seed", "eval_workers", "threads", "save_every")]
+    for group, name in [*flag_names(args), *unnamed]:
         value = get_setting(args, group, name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             _check_range(name, value, RANGES.get(name, "[1, 1e12]" if isinstance(value, int) else "[0, inf)"))
@@ -323,15 +324,16 @@ def check(args):
         raise ValueError(f"--schedule-start ({args.sparse.schedule_start}) must not exceed --schedule-end "
                          f"({args.sparse.schedule_end})")
     if args.agent.updates_per_step and args.learning_starts <= args.agent.horizon:
-        raise ValueError(f"--learning-starts must be at least {args.agent.horizon + 1}, not {args.learning_starts}: the "
-                         "longest subtrajectory must fit into what is stored by then")
+        raise ValueError(f"--learning-starts must be at least {args.agent.horizon + 1}, not {args.learning_starts}: "
+                         "the longest subtrajectory must fit into what is stored by then")
     if args.total_steps <= args.learning_starts:
         raise ValueError(f"--total-steps {args.total_steps} trains nothing: it must be above --learning-starts "
                          f"{args.learning_starts}")
     if args.name is not None and (not args.name or args.name in (".", "..") or re.search(r"[/\\\0]", args.name)):
         raise ValueError(f"--name {args.name!r} must be a plain folder name; set its location with --runs")
     if args.pixel.pixels and args.algo not in PIXEL_AGENTS:
-        raise ValueError(f"--pixels: {args.algo} learns from states; {' and '.join(PIXEL_AGENTS)} have an image encoder")
+        raise ValueError(f"--pixels: {args.algo} learns from states; {' and '.join(PIXEL_AGENTS)} "
+                         "have an image encoder")
     _check_modules(args)
 
 
@@ -359,19 +361,20 @@ def _check_modules(args):
             raise ValueError(f"--{name}-type: {args.algo} uses {family} networks; the six types are for mrq and mrsac")
         scales += [f"{name}-scale"] if own["scale"] is not None else []
     if scales and args.width_scale is not None and args.depth_scale is not None:
-        raise ValueError(f"--{scales[0]} has no effect with both --width-scale and --depth-scale: drop one of the three")
+        raise ValueError(f"--{scales[0]} has no effect with both --width-scale and --depth-scale: "
+                         "drop one of the three")
     if args.residual != "pre" and simba:
         raise ValueError(f"--residual: {args.algo} uses {family} networks, whose residual connections are fixed")
     if args.residual != "pre" and not any(m.has_residual() for m in module_configs(args).values()):
-        raise ValueError(f"--residual {args.residual} has no effect: no module has residual connections; choose types 5 or 6, "
-                         "or --mst")
+        raise ValueError(f"--residual {args.residual} has no effect: no module has residual connections; "
+                         "choose types 5 or 6, or --mst")
     if args.algo == "stream":
         _check_stream(args)
     elif simba and not args.agent.twin_critics:
         for name in ("target_q_reduce", "actor_q_reduce"):
             if (reduction := getattr(args.agent, name)) != "min":
-                raise ValueError(f"--{name.replace('_', '-')} {reduction} combines two Q networks, but there is only one: "
-                                 "add --twin-critics")
+                raise ValueError(f"--{name.replace('_', '-')} {reduction} combines two Q networks, but there is only "
+                                 "one: add --twin-critics")
 
 
 def _check_stream(args):
@@ -379,14 +382,15 @@ def _check_stream(args):
     usual = defaults("stream")
     for name in ("buffer_size", "learning_starts"):
         if getattr(args, name) != getattr(usual, name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect: stream learns from each transition at once and "
-                             "stores none")
+            raise ValueError(f"--{name.replace('_', '-')} has no effect: stream learns from each transition at once "
+                             "and stores none")
     for name, off in (("compile", ("auto", "off")), ("cuda_graphs", ("auto", "off")), ("precision", ("auto", "fp32"))):
         if getattr(args, name) not in off:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: stream computes one sample per step in float32 "
-                             "with numpy; drop the flag")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: stream computes one sample per step "
+                             "in float32 with numpy; drop the flag")
     if args.device not in ("auto", "cpu"):
-        raise ValueError(f"--device {args.device}: stream computes one sample per step, which is slower on a GPU; use --device cpu")
+        raise ValueError(f"--device {args.device}: stream computes one sample per step, which is slower on a GPU; "
+                         "use --device cpu")
 
 
 def plan_notes(args):
@@ -394,8 +398,8 @@ def plan_notes(args):
     lines = unused_flag_notes(args)
     for name, module in module_configs(args).items():
         if module.regime in ("dst", "s2d", "d2s") and total_updates(args) < args.sparse.update_interval:
-            lines.append(f"note: the {name}'s topology never changes ({module.regime}): it gets {total_updates(args):,} updates, "
-                         f"and --update-interval is {args.sparse.update_interval:,}")
+            lines.append(f"note: the {name}'s topology never changes ({module.regime}): it gets "
+                         f"{total_updates(args):,} updates, and --update-interval is {args.sparse.update_interval:,}")
     if args.algo == "stream":
         return lines
     if args.buffer_size < args.agent.batch_size:
@@ -412,7 +416,8 @@ def unused_flag_notes(args):
     for group, name in flag_names(args):
         flag, value = "--" + name.replace("_", "-"), get_setting(args, group, name)
         own = group in modules and name.endswith("_sparsity") and modules[group].regime == "dense"
-        if value != get_setting(usual, group, name) and flag not in telling and (group == "sparse" or name == "scale" or own):
+        may_be_idle = group == "sparse" or name == "scale" or own
+        if value != get_setting(usual, group, name) and flag not in telling and may_be_idle:
             idle.append(flag)
     regimes = ", ".join(f"{name} {module.regime}" for name, module in modules.items())
     notes = [f"note: {', '.join(idle)} changes nothing here ({regimes}), and is not in the run's name"] if idle else []

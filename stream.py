@@ -5,8 +5,8 @@ pruned weights and their traces exactly zero through every step; and a state tha
 
 Paper: Elsayed, Vasan and Mahmood, 2024, "Streaming Deep Reinforcement Learning Finally Works" (the agent, ObGD,
 SparseInit); arXiv 2506.17204, Section 5 (static sparsity in streaming RL). obgd.py has the optimizer and the
-initialization, online.py the networks and their update from one sample. Run it with `python train.py --algo stream`, or
-use it as a part:
+initialization, online.py the networks and their update from one sample. Run it with `python train.py --algo stream`,
+or use it as a part:
 
     import numpy as np
     from stream import STREAM_MST, StreamAC
@@ -14,9 +14,9 @@ use it as a part:
     agent = StreamAC(obs_dim=3, action_dim=1, modules=STREAM_MST, total_updates=80)
     for step in range(80):
         obs, next_obs = np.full(3, step, np.float32), np.full(3, step + 1, np.float32)
-        agent.update_obs_stats(obs)                                                 # counts the first one of an episode
-        action = agent.act(obs, explore=True)                                       # unclipped: the environment clips it
-        agent.add(obs, action, 1.0, next_obs, terminated=False, truncated=False)    # learns here
+        agent.update_obs_stats(obs)                                                # counts the first one of an episode
+        action = agent.act(obs, explore=True)                                      # unclipped: the environment clips it
+        agent.add(obs, action, 1.0, next_obs, terminated=False, truncated=False)   # learns here
     print(agent.info["delta"], agent.info["critic/step_size"])
 
 With one sample per step, a GPU would be slower than a CPU: the agent runs in numpy, on the CPU.
@@ -43,7 +43,8 @@ VARIANCE_EPS = 1e-8  # of both normalizers
 
 # Sparsity 0.8, and MST's regimes for the two modules that exist here: critic DST, actor SST (Section 4).
 STREAM = {"critic": ModuleConfig("stream", sparsity=0.8), "actor": ModuleConfig("stream", sparsity=0.8)}
-STREAM_MST = {"critic": ModuleConfig("stream", "dst", sparsity=0.8), "actor": ModuleConfig("stream", "sst", sparsity=0.8)}
+STREAM_MST = {"critic": ModuleConfig("stream", "dst", sparsity=0.8),
+              "actor": ModuleConfig("stream", "sst", sparsity=0.8)}
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class StreamConfig(Choices):
     entropy_weight: float = 0.01  # τ, weight of the entropy in the actor's gradient
     sparse_init: float = 0.9  # fraction of each unit's incoming weights that start at 0 (SparseInit); 0: none
     time_limit: Literal["ends", "bootstraps"] = "ends"  # whether a time limit cuts the bootstrap, as published
-    reward_clip: float = 10.0  # largest scaled reward; without it, the first reward after n zeros counts as sqrt(n)
-    growth_score: Literal["sum", "last"] = "sum"  # with --grow gradient: rank by the sum of delta*z, or by the last gradient
+    reward_clip: float = 10.0  # largest scaled reward; unclipped, the first reward after n zeros would be sqrt(n)
+    growth_score: Literal["sum", "last"] = "sum"  # with --grow gradient: rank by summed delta*z or the last gradient
 
     presets = {"default": STREAM, "mst": STREAM_MST}
     updates_per_step = 0  # `add` learns
@@ -78,11 +79,9 @@ class StreamConfig(Choices):
 # ---- running statistics ----
 
 class RunningStats:
-    """Mean and sample variance (n - 1) of all values so far, in float64, by Welford's update. The variance is 1 until n
-    = 2.
+    """Mean and sample variance (n - 1; 1 until n = 2) of all values so far, in float64, by Welford's update.
 
-    `state` is one tensor (mean, squared deviations, count) and the arrays are views of it, so restoring it in place is
-    enough.
+    `state` is one tensor (mean, squared deviations, count). The arrays are views of it: restore it in place.
     """
 
     def __init__(self, dim):
@@ -99,7 +98,9 @@ class RunningStats:
     def std(self, eps=VARIANCE_EPS):
         """(dim,): √(variance + eps)"""
         count = self.count[0]
-        return np.sqrt(self.squares / (count - 1.0) + eps) if count > 1.0 else np.full_like(self.mean, math.sqrt(1.0 + eps))
+        if count <= 1.0:
+            return np.full_like(self.mean, math.sqrt(1.0 + eps))
+        return np.sqrt(self.squares / (count - 1.0) + eps)
 
 
 class ObsNormalizer:
@@ -120,7 +121,7 @@ class RewardScale:
 
     def __init__(self, discount, clip):
         self.discount, self.clip = discount, clip
-        self.state = torch.zeros(4, dtype=torch.float64)  # u; mean, squared deviations and count of all u, as RunningStats
+        self.state = torch.zeros(4, dtype=torch.float64)  # u; mean, squared deviations, count of all u, as RunningStats
         self.array = self.state.numpy()
 
     def __call__(self, reward, over):
@@ -152,13 +153,14 @@ class StreamAC(BaseAgent):
     def __init__(self, obs_dim, action_dim, modules=None, config=None, total_updates=2_000_000, device="cpu", seed=0,
                  buffer_size=None, dtype=torch.float32):
         if torch.device(device).type != "cpu":
-            raise ValueError(f"Stream AC takes one sample per step, for which {device} is slower than a CPU: use --device cpu")
+            raise ValueError(f"Stream AC takes one sample per step, for which {device} is slower than a CPU: "
+                             "use --device cpu")
         self.dtype = dtype
         # The base class's replay buffer stays empty.
         super().__init__(obs_dim, action_dim, modules, config, total_updates, device, seed, buffer_size=4)
         config = self.config
-        self.learners = {name: Learner(self.networks[name], self.optimizers[name], self.sparse[name], config.growth_score)
-                         for name in self.networks}
+        self.learners = {name: Learner(network, self.optimizers[name], self.sparse[name], config.growth_score)
+                         for name, network in self.networks.items()}
         self.normalizer = ObsNormalizer(obs_dim, self.optimizers["critic"].weights.dtype)
         self.reward_scale = RewardScale(config.discount, config.reward_clip)
         self.counted = torch.zeros(1, dtype=torch.int64)  # whether the current observation is in the statistics
@@ -172,10 +174,11 @@ class StreamAC(BaseAgent):
     def _forget(self):
         """Drops what one call keeps for the next, to compute it once."""
         self._seen = None, None  # the last `add`'s next_obs, and its normalized form
-        self._acted = None, None, None, None  # the last exploring `act`: obs, its normalized form, the outputs and their tape
+        self._acted = None, None, None, None  # the last exploring `act`: obs, its normalized form, outputs, tape
 
     def make_networks(self, obs_dim, action_dim, modules):
-        size = {name: scaled_size(1, modules[name].width_scale, modules[name].depth_scale, WIDTH, DEPTH) for name in modules}
+        size = {name: scaled_size(1, module.width_scale, module.depth_scale, WIDTH, DEPTH)
+                for name, module in modules.items()}
         networks = {"critic": StreamMLP(obs_dim, [1], *size["critic"]),
                     "actor": StreamMLP(obs_dim, [action_dim, action_dim], *size["actor"])}
         for network in networks.values():
@@ -247,7 +250,7 @@ class StreamAC(BaseAgent):
         except FloatingPointError as error:
             self.nonfinite["critic"].fill_(1.0)
             raise FloatingPointError(f"{error} at update {number:,}: stopped") from None
-        self._acted, self._seen = (None, None, None, None), (next_obs, next_x)  # the weights have changed, the statistics not
+        self._acted, self._seen = (None, None, None, None), (next_obs, next_x)  # weights changed, statistics not
         self._counted[0] = not over
         self.record(number - 1, obs, action, next_obs, scaled, ends, delta, value, std)
 
@@ -267,11 +270,13 @@ class StreamAC(BaseAgent):
         x = (action - mean) / std  # (action_dim,)
         entropy_weight = math.copysign(self.config.entropy_weight, delta) if delta else 0.0
         by_std = (1.0 - x * x - entropy_weight) / std
-        return [(-x / std).astype(mean.dtype), (by_std * np.exp(rho - std)).astype(mean.dtype)], std  # σ' = sigmoid(ρ) = exp(ρ - σ)
+        by_rho = by_std * np.exp(rho - std)  # σ' = sigmoid(ρ) = exp(ρ - σ)
+        return [(-x / std).astype(mean.dtype), by_rho.astype(mean.dtype)], std
 
     # ---- logging and metrics ----
 
-    RECORDED = ("delta", "value", "scaled_reward", "critic/trace_norm", "critic/step_size", "actor/trace_norm", "actor/step_size")
+    RECORDED = ("delta", "value", "scaled_reward", "critic/trace_norm", "critic/step_size", "actor/trace_norm",
+                "actor/step_size")
 
     def record(self, step, obs, action, next_obs, scaled, ends, delta, value, std):
         """Keeps what the log and the metrics read. Nothing is learned from it."""
@@ -279,12 +284,13 @@ class StreamAC(BaseAgent):
         window["obs"][row], window["action"][row], window["next_obs"][row] = obs, action, next_obs
         window["ending"][row] = scaled, ends
         critic, actor, row = self.optimizers["critic"], self.optimizers["actor"], self._recent[step % LOG_WINDOW]
-        row[:-self.action_dim] = delta, value, scaled, critic.trace_norm, critic.last_step, actor.trace_norm, actor.last_step
+        row[:-self.action_dim] = (delta, value, scaled, critic.trace_norm, critic.last_step, actor.trace_norm,
+                                  actor.last_step)
         row[-self.action_dim:] = std
 
     @property
     def info(self):
-        """Over the last 1,000 steps: means, and the median of the step sizes. Computed when asked, so that a step stays cheap."""
+        """Over the last 1,000 steps: means, and medians of the step sizes. Computed on access: steps stay cheap."""
         rows = self.recent[:min(self.updates["critic"], LOG_WINDOW)]
         if not len(rows):
             return {}
@@ -292,8 +298,8 @@ class StreamAC(BaseAgent):
                 for column, name in enumerate(self.RECORDED)}
         std = rows[:, -self.action_dim:]
         entropy = (std.log() + 0.5 * math.log(2.0 * math.pi * math.e)).sum(1)
-        bounded = {f"{name}/bounded": (rows[:, self.RECORDED.index(f"{name}/step_size")] < self.config.step_size).double().mean()
-                   for name in self.networks}
+        steps = {name: rows[:, self.RECORDED.index(f"{name}/step_size")] for name in self.networks}
+        bounded = {f"{name}/bounded": (step < self.config.step_size).double().mean() for name, step in steps.items()}
         return info | {"abs_delta": rows[:, 0].abs().mean(), "std": std.mean(), "entropy": entropy.mean()} | bounded
 
     @info.setter
@@ -338,8 +344,8 @@ class StreamAC(BaseAgent):
     # ---- state ----
 
     def tensors(self):
-        parts = {"obs_stats": self.normalizer.stats.state, "reward_scale": self.reward_scale.state, "counted": self.counted,
-                 "recent": self.recent}
+        parts = {"obs_stats": self.normalizer.stats.state, "reward_scale": self.reward_scale.state,
+                 "counted": self.counted, "recent": self.recent}
         for name, learner in self.learners.items():
             parts |= {f"{name}/{part}": tensor for part, tensor in learner.tensors.items()}
         return parts | {f"window/{name}": tensor for name, tensor in self.window.items()}
@@ -354,8 +360,7 @@ class StreamAC(BaseAgent):
 # ---- the environment's time ----
 
 class TimedEnv:
-    """An environment whose observation ends with the time within the episode, -0.5 + t/T, for t agent steps of at most
-    T.
+    """An environment whose observation ends with the time within the episode, -0.5 + t/T, after t agent steps.
 
     T is the environment's time limit, or 1,000 if it has none.
     """

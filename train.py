@@ -4,10 +4,10 @@
     python train.py --mst --scale 5 --env dog-run                      # 371 M parameters, on a GPU
     python train.py --critic-regime dst --scale 5                      # one module's regime at a time
     python train.py --encoder-type 2 --encoder-regime s2d              # one point of Figure 2
-    python train.py --algo sac --mst --width-scale 4 --depth-scale 3   # Figure 14's size; --algo sac --help lists its flags
-    python train.py --algo stream --mst --env Hopper-v5                # a Gymnasium environment (pip install "gymnasium[mujoco]")
+    python train.py --algo sac --mst --width-scale 4 --depth-scale 3   # Figure 14's size; its flags: --algo sac --help
+    python train.py --algo stream --mst --env Hopper-v5                # Gymnasium: pip install "gymnasium[mujoco]"
 
-    python train.py --mst --scale 5 --env dog-run --resume             # continues a stopped run from its last checkpoint
+    python train.py --mst --scale 5 --env dog-run --resume             # continues a run from its last checkpoint
     python train.py --extend runs/NAME --total-steps 1000000           # trains a finished run longer, as a new run
     python evaluate.py runs/dog-run__mst__scale=5__seed=0 --video dog.mp4
 
@@ -46,8 +46,7 @@ from settings import (check, diff_settings, extended, from_config, module_config
 def train(args, env, agent, evaluator, log, saved):
     """The loop. At step t: act on obs_t; update on what was stored up to t-1; step the environment; add the transition.
 
-    The order is the same on every device, so a GPU can update while the environment steps. `run` holds the loop's
-    state.
+    The order is the same on every device, so a GPU can update while the environment steps. `run`: the loop's state.
     """
     obs = saved.restore(lambda config: difference(config, args))
     if obs is None:  # a new run
@@ -84,7 +83,7 @@ def train(args, env, agent, evaluator, log, saved):
 
 
 class Monitor:
-    """What surrounds the loop: evaluations, CSV rows, checkpoints, signals and the progress bar. It never changes learning."""
+    """What surrounds the loop: evaluations, CSV rows, checkpoints, signals, progress bar. It never changes learning."""
 
     def __init__(self, args, env, agent, evaluator, log, saved):
         self.args, self.env, self.agent, self.evaluator, self.log, self.saved = args, env, agent, evaluator, log, saved
@@ -112,8 +111,8 @@ class Monitor:
             return
         if self.run.step != self.run.logged_step:
             self.write_training(self.run.step)  # names the loss that became NaN, if it is known already
-        raise FloatingPointError(f"the action is {self.run.action} at agent step {self.run.step}: the actor has diverged; "
-                                 f"stopped. All rows up to here are in {self.log.folder}")
+        raise FloatingPointError(f"the action is {self.run.action} at agent step {self.run.step}: the actor has "
+                                 f"diverged; stopped. All rows up to here are in {self.log.folder}")
 
     def after_step(self, done, learning):
         """done: agent steps so far."""
@@ -139,8 +138,9 @@ class Monitor:
             except ChildProcessError:
                 self.signals.check()  # a signal to all processes ended the workers too
                 raise
+            every = " ".join(f"{value:.6g}" for value in returns)
             self.log.write("eval", {"agent_step": step, "env_frames": self.env.frames, "return": returns.mean(),
-                                    "return_std": returns.std(), "returns": " ".join(f"{value:.6g}" for value in returns),
+                                    "return_std": returns.std(), "returns": every,
                                     "seconds": self.saved.seconds()} | measure(agent, measured))
         self.bar.show(step, "learning", **{"return": f"{returns.mean():.1f}"})
         self.bar.write(f"step {step:>9,}  return {returns.mean():7.1f} ± {returns.std():.1f} "
@@ -152,8 +152,8 @@ class Monitor:
         info = {name: value.mean().item() for name, value in self.agent.info.items()}
         speed = (step - run.logged_step) / (now - run.logged_seconds)  # evaluations included
         run.logged_step, run.logged_seconds = step, now
-        self.log.write("train", {"agent_step": step, "env_frames": self.env.frames, "episode_return": run.last_return} | info
-                       | {f"{name}/density": sparse.density() for name, sparse in self.agent.sparse.items()}
+        self.log.write("train", {"agent_step": step, "env_frames": self.env.frames, "episode_return": run.last_return}
+                       | info | {f"{name}/density": sparse.density() for name, sparse in self.agent.sparse.items()}
                        | {f"{name}/{key}": value for name, sparse in self.agent.sparse.items() if sparse.dynamic
                           for key, value in sparse.movement().items()}
                        | {"steps_per_second": speed, "seconds": now})
@@ -199,10 +199,11 @@ def build(args):
     make = env_maker(args)
     env = make(args.env, args.seed, args.action_repeat)
     compiled, speed_notes = resolve_compile(args, device, started)
-    agent = build_agent(dataclasses.replace(args, compile="on" if compiled else "off"), env.obs_dim, env.action_dim, device,
-                        replay_rows(args, getattr(env, "shortest_episode", 1)))
+    agent = build_agent(dataclasses.replace(args, compile="on" if compiled else "off"), env.obs_dim, env.action_dim,
+                        device, replay_rows(args, getattr(env, "shortest_episode", 1)))
     evaluator = Evaluator(args.env, args.eval_episodes, args.seed, args.action_repeat, args.eval_workers, make=make)
-    config = dataclasses.asdict(args) | {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | provenance()
+    config = dataclasses.asdict(args)
+    config |= {"modules": {name: dataclasses.asdict(m) for name, m in modules.items()}} | provenance()
     config |= {"device_used": str(device), "threads_used": torch.get_num_threads(), "compiled": compiled,
                "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
                "renderer": env.renderer() if args.pixel.pixels else None}
@@ -238,7 +239,7 @@ def resolve_compile(args, device, started):
 
 
 def check_same_run(args, folder):
-    """The config of the run that --resume finds, or None. RunFinished if it has ended; ValueError if it is another run."""
+    """The config of the run that --resume finds, or None. RunFinished if it has ended; ValueError if another run."""
     if args.resume and os.path.exists(os.path.join(folder, "config.json")):
         if different := diff_settings(read_config(folder), args):
             raise ValueError(f"--resume: {folder} was started with {different}: use the same flags, or another --name")
@@ -251,12 +252,13 @@ def check_same_run(args, folder):
 # ---- a finished run, trained longer ----
 
 def copy_run(source, folder):
-    """Copies a finished run's last checkpoint and CSV files into the new run's folder. The finished run stays as it is."""
+    """Copies a finished run's last checkpoint and CSV files into the new run's folder. The finished run stays."""
     names = [name for name in os.listdir(source) if name.startswith(("checkpoint-", "rows-")) and name.endswith(".pt")]
     if not os.path.exists(os.path.join(source, "final.pt")):
         raise ValueError(f"--extend: {source} has not finished: continue it with --resume first")
     if not names:
-        raise ValueError(f"--extend: {source} did not keep its last checkpoint: train it again with --keep-checkpoint on")
+        raise ValueError(f"--extend: {source} did not keep its last checkpoint: "
+                         "train it again with --keep-checkpoint on")
     part = f"{folder}.part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)

@@ -9,8 +9,8 @@ if it lies on the other, "inconclusive" if it contains 0, "no data" if nothing w
 
 A run's score is the mean of its last three evaluations; an arm counts once all its seeds are finished. Beside published
 runs, the score is the last evaluation, and a task counts once three seeds are finished. The interval is Welch's, for
-the difference of two means over seeds, because spreads are unequal and seeds few. It is not corrected for the number of
-comparisons.
+the difference of two means over seeds, because spreads are unequal and seeds few. It is not corrected for the number
+of comparisons.
 """
 
 import csv
@@ -89,7 +89,8 @@ CLAIMS = (
     Claim("fig11", ("MR.Q + Res + MST",), ("MR.Q",), "MST beats MR.Q", _CRITIC),
     Claim("fig12", ("distribution", "MST (ER, RigL, 0.6)"), ("distribution", "uniform"), "ER beats uniform"),
     Claim("fig12", ("growth (critic)", "MST (ER, RigL, 0.6)"), ("growth (critic)", "SET"), "RigL beats SET"),
-    *_scaled("SAC", "width"), *_scaled("SAC", "depth"), *_scaled("DDPG", "width"), *_scaled("DDPG", "depth"), *_stream(),
+    *_scaled("SAC", "width"), *_scaled("SAC", "depth"), *_scaled("DDPG", "width"), *_scaled("DDPG", "depth"),
+    *_stream(),
 )
 
 # Claims without a study here: their networks or lengths are out of reach for two cores.

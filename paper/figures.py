@@ -42,7 +42,8 @@ CRITIC_SRANK = Measure(("critic/srank_q1", "critic/srank_q2"), "SRank, critic",
                        _SRANK + "each Q network's last hidden layer, mean of both.")
 CRITIC_DORMANT = Measure(("critic/dormant_ratio",), "dormant ratio, critic", _DORMANT + "critic.")
 ACTOR_DORMANT = Measure(("actor/dormant_ratio",), "dormant ratio, actor", _DORMANT + "actor.")
-CRITIC_STEP = Measure(("train:critic/step_size",), "step size, critic", "Step size: ObGD's, median of the last 1,000 steps.")
+CRITIC_STEP = Measure(("train:critic/step_size",), "step size, critic",
+                      "Step size: ObGD's, median of the last 1,000 steps.")
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,7 @@ def _plain_and_mst(name, points, plain, **others):
 
 
 # Streaming. ObGD's step is always at its bound, and the bound counts active weights: pruning makes steps larger, and
-# more units make them smaller. "dense, larger step" has the static arm's median steps, so that beside it only sparsity
-# counts.
+# more units make them smaller. "dense, larger step" has the static arm's median steps: what differs is the sparsity.
 STREAM_SPARSITY = {1: 0.8, 2: 0.8, 4: 0.9, 8: 0.9}  # by width scale
 # (actor's κ, critic's κ) of that arm. From walker-walk, 20,000 steps, seeds 100 and 101: medians of train.csv's step
 # sizes over the second half, dense and static; κ is the published one times their ratio, then corrected once by the
@@ -206,14 +206,14 @@ FIGURES = {
     "visual": Figure(  # arXiv 2506.17204, Section 5, on the same tasks with DrQ-v2
         "MR.Q from pixels: dense, static sparse modules, and MST", "points",
         tuple(arm for scale in _SCALES for arm in visual_arms(f"×{scale}", **({"scale": scale} if scale > 1 else {}))),
-        tasks=("quadruped-run", "hopper-hop"), step_ms=15000,  # 1.8, 9.4 and 33 s at the three scales, on a busy AMD EPYC
+        tasks=("quadruped-run", "hopper-hop"), step_ms=15000,  # 1.8, 9.4 and 33 s at the three scales, on a busy EPYC
         note="Our choice: MR.Q instead of DrQ-v2, types 6, 6 and 5, and sparsity 0.6."),
     "stream": Figure(  # arXiv 2506.17204, Section 5, on Gymnasium's Ant and Walker2d
-        "Stream AC(λ) in width: dense or sparse, with SparseInit or without; dense with the sparse agent's step size", "points",
-        tuple(arm for width in STREAM_SPARSITY for arm in stream_arms(width, x=f"×{width}")),
+        "Stream AC(λ) in width: dense or sparse, with SparseInit or without; dense with the sparse agent's step size",
+        "points", tuple(arm for width in STREAM_SPARSITY for arm in stream_arms(width, x=f"×{width}")),
         tasks=("Walker2d-v5", "quadruped-run", "walker-run"), step_ms=2.6,
-        note="Our choice: tasks, widths and sparsity (0.8 up to ×2, then 0.9); 2,000,000 agent steps. \"Larger step\": κ lowered "
-             "until the median steps of a short dense run are those of a static one."),
+        note="Our choice: tasks, widths and sparsity (0.8 up to ×2, then 0.9); 2,000,000 agent steps. \"Larger step\": "
+             "κ lowered until the median steps of a short dense run are those of a static one."),
 }
 
 

@@ -11,8 +11,8 @@ A new study is one more entry of LAPTOP; docs/figures.md lists it from then on. 
 
 import dataclasses
 
-from paper.figures import (CRITIC_DORMANT, CRITIC_SRANK, CRITIC_STEP, FIGURES, REGIMES, RES, RETURN, TYPE_LABELS, Figure,
-                           mst_ablation, stream_arms)
+from paper.figures import (CRITIC_DORMANT, CRITIC_SRANK, CRITIC_STEP, FIGURES, REGIMES, RES, RETURN, TYPE_LABELS,
+                           Figure, mst_ablation, stream_arms)
 from runtime.grid import Arm
 
 TASK = "walker-walk"
@@ -78,8 +78,8 @@ LAPTOP = {
         note="Width ×0.25, types 6, 6 and 5; 1,000 random steps (one arm: 10,000)."),
     "stream_quickstart": Figure(
         "the README's streaming command", "curves",
-        (Arm("", "MST", {"algo": "stream", "mst": True, "total_steps": 200_000, "eval_every": 50_000}),), tasks=(TASK,), step_ms=0.6,
-        note="128 units, sparsity 0.8; 200,000 agent steps."),
+        (Arm("", "MST", {"algo": "stream", "mst": True, "total_steps": 200_000, "eval_every": 50_000}),),
+        tasks=(TASK,), step_ms=0.6, note="128 units, sparsity 0.8; 200,000 agent steps."),
     "ball_in_cup": Figure(
         "short runs of narrow SAC and DDPG agents", "curves",
         (Arm("", "MST, SAC", {"algo": "sac", **_BALL}), Arm("", "MST, DDPG", {"algo": "ddpg", **_BALL})), _CRITIC,
@@ -131,8 +131,8 @@ LAPTOP = {
         FIGURES["stream"], kind="curves", tasks=(TASK,), seeds=5, step_ms=1.2, measures=(RETURN, CRITIC_STEP),
         arms=tuple(arm for width in (1, 4) for arm in stream_arms(
             width, f"{128 * width} units", total_steps=500_000, eval_every=50_000)),
-        note="500,000 agent steps; sparsity 0.8 at 128 units, 0.9 at 512. \"Larger step\": κ lowered until the median steps of "
-             "a short dense run are those of a static one."),
+        note="500,000 agent steps; sparsity 0.8 at 128 units, 0.9 at 512. \"Larger step\": κ lowered until the median "
+             "steps of a short dense run are those of a static one."),
 }
 
 OLD_NAMES = {"first": "quickstart", "cup": "ball_in_cup"}

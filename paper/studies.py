@@ -52,7 +52,7 @@ def get_figure(name, options):
 
 
 def get_jobs(figure, tasks=None, seeds=None, more=()):
-    """Every run of a figure, panel by panel, all arms of a seed before the next seed: a part of it compares all arms."""
+    """Every run of a figure, panel by panel, all arms of a seed before the next seed: a part compares all arms."""
     panels = list(dict.fromkeys(arm.panel for arm in figure.arms))
     seeds = figure.seed_list if seeds is None else seeds
     jobs = make_jobs(figure.arms, tasks or figure.tasks, seeds, more)

@@ -120,7 +120,8 @@ def claims_table(results):
     rows = []
     for claim, found in results.of_the_paper.items():
         said = dict.fromkeys([measure.label for measure in claim.measures], "not run")
-        rows.append((claim.figure, claim.text, said | {label: verdict(label, pair)[3] for label, pair in found.items()}))
+        said |= {label: verdict(label, pair)[3] for label, pair in found.items()}
+        rows.append((claim.figure, claim.text, said))
     rows += [(figure, text, {measure.label: "not studied"}) for figure, text, measure in NOT_STUDIED]
     for figure, text, said in sorted(rows, key=lambda row: int(row[0].removeprefix("fig"))):
         words = (next((word for label, word in said.items() if kind in label), "")
@@ -314,15 +315,16 @@ FIGURE_HEADING = ("figure", "shows", "runs", "parameters", "hours", "columns of 
 SPREAD_HEADING = ("steps", "seeds", "min", "median", "max")
 FLAG_HEADING = ("flag", "default", "meaning")
 TABLES = {
-    "published": (("algorithm", "task", "agent steps", "this code, each seed", "published mean", "difference [95 %]", ""),
-                  published),
+    "published": (("algorithm", "task", "agent steps", "this code, each seed", "published mean",
+                   "difference [95 %]", ""), published),
     "summary": (("verdict", "comparisons", "which"), summary),
     "claims": (("the paper claims", "return", "SRank", "dormant neurons", "at full size", "hours"), claims_table),
     "verdicts": (("figure", "claim: A beats B", "measure", "seeds", "A", "B", "A - B [95 %]", "verdict"), verdicts),
     "quickstart": (("processor", *SPREAD_HEADING), quickstart),
     "quickstart-short": (("min / median / max return", "seeds", *(f"step {step:,}" for step in QUICKSTART_STEPS),
                           f"above {QUICKSTART_GOOD} at the end"), quickstart_short),
-    "quickstart-stream": (("min / median / max return", "seeds", *(f"step {step:,}" for step in STREAM_STEPS)), quickstart_stream),
+    "quickstart-stream": (("min / median / max return", "seeds", *(f"step {step:,}" for step in STREAM_STEPS)),
+                          quickstart_stream),
     "quickstart-arms": (("arm", *SPREAD_HEADING), quickstart_arms),
     "ball_in_cup": (("arm", *SPREAD_HEADING), ball_in_cup),
     "figures": (FIGURE_HEADING, lambda _: figures_table(False)),

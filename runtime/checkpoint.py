@@ -4,8 +4,8 @@ Guarantees: a kill or a full disk during a save leaves the previous checkpoint i
 replaces another one; a file that is truncated, has a flipped bit, or holds anything but tensors and plain values is
 refused in one line, and no code in it runs; a save writes only the buffer rows that are new since the last one.
 
-Not in the paper: its largest runs take a day, on machines that may be taken away. This file needs only torch; copy it
-into your project.
+Not in the paper: its largest runs take a day, on machines that may be taken away.
+This file needs only torch; copy it into your project.
 
     import tempfile
     import torch

@@ -92,13 +92,17 @@ def describe_pixels(agent, env, renderer, started):
     started: the config of the run that is resumed, or None.
     """
     replay, sparse = agent.replay, agent.sparse["encoder"]
-    lines = [f"  frames   {env.stack} of {env.size}×{env.size} pixels per observation, camera {env.camera}, by {renderer}",
-             f"  replay   {replay.capacity:,} frames, {replay.stored_bytes / 1e9:.2f} GB when full, on {replay.frame_device}"]
+    gigabytes = replay.stored_bytes / 1e9
+    lines = [f"  frames   {env.stack} of {env.size}×{env.size} pixels per observation, camera {env.camera}, "
+             f"by {renderer}",
+             f"  replay   {replay.capacity:,} frames, {gigabytes:.2f} GB when full, on {replay.frame_device}"]
     if sparse.masks:
-        densities = (f"{name.removesuffix('.weight')} {density:.2f}" for name, density in sparse.layer_densities().items())
-        lines.append(f"  density  of the encoder's layers: {', '.join(densities)}")
+        densities = ", ".join(f"{name.removesuffix('.weight')} {density:.2f}"
+                              for name, density in sparse.layer_densities().items())
+        lines.append(f"  density  of the encoder's layers: {densities}")
     if started and started.get("renderer") not in (None, renderer):
-        lines.append(f"  note: earlier frames of this run were drawn by {started['renderer']}: new ones may differ in bits")
+        lines.append(f"  note: earlier frames of this run were drawn by {started['renderer']}: "
+                     "new ones may differ in bits")
     return lines
 
 
@@ -121,8 +125,7 @@ def describe_saving(saved):
 class Bar:
     """The progress bar: the current activity, speed, last return, and time left.
 
-    The time left is estimated from the updates of all modules, because random steps are cheap and 250 encoder updates
-    happen in one step.
+    The time left is estimated from all modules' updates: random steps are cheap, and one step has 250 encoder updates.
     """
 
     def __init__(self, args, agent, start):

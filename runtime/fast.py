@@ -197,8 +197,8 @@ class OneDNNLinear(torch.autograd.Function):
 
 def keep_copies(agent):
     """Gives linear layers bfloat16 copies of their weights. The copies are refreshed when the weights change, not at
-    each use: after an optimizer step, after targets move (in MR.Q every 250 updates), after loading. In place, for CUDA
-    graphs."""
+    each use: after an optimizer step, after targets move (in MR.Q every 250 updates), after loading. In place, for
+    CUDA graphs."""
     renew_target = {name: _give_copies(target, agent.float32_layers()) for name, target in agent.targets.items()}
     for name, network in agent.networks.items():
         agent.optimizers[name].register_step_post_hook(_give_copies(network, agent.float32_layers()))

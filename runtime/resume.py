@@ -31,7 +31,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Records a signal to stop; `check` raises Stopped at the next safe point. A second Ctrl-C ends the process unsaved."""
+    """Records a signal to stop; `check` raises Stopped at the next safe point. A second Ctrl-C exits unsaved."""
 
     def __init__(self):
         self.name = None
@@ -128,8 +128,7 @@ class SavedRun:
         """Loads the newest whole checkpoint into all parts. Returns the current observation, or None without one.
 
         Call it before capturing CUDA graphs, which keep the tensors they were captured with. ValueError, in one line,
-        for a checkpoint of other settings or one that does not fit. Nothing on the disk changes before all of it is
-        read.
+        for a checkpoint of other settings or one that does not fit. Nothing on disk changes before all of it is read.
         """
         state = self.checkpoints.load()
         if state is None:
