@@ -149,7 +149,7 @@ class Bar:
             return
         left = "?"
         if self.first is not None and done > self.first and self.all_updates:
-            left = self.format_interval((now - self.began) / (done - self.first) * (self.all_updates - done))
+            left = self.format_interval((now - self.began) / (done - self.first) * max(0, self.all_updates - done))
         speed = (step - self.step) / (now - self.drawn)
         self.drawn, self.step = now, step
         self.bar.set_postfix_str(", ".join([f"{left} left", f"{speed:.3g} steps/s",
