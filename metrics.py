@@ -191,7 +191,7 @@ def module_metrics(module, features, activations, losses, masks=None):
     gram = gradient_gram(losses, list(parameters.values()), [(masks or {}).get(name) for name in parameters])
     row["grad_cosine"], row["grad_cosine_negative"] = interference_summary(cosines(gram))
     row["parameter_norm"] = parameter_norm(module)
-    # Of the mean loss, from the same inner products: |Σ g_i / n|² = Σ_ij g_i·g_j / n². Masked, and before clipping.
+    # Of the mean loss, by the same inner products: |Σ g_i / n|² = Σ_ij g_i·g_j / n². Masked, before clipping.
     row["grad_norm"] = gram.mean().clamp(min=0).sqrt().item()
     return row | {f"dormant_ratio/{layer}": ratio for layer, ratio in per_layer.items()}
 

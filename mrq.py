@@ -236,8 +236,8 @@ class MRQ(BaseAgent):
     def critic_loss(self, batch, zs):
         """Huber loss to the multi-step TD target (the two methods below), for both Q.  Eq. (11)
 
-        batch.obs: from o_t to o_{t+H_Q}, or only these two. zs: (batch, zs) of o_t. Also returns |δ|, the larger of the
-        two critics': (batch,).
+        batch.obs: from o_t to o_{t+H_Q}, or only these two. zs: (batch, zs) of o_t. Also returns |δ|, (batch,): the
+        larger of both critics.
         """
         target = self.td_target(batch)  # (batch, 1)
         with torch.no_grad():

@@ -82,7 +82,7 @@ class ObGD(torch.optim.Optimizer):
 
 @torch.no_grad()
 def sparse_init(module, sparsity=0.9):
-    """SparseInit: uniform in ±1/√fan_in, then ⌈sparsity·fan_in⌉ weights of each output unit are 0; biases are 0.
+    """SparseInit: uniform in ±1/√fan_in; then ⌈sparsity·fan_in⌉ weights of each unit and all biases are 0.
 
     All weights stay trainable. Each unit keeps at least one weight: the published formula leaves none below 10 inputs,
     and a task with 6 would start without any input.

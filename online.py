@@ -74,7 +74,7 @@ class FastMLP:
         return [self._linear(weight, bias, x) for weight, bias in self.heads], tape
 
     def backward(self, tape, output_gradients):
-        """Each layer's gradient as (d, x): d ⊗ x of its weight, d of its bias. output_gradients: (output,) per head."""
+        """Each layer's gradient as (d, x): d ⊗ x of the weight, d of the bias. output_gradients: (output,) each."""
         x, size, dot = tape[-1], len(self.ones), self._dot
         gradient = sum(output @ weight for output, (weight, _) in zip(output_gradients, self.heads))
         factors = [(output, x) for output in output_gradients]
@@ -95,8 +95,8 @@ class Learner:
     """One module's streaming update: traces, growth scores, topology, masks, ObGD.
 
     Growth: one step's gradient has rank one, so its largest entries lie in a few rows and columns. `--grow gradient`
-    therefore ranks by |Σ δ·z̃| since the last change, z̃ being the trace of all weights, the pruned ones included: the
-    move that a weight would have made in that time, up to the step size, like the batch gradient with a replay buffer.
+    therefore ranks by |Σ δ·z̃| since the last change, with z̃ the trace of all weights, also pruned ones: the move
+    that a weight would have made in that time, up to the step size, like the batch gradient with a replay buffer.
     """
 
     def __init__(self, network, optimizer, sparse, growth_score):

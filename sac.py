@@ -79,7 +79,7 @@ class DDPGConfig(SimbaConfig):
 def tanh_gaussian(output):
     """A random action and its log-probability: (..., 2·action_dim) -> (..., action_dim) and (...,).
 
-    output: mean and raw log-std of a Gaussian; a = tanh(x) for a sample x. log π(a) is the Gaussian's log-density at x,
+    output: mean and raw log-std of a Gaussian; a = tanh(x) for a sample x. log π(a) is its log-density at x,
     less log |da/dx| = log(1 - tanh²x) = 2·(log 2 - x - softplus(-2x)): finite even where tanh rounds to 1.
     """
     mean, raw = output.chunk(2, -1)

@@ -55,8 +55,8 @@ def layer_densities(shapes, sparsity, distribution="er"):
     """Density of each layer such that all layers together keep exactly `1 - sparsity` of their weights.
 
     shapes: weight shapes in PyTorch's order: (out, in), or (out, in, height, width) for a convolution.
-    distribution: "uniform", the same density in every layer; "er", Erdős–Rényi, density = ε·(sum of the sides) / (their
-        product), which keeps small layers denser than large ones. Appendix B.1.1, items 1 and 2.
+    distribution: "uniform", the same density in every layer; "er", Erdős–Rényi, density = ε·(sum of sides) /
+        (product of sides), which keeps small layers denser than large ones. Appendix B.1.1, items 1 and 2.
     """
     _check_choices(sparsity=sparsity, distribution=distribution)
     if distribution == "uniform" or sparsity == 0:  # at sparsity 0, ε·ratio can round to 1 + 1e-10

@@ -261,7 +261,7 @@ class StreamAC(BaseAgent):
         self._counted[0] = 0
 
     def policy_gradient(self, outputs, action, delta):
-        """Gradient of -log π(a|s) - τ·sign(δ)·H(π(·|s)) by (μ, ρ), where σ = softplus(ρ). Returns ([μ's, ρ's], σ).
+        """([gradients of -log π(a|s) - τ·sign(δ)·H(π(·|s)) by μ and by ρ], σ), σ = softplus(ρ).
 
         ObGD multiplies it by δ, so that the entropy term always raises the entropy, by τ·|δ|.
         """
@@ -324,7 +324,7 @@ class StreamAC(BaseAgent):
         return features
 
     def per_sample_losses(self, batch):
-        """½δ² of the critic (semi-gradient) and -δ·log π of the actor: (batch,) each. reward holds scaled rewards."""
+        """½δ² of the critic (semi-gradient), -δ·log π of the actor: (batch,) each. Rewards are scaled."""
         obs = self._normalized(batch.obs[:, 0])
         with torch.no_grad():
             next_value = self.critic(self._normalized(batch.obs[:, 1]))[0][:, 0]

@@ -58,7 +58,8 @@ def _scaled(algo, dimension):
     for better, worse, text in ((("MST", "×4"), ("plain", "×4"), "MST beats plain"),
                                 (("plain", "×1"), ("plain", "×4"), "plain ×1 beats ×4"),
                                 (("MST", "×4"), ("MST", "×1"), "MST ×4 beats ×1")):
-        yield Claim("fig13", arm(*better), arm(*worse), f"{algo}, {dimension}{' ×4' * (better[0] != worse[0])}: {text}")
+        at = " ×4" * (better[0] != worse[0])
+        yield Claim("fig13", arm(*better), arm(*worse), f"{algo}, {dimension}{at}: {text}")
 
 
 def _stream():

@@ -36,7 +36,8 @@ class Measure:
 
 RETURN = Measure(("return",), "return", "Return: mean of an evaluation's episodes, no exploration noise.")
 _SRANK = "SRank: smallest k whose singular values reach 1 - δ of their sum, δ = 0.01, batch of 2,048, of "
-_DORMANT = "Dormant: mean |activation| at most τ = 0.025 of its layer's mean, batch of 2,048, all hidden layers of the "
+_DORMANT = ("Dormant: mean |activation| at most τ = 0.025 of its layer's mean, batch of 2,048, "
+            "all hidden layers of the ")
 ENCODER_SRANK = Measure(("encoder/srank_zsa",), "SRank of z_sa", _SRANK + "the encoder's z_sa.")
 CRITIC_SRANK = Measure(("critic/srank_q1", "critic/srank_q2"), "SRank, critic",
                        _SRANK + "each Q network's last hidden layer, mean of both.")
@@ -212,8 +213,8 @@ FIGURES = {
         "Stream AC(λ) in width: dense or sparse, with SparseInit or without; dense with the sparse agent's step size",
         "points", tuple(arm for width in STREAM_SPARSITY for arm in stream_arms(width, x=f"×{width}")),
         tasks=("Walker2d-v5", "quadruped-run", "walker-run"), step_ms=2.6,
-        note="Our choice: tasks, widths and sparsity (0.8 up to ×2, then 0.9); 2,000,000 agent steps. \"Larger step\": "
-             "κ lowered until the median steps of a short dense run are those of a static one."),
+        note="Our choice: tasks, widths and sparsity (0.8 up to ×2, then 0.9); 2,000,000 agent steps. "
+             "\"Larger step\": κ lowered until the median steps of a short dense run are those of a static one."),
 }
 
 

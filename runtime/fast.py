@@ -139,7 +139,7 @@ def use_onednn():
 
 
 def onednn_linear(x, weight, bias=None):
-    """x Wᵀ + b by oneDNN, in full float32: (batch, in), (out, in), (out,) -> (batch, out). Compiled models use the same
+    """x Wᵀ + b by oneDNN in float32: (batch, in), (out, in), (out,) -> (batch, out). Compiled models use the same
     operation. Matrices must be contiguous or transposed contiguous: for a slice, oneDNN falls back to a scalar loop.
     """
     if torch.compiler.is_compiling():  # the compiler's own form of the operation expects weights that never change

@@ -32,6 +32,7 @@ def test_every_subtrajectory_is_real_and_every_complete_one_is_offered(seed, cap
     if not expected:
         return
     batch = buffer.gather(torch.tensor(sorted(expected)), horizon)
+    assert torch.equal(buffer.gather(batch.index, horizon, ends=True).obs, batch.obs[:, [0, -1]])
     for row, part in enumerate(expected[index] for index in sorted(expected)):
         n = len(part)
         for name, column in (("obs", 1), ("action", 2), ("reward", 3)):

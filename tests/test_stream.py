@@ -70,7 +70,7 @@ def play(agent, steps, seed=0, each=None):
 def test_obgd_on_two_weights_by_hand():
     weights = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     optimizer = ObGD([weights], kappa=2.0, decay=0.5)
-    weights.grad = torch.tensor([0.3, -0.1], dtype=torch.float64)  # z = (0.3, -0.1), ‖z‖₁ = 0.4, M = 2·3·0.4 = 2.4
+    weights.grad = torch.tensor([0.3, -0.1], dtype=torch.float64)  # z is this, ‖z‖₁ = 0.4, M = 2·3·0.4 = 2.4
     optimizer.step(delta=-3.0)
     np.testing.assert_allclose(weights.detach(), [1.0 + 3.0 * 0.3 / 2.4, -2.0 - 3.0 * 0.1 / 2.4], rtol=1e-14)
     before = weights.detach().clone()
@@ -206,7 +206,7 @@ def test_agent_matches_a_plain_implementation_over_thousands_of_steps(critic, ac
 
 
 def test_growth_sums_match_a_dense_twin():
-    """Σ δ·z̃ until the first change equals that of traces which nothing masks; the change grows the largest of them."""
+    """Σ δ·z̃ until the first change equals that of unmasked traces; the change grows the largest of them."""
     torch.manual_seed(0)
     agent = StreamAC(5, 2, modules("dst", "dst"), total_updates=1000, dtype=torch.float64)
     plain = Plain(agent)
