@@ -27,12 +27,14 @@ from tests.helpers import HERE, args_with, count, tiny_of
 @pytest.mark.parametrize("updates, total, terminal, expected", [
     # 200 updates in the 100 seconds since the first that it saw, and 1,300 of 2 x 800 to come; a line per minute
     (1, 1600, False, [(5, "? left, 0.0833 steps/s, learning"),
-                      (400, "10:50 left, 2.82 steps/s, return 2.5, learning")]),
+                      (400, "10:50 left, 2.82 steps/s, return 2.5, learning"),
+                      (460, "00:00 left, 0.5 steps/s, return 2.5, learning")]),
     # 2,900 of 2 x 2 x 800 to come; twice per second
     (2, 3200, True, [(1, "? left, 0.0169 steps/s, learning"), (5, "? left, 4 steps/s, learning"),
                      (300, "? left, 7.38 steps/s, return 2.5, learning"),
                      (400, "24:10 left, 1 steps/s, return 2.5, learning"),
-                     (450, "30:12 left, 0.847 steps/s, return 2.5, learning")])])
+                     (450, "30:12 left, 0.847 steps/s, return 2.5, learning"),
+                     (460, "00:00 left, 0.164 steps/s, return 2.5, learning")])])
 def test_bar_shows_activity_speed_and_time_left(updates, total, terminal, expected, monkeypatch):
     drawn, now = [], [0.0]
     agent = argparse.Namespace(updates={"encoder": 0, "critic": 0}, updates_per_step=updates)
@@ -42,7 +44,8 @@ def test_bar_shows_activity_speed_and_time_left(updates, total, terminal, expect
     bar = console.Bar(args_with(total_steps=1000, learning_starts=200), agent, 0)
     assert bar.all_updates == total
     for now[0], step, done, more in ((59, 1, 0, {}), (60, 5, 0, {}), (100, 300, 100, {"return": "2.5"}),
-                                     (200, 400, 300, {}), (259, 450, 350, {})):
+                                     (200, 400, 300, {}), (259, 450, 350, {}),
+                                     (320, 460, 5000, {})):  # a short run makes a whole period of encoder updates
         agent.updates["critic"] = done
         bar.show(step, "learning", **more)
     assert drawn == expected
