@@ -206,10 +206,10 @@ def parse_tasks(names):
 
 
 def parse_seeds(text):
-    """"3" -> 0, 1, 2; "3,5" -> 3, 5; None, for all, stays None."""
+    """"3" -> 0, 1, 2; "3,5" -> 3, 5; "3," -> 3; None, for all, stays None."""
     if text is None:
         return None
-    numbers = text.split(",") if "," in text else range(int(text) if text.isdecimal() else 0)
+    numbers = text.removesuffix(",").split(",") if "," in text else range(int(text) if text.isdecimal() else 0)
     if not numbers or not all(str(number).isdecimal() for number in numbers):
-        raise ValueError(f"--seeds {text}: give a number of seeds, or a list such as 0,1,5")
+        raise ValueError(f"--seeds {text}: give a number of seeds, or a list such as 0,1,5 (one seed: 3,)")
     return [int(number) for number in numbers]

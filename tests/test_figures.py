@@ -163,6 +163,7 @@ def test_filters_steps_and_further_flags(monkeypatch, capsys):
     assert len(found) == len(dict(found)) == 2 * (3 + 5)  # three arms, and five more of Fig. 12
     assert all(run_name(parse(command)) == name and command[-4:-2] == ["--device", "cpu"] for name, command in found)
     assert {parse(command).total_steps for _, command in found} == {20000}
+    assert {parse(command).seed for _, command in runs("fig11", "--tasks", "dog-run", "--seeds", "4,")} == {4}
     assert runs("cup", "--laptop") == runs("ball_in_cup", "--laptop")  # an old name
 
 
