@@ -152,7 +152,7 @@ def lay_out(panels, rows, draw, caption, legend, x_label, tick_lines=1):
             axes.spines[["top", "right"]].set_visible(False)
             if not draw(axes, column, row):
                 axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", fontsize=8, color="0.5")
-                axes.set_yticks([])
+                axes.set(xticks=[], yticks=[])
             else:
                 tops[y_label] = max(tops.get(y_label, 0), axes.dataLim.y1)
                 bottoms[y_label] = min(bottoms.get(y_label, 0), axes.dataLim.y0)
