@@ -442,6 +442,19 @@ def test_compiled_losses_equal_plain_ones(algo, precision, monkeypatch):
 
 
 @pytest.mark.slow
+def test_masking_is_compiled_once_per_module():
+    """Not anew at each update, which would fail at the compiler's limit."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes seconds to import
+    agent, compiled = tiny_of("mrq", interval=60, total_updates=3000)[0], CompileCounterWithBackend("eager")
+    agent.mask_and_clip = torch.compile(agent.mask_and_clip, backend=compiled, fullgraph=True, dynamic=False)
+    counts = []
+    for _ in range(4):
+        agent.update()
+        counts.append(compiled.frame_count)
+    assert counts == [3] * 4
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 @pytest.mark.parametrize("algo, precision, methods", [("ddpg", "bf16", ("critic_loss",)),
                                                       *[pytest.param(algo, precision, None, marks=pytest.mark.soak)
