@@ -31,6 +31,9 @@ def test_finished_run_is_evaluated_as_it_was(tmp_path, monkeypatch, capsys):
     last = f"return {float(table(run, 'eval.csv')[-1]['return']):.1f}"
     for path in (run, run / "final.pt"):
         assert last in evaluated(path, "--seed", "0", "--episodes", "1")[1][0]
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"precision": "tf32"}))  # as if trained on a GPU
+    assert last in evaluated(run, "--seed", "0", "--episodes", "1")[1][0]
     fresh = evaluated(run, "--episodes", "2")[1][0]
     assert last not in fresh and evaluated(run, "--episodes", "2", "--seed", str(10 ** 6))[1][0] == fresh
     assert evaluated(run, "--episodes", "2", "--seed", "7")[1][0] != fresh
