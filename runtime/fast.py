@@ -88,8 +88,9 @@ def resolve_speed(compile, graphs, device, pays=False):
 
 
 def set_precision(precision):
-    """The process-wide setting for float32 products; bf16 is set by autocast."""
+    """The process-wide setting for float32 products and convolutions; bf16 is set by autocast."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # PyTorch's default is True
 
 
 def speed_up(agent, precision="fp32", compile=False):
@@ -338,7 +339,9 @@ class CapturedUpdate:
         gc.collect()  # freeing a tensor during the capture would break it
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):  # with its own memory pool; registers the default generator
+        # With its own memory pool; registers the default generator. thread_local: a checkpoint may be being written in
+        # another thread, whose calls to CUDA (it frees pinned memory) must not break the capture.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             function()
         return graph.replay
 
