@@ -2,7 +2,7 @@
 
 Guarantees: the order that sparse training needs (backward, topology, masking, clipping, optimizer step), whatever the
 algorithm; a state of tensors and plain values that restores the agent exactly; and no read from the device during an
-update.
+update, except where a topology change is due.
 
 Paper: Section 4, "Module-Specific Training". The methods that the training loop calls are listed at `BaseAgent`.
 

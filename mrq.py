@@ -1,7 +1,8 @@
 """MR.Q with module-specific training: encoder, critic and actor, each with its own architecture, size and regime.
 
 Guarantees: the losses of Eqs. (7)-(12) with the settings of Tables 1 and 2, updated in the paper's order; no module's
-loss computes a gradient for another module's weights; and an update never waits for the device.
+loss computes a gradient for another module's weights; and an update waits for the device only where a topology change
+is due.
 
 Paper: Section 2.3 and Appendix B.3; MR.Q is Fujimoto et al., 2025. Run it with `python train.py`, or use it as a part:
 

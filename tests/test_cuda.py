@@ -81,6 +81,7 @@ def test_cuda_captured_updates_equal_eager_ones(algo, precision, compile):
 
 @pytest.mark.parametrize("algo", REPLAY_AGENTS)
 def test_cuda_loop_waits_for_nothing_but_the_action(algo):
+    """Unless a topology change is due."""
     agent, buffer = on_gpu(algo)
     obs = np.ones(4, np.float32)
     for _ in range(10):
@@ -95,7 +96,11 @@ def test_cuda_loop_waits_for_nothing_but_the_action(algo):
             assert sum("synchronizing" in str(wait.message) for wait in waits) == 1
             torch.cuda.set_sync_debug_mode("error")
             agent.update_obs_stats(obs)
+            # Once per interval the masks are checked and may change, which reads from the device.
+            due = (agent.updates["critic"] + 1) % 60 == 0
+            torch.cuda.set_sync_debug_mode("default" if due else "error")
             agent.update()
+            torch.cuda.set_sync_debug_mode("error")
             buffer.add(obs, action, 0.5, obs, step % 50 == 19, step % 50 == 49)
         with pytest.raises(RuntimeError, match="synchronizing"):
             agent.info["critic_loss"].mean().item()
@@ -127,6 +132,7 @@ def test_cuda_resume_and_evaluation_between_replays_change_nothing(algo):
     assert distance(weights_of(plain), weights_of(watched)) == 0
     resumed, third = on_gpu(algo, captured=False)[0], copy.deepcopy(one)
     resumed.load_state_dict(copy.deepcopy(plain.state_dict()))
+    resumed.replay = third
     fast.captured(resumed)  # after loading, which replaces the optimizers' tensors
     before = [weight.detach().clone() for weight in weights_of(plain)]
     for agent, buffer in ((plain, one), (resumed, third)):

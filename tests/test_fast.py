@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from runtime import fast
 
+import sparsity
 import train
 from replay import ReplayBuffer
 from settings import parse, run_name
+from sparsity import SparseTraining
 from tests.helpers import REPLAY_AGENTS, regimes_dense, tiny_of
 
 
 class NoSynchronization(TorchDispatchMode):
     """Fails on every operation that makes the host wait for the device: reading a value or a shape that depends on one,
-    or a blocking copy between the two."""
+    or a blocking copy between the two. `tolist` is not an operation, and passes."""
     FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select",
                  "aten::_unique2", "aten::bincount", "aten::repeat_interleave.Tensor",
                  "aten::kthvalue"}  # waits for nothing, but has one thread block a call: 0.7 s for 100 M elements
@@ -54,6 +56,18 @@ def test_an_update_never_reads_back_from_the_device(algo, growth, monkeypatch):
     agent, buffer = tiny_of(algo, modules)
     for sparse in agent.sparse.values():
         sparse.grow = growth
+    update_topology = SparseTraining.update_topology
+
+    def watched(sparse, step, scores=None):  # it reads by `tolist`, of which the mode knows nothing on a CPU
+        reads, due = [], sparse._is_due(step)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sparsity, "_read", lambda *flags: reads.append(step) or read(*flags))
+            changed = update_topology(sparse, step, scores)
+        assert due or not reads
+        return changed
+
+    read = sparsity._read
+    monkeypatch.setattr(SparseTraining, "update_topology", watched)
     with NoSynchronization():  # bursts, targets, scales, topology updates and the fused optimizers among them
         for _ in range(9):
             agent.update()
@@ -246,6 +260,7 @@ def test_devices_and_precisions_by_name(monkeypatch):
     for precision, setting in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
         fast.set_precision(precision)
         assert torch.get_float32_matmul_precision() == setting
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
 
 
 def test_the_compiler_is_tried_on_the_device_itself(monkeypatch):
