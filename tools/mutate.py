@@ -137,7 +137,7 @@ def sample(root, args):
     """The first `number` of a project's mutants, in random order."""
     paths = {path for folder in (".", "runtime", "paper", "tools") for path in root.glob(f"{folder}/*.py")}
     files = [root / name for name in args.files] or sorted(
-        path for path in paths if path.name not in (SUITE, Path(__file__).name))
+        path for path in paths if path.name not in (SUITE, "conftest.py", Path(__file__).name))
     everything = [mutant for path in files for mutant in mutants(path)]
     random.Random(args.seed).shuffle(everything)
     return everything[:args.number]
