@@ -137,7 +137,8 @@ class FrameReplayBuffer(ReplayBuffer):
 
     def _check_memory(self, padded):
         needed = self.stored_bytes + 8 * padded
-        on_host = self.device.type == "cuda" and needed > free_memory(self.device)
+        # A quarter of a GPU stays free, for activations, gradients and moments: these come later.
+        on_host = self.device.type == "cuda" and needed > 0.75 * free_memory(self.device)
         self.frame_device = torch.device("cpu") if on_host else self.device
         if needed > (free := free_memory(self.frame_device)):
             raise MemoryError(f"a buffer of {self.capacity:,} frames of {self.obs_shape[1]}×{self.obs_shape[2]} takes "

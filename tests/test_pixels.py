@@ -113,6 +113,12 @@ def test_frames_are_stored_once_and_what_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr(pixels, "free_memory", lambda device: 1e9)
     with pytest.raises(MemoryError, match="1,000,000 frames of 84×84 takes 21.22 GB, but cpu has 1.00 GB: use"):
         FrameReplayBuffer((9, 84, 84), 6, 1_000_000)
+    for free, place in ((28e9, "cpu"), (29e9, "cuda")):  # of 21.3 GB: a GPU needs memory for the updates, too
+        monkeypatch.setattr(pixels, "free_memory", lambda device: free if device.type == "cuda" else 22e9)
+        blank = object.__new__(FrameReplayBuffer)
+        blank.capacity, blank.obs_shape, blank.action_dim, blank.device = 1_000_000, (9, 84, 84), 6, torch.device("cuda")
+        blank._check_memory(blank.capacity)
+        assert blank.frame_device.type == place
     with pytest.raises(ValueError, match="not \\(8, 84, 84\\)"):
         FrameReplayBuffer((8, 84, 84), 6, 1000)
 
