@@ -257,6 +257,7 @@ def test_devices_and_precisions_by_name(monkeypatch):
     assert fast.resolve_device("cuda:1") == cuda and chosen == [cuda]
     with pytest.raises(ValueError, match="there are 2 CUDA devices"):
         fast.resolve_device("cuda:2")
+@pytest.mark.slow
     for precision, setting in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
         fast.set_precision(precision)
         assert torch.get_float32_matmul_precision() == setting

@@ -190,6 +190,7 @@ def test_a_metric_without_anything_to_measure_is_nan(task):
         assert math.isnan(row["parameter_norm"]) == (nothing.__class__ is nn.ReLU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torch.compile", "Module.compile", "function"])
 @pytest.mark.parametrize("ran_before", [False, True])
 def test_compiled_networks_are_recorded(kind, ran_before):
