@@ -257,7 +257,6 @@ def test_devices_and_precisions_by_name(monkeypatch):
     assert fast.resolve_device("cuda:1") == cuda and chosen == [cuda]
     with pytest.raises(ValueError, match="there are 2 CUDA devices"):
         fast.resolve_device("cuda:2")
-@pytest.mark.slow
     for precision, setting in (("tf32", "high"), ("bf16", "highest"), ("fp32", "highest")):
         fast.set_precision(precision)
         assert torch.get_float32_matmul_precision() == setting
@@ -273,6 +272,7 @@ def test_the_compiler_is_tried_on_the_device_itself(monkeypatch):
         assert re.search(needed, fast.compile_error(torch.device(device)))
 
 
+@pytest.mark.slow
 def test_compile_auto_on_cpu(monkeypatch):
     cpu, trouble = torch.device("cpu"), [None]
     monkeypatch.setattr(fast, "compile_error", lambda device: trouble[0])
