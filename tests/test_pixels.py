@@ -116,7 +116,8 @@ def test_frames_are_stored_once_and_what_cannot_fit_is_refused(monkeypatch):
     for free, place in ((28e9, "cpu"), (29e9, "cuda")):  # of 21.3 GB: a GPU needs memory for the updates, too
         monkeypatch.setattr(pixels, "free_memory", lambda device: free if device.type == "cuda" else 22e9)
         blank = object.__new__(FrameReplayBuffer)
-        blank.capacity, blank.obs_shape, blank.action_dim, blank.device = 1_000_000, (9, 84, 84), 6, torch.device("cuda")
+        blank.capacity, blank.obs_shape, blank.action_dim = 1_000_000, (9, 84, 84), 6
+        blank.device = torch.device("cuda")
         blank._check_memory(blank.capacity)
         assert blank.frame_device.type == place
     with pytest.raises(ValueError, match="not \\(8, 84, 84\\)"):
