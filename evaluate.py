@@ -92,7 +92,7 @@ def run(args):
     env = make(run_args.env, run_args.seed, run_args.action_repeat)
     if args.video:
         check_drawing(env)
-    precision = "auto" if run_args.precision == "tf32" else run_args.precision  # a CPU has no tf32
+    precision = "auto" if run_args.precision == "tf32" else run_args.precision  # auto: tf32 on CUDA
     run_args = dataclasses.replace(run_args, device=str(device), precision=precision, compile="off", cuda_graphs="off")
     smallest = 2 * run_args.agent.horizon + 2 + run_args.pixel.frame_stack
     agent = build_agent(run_args, env.obs_dim, env.action_dim, device, buffer_size=smallest)
