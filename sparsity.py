@@ -227,8 +227,7 @@ class SparseTraining:
     def mask_gradients(self):
         """Zeroes the gradients of pruned weights. Call it before clipping, so that they do not count."""
         compiling = torch.compiler.is_compiling()
-        # `update_topology`, which checks, may never be called. Compiled code must not look at a step: it would be
-        # compiled anew at each.
+        # `update_topology`, which checks, may never be called. Compiled code that reads a step is compiled at each.
         if not compiling and not self.last_step:
             self._unstepped += 1
             self._check_weights(self._unstepped, self._unstepped % self.update_interval == 0)
