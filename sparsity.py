@@ -36,7 +36,6 @@ Masks simulate sparsity: the arithmetic stays dense and saves neither time nor m
 """
 
 import copy
-import functools
 import math
 import re
 import warnings
@@ -146,12 +145,15 @@ class SparseTraining:
     def __init__(self, module, optimizer, regime, sparsity=0.6, total_steps=None, update_interval=1000,
                  distribution="er", grow="gradient", drop_fraction_start=0.5, drop_fraction_end=0.0,
                  schedule_start=0.2, schedule_end=0.8, schedule_power=2.0, seed=None, exclude=(), include=()):
-        self.module, self.optimizer, self.regime, self.seed = module, optimizer, regime, seed
+        self.module, self.optimizer, self.regime, self.sparsity, self.seed = module, optimizer, regime, sparsity, seed
         self.total_steps, self.update_interval = total_steps, update_interval
         self.distribution, self.grow = distribution, grow
         self.drop_fraction_start, self.drop_fraction_end = drop_fraction_start, drop_fraction_end
         self.schedule_start, self.schedule_end, self.schedule_power = schedule_start, schedule_end, schedule_power
-        _check_settings(self, sparsity)
+        for name, value in vars(self).items():  # a state with NumPy's numbers is refused by `torch.load`
+            setattr(self, name, value.item() if type(value).__module__ == "numpy" else value)
+        _check_settings(self)
+        sparsity = self.sparsity
         # A regime is only a schedule: initial sparsity, final sparsity, and whether the topology changes.
         self.initial, self.final, self.dynamic = {
             "dense": (0.0, 0.0, False), "sst": (sparsity, sparsity, False), "dst": (sparsity, sparsity, True),
@@ -181,7 +183,7 @@ class SparseTraining:
         step: number of this module's updates, this one included: 1, 2, ... It may skip some, as the steps of a delayed
         module do. Call it after `backward` and before `mask_gradients`: growth is ranked by the dense gradients, which
         must come only from the module's own loss, or by `scores` (weight's name -> dense tensor). A layer that nothing
-        ranks (its gradient is missing, all zero, or not finite) changes as soon as something does.
+        ranks (its gradient is missing, not finite, or zero at all pruned weights) changes as soon as something does.
         """
         step = _whole_step(step)
         due = self._is_due(step)
@@ -226,16 +228,13 @@ class SparseTraining:
     @torch.no_grad()
     def mask_gradients(self):
         """Zeroes the gradients of pruned weights. Call it before clipping, so that they do not count."""
-        compiling = torch.compiler.is_compiling()
         # `update_topology`, which checks, may never be called. Compiled code that reads a step is compiled at each.
-        if not compiling and not self.last_step:
+        if not torch.compiler.is_compiling() and not self.last_step:
             self._unstepped += 1
             self._check_weights(self._unstepped, self._unstepped % self.update_interval == 0)
         for _, weight, mask in self._tensors():
             if weight.grad is not None:
                 _zero_pruned(weight.grad, mask)
-                if not compiling:
-                    weight.grad._masked = weight.grad._version, weight._version  # `_score` asks what came first
 
     def is_update_step(self, step):
         """Whether `update_topology(step)` would change anything."""
@@ -435,20 +434,19 @@ class SparseTraining:
         self._checked = True
 
     def _score(self, name, weight, scores):
-        """What ranks a layer's growth, or None if it has to wait. RuntimeError for a gradient masked already."""
+        """What ranks a layer's growth, or None if it has to wait."""
         if self.grow == "random":
             return weight
         score = weight.grad if scores is None else scores.get(name)
-        if score is None or not (score.is_meta or any(_read(score.isfinite().all() & (score != 0).any()))):
+        if score is None or score.is_meta:
+            return score
+        known = score.isfinite().all() & (score != 0)
+        anywhere, pruned = _read(known, known & ~self.masks[name])
+        if anywhere and not pruned and self.active[name] < score.numel():
+            self._warn("masked", f"{name} has gradients only where it is active, and these cannot rank growth: use "
+                       "after_backward, or call update_topology before mask_gradients and optimizer.step")
             return None
-        masked, trained = getattr(score, "_masked", (None, None))  # versions of gradient and weight when it was masked
-        # Clipping writes a gradient once; before an optimizer step, all that may happen to it is scaling.
-        scaled = masked is not None and (score._version == masked + 1 or weight._version == trained)
-        if self.active[name] < score.numel() and (
-                score._version == masked or scaled and not any(_read((score != 0) & ~self.masks[name]))):
-            raise RuntimeError("the gradients are masked already and cannot rank growth: use after_backward, or call "
-                               "update_topology before mask_gradients and optimizer.step")
-        return score
+        return score if anywhere else None
 
     def _warn(self, kind, message):
         if kind not in self._warned:
@@ -626,8 +624,8 @@ def _check_weight(name, weight, optimizer=None):
         _require(not coded, f"{type(one).__name__} keeps {coded} as codes, whose 0 is not the number 0: use 32 bits")
 
 
-def _check_settings(own, sparsity):
-    _check_choices(own.regime, sparsity, own.distribution, own.grow)
+def _check_settings(own):
+    _check_choices(own.regime, own.sparsity, own.distribution, own.grow)
     _require(own.total_steps is not None or own.regime in ("dense", "sst"), f"{own.regime} needs total_steps, the "
              "number of updates that this module will get")
     sizes = (1 if own.total_steps is None else own.total_steps, own.update_interval, own.schedule_power)
@@ -655,19 +653,3 @@ def _whole_step(step):
 def _require(condition, message):
     if not condition:
         raise ValueError(message)
-
-
-def _accept_old_names(function):
-    """Of arguments. Also makes Python's numbers of NumPy's: with these, `torch.load` refuses a state by default."""
-    old = {"leave_out": "exclude", "power": "schedule_power", "drop_initial": "drop_fraction_start",
-           "drop_final": "drop_fraction_end"}
-
-    @functools.wraps(function)
-    def renamed(*arguments, **options):
-        plain = [a.item() if type(a).__module__ == "numpy" else a for a in (*arguments, *options.values())]
-        names = [old.get(name, name) for name in options]
-        return function(*plain[:len(arguments)], **dict(zip(names, plain[len(arguments):])))
-    return renamed
-
-
-SparseTraining.__init__ = _accept_old_names(SparseTraining.__init__)

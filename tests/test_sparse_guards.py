@@ -24,8 +24,8 @@ def adamw(model, **options):
 def build(regime="dst", sizes=(6, 20, 20, 8), optimizer=None, **options):
     model = mlp(*sizes)
     optimizer = adamw(model) if optimizer is None else optimizer(model)
-    options = {"total_steps": 1000, "update_interval": 10, "seed": 1} | options
-    return model, optimizer, SparseTraining(model, optimizer, regime, 0.7, **options)
+    options = {"sparsity": 0.7, "total_steps": 1000, "update_interval": 10, "seed": 1} | options
+    return model, optimizer, SparseTraining(model, optimizer, regime, **options)
 
 
 def train(model, optimizers, sparse, steps, width=6):
@@ -315,9 +315,10 @@ def test_a_layer_that_never_has_a_gradient_is_reported():
 
 @pytest.mark.parametrize("clip, unscale, late", [(False, False, False), (True, False, False), (True, True, False),
                                                  (False, False, True), (True, False, True)])
-def test_topology_after_masking_is_refused(clip, unscale, late):
+def test_topology_after_masking_waits_and_is_reported(clip, unscale, late):
     model, optimizer, sparse = build()
-    with pytest.raises(RuntimeError, match="masked already.*after_backward"):
+    first = masks(sparse)
+    with pytest.warns(RuntimeWarning, match="0.weight has gradients only where it is active.*after_backward"):
         for step in range(1, 11):
             backward(model, 6)
             sparse.mask_gradients()
@@ -327,9 +328,10 @@ def test_topology_after_masking_is_refused(clip, unscale, late):
                 nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             if late:
                 optimizer.step()
-            sparse.update_topology(step)
+            assert not sparse.update_topology(step)
             if not late:
                 optimizer.step()
+    assert not moved(sparse, first) and not train(model, [optimizer], sparse, [11]) and len(moved(sparse, first)) == 3
     model, optimizer, sparse = build(grow="random")  # which gradients do not rank
     backward(model, 6)
     sparse.mask_gradients()
@@ -385,7 +387,7 @@ def test_any_count_of_updates_works_and_is_kept_as_a_plain_number():
 
 
 def test_settings_given_as_numpy_scalars_save_as_plain_numbers():
-    sparse = build(total_steps=np.int64(100), update_interval=np.int32(5), seed=np.int64(3),
+    sparse = build(total_steps=np.int64(100), update_interval=np.int32(5), seed=np.int64(3), sparsity=np.float64(0.7),
                    drop_fraction_start=np.float32(0.5), schedule_power=np.float64(2))[2]
     file = io.BytesIO()
     torch.save(sparse.state_dict(), file)

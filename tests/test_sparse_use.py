@@ -46,12 +46,6 @@ def test_the_examples_of_the_docstring_run(capsys):
     assert len(moved(names["sparse"], names["sparse"].first_masks)) == 1  # the head stays dense
 
 
-def test_old_names_of_arguments_work():
-    old = build("d2s", leave_out="2", drop_initial=0.3, drop_final=0.1, power=3.0)[2]
-    new = build("d2s", exclude="2", drop_fraction_start=0.3, drop_fraction_end=0.1, schedule_power=3.0)[2]
-    assert old._schedule() == new._schedule() and old.masks.keys() == new.masks.keys() == {"0.weight", "4.weight"}
-
-
 class Gained(nn.Linear):
     """A linear layer with a gain per unit."""
 
