@@ -80,6 +80,10 @@ LAPTOP = {
         "the README's streaming command", "curves",
         (Arm("", "MST", {"algo": "stream", "mst": True, "total_steps": 200_000, "eval_every": 50_000}),),
         tasks=(TASK,), step_ms=0.6, note="128 units, sparsity 0.8; 200,000 agent steps."),
+    "stream_length": Figure(
+        "Stream AC(λ) as published, over 2 million steps", "curves",
+        (Arm("", "dense", {"algo": "stream", "total_steps": 2_000_000, "eval_every": 100_000}),),
+        (RETURN, CRITIC_STEP), tasks=(TASK,), seeds=3, step_ms=0.42, note="128 units, dense, SparseInit."),
     "ball_in_cup": Figure(
         "short runs of narrow SAC and DDPG agents", "curves",
         (Arm("", "MST, SAC", {"algo": "sac", **_BALL}), Arm("", "MST, DDPG", {"algo": "ddpg", **_BALL})), _CRITIC,
