@@ -244,8 +244,10 @@ def extended(args, before):
         regime = module_configs(before)[moving[0]].regime
         raise ValueError(f"--extend: the {moving[0]}'s regime {regime} has a sparsity schedule that ended with the run "
                          "(Eq. 2); a longer schedule would move it back. Start a new run with more --total-steps")
-    return dataclasses.replace(before, total_steps=args.total_steps,
-                               **{name: getattr(args, name) for name in NOT_IN_NAME if name not in ("env", "seed")})
+    longer = {name: getattr(args, name) for name in NOT_IN_NAME if name not in ("env", "seed")}
+    if args.runs == Args.runs:  # beside the finished run
+        longer["runs"] = os.path.dirname(os.path.normpath(args.extend)) or os.curdir
+    return dataclasses.replace(before, total_steps=args.total_steps, **longer)
 
 
 def read_config(folder):

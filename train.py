@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -211,7 +212,7 @@ def build(args):
     saved = SavedRun(Checkpoints(folder), args, device, agent, env, log)
     pixel_notes = console.describe_pixels(agent, env, config["renderer"], started) if args.pixel.pixels else []
     notes = [*pixel_notes, *console.describe_saving(saved), *plan_notes(args), *speed_notes,
-             *(extension_notes(args, source) if source else [])]
+             *(extension_notes(args, source) if source else [] if started else shorter_runs(args, folder))]
     print("\n".join([console.describe(agent, modules, args, device, folder), *notes]), flush=True)
     return args, env, agent, evaluator, log, saved
 
@@ -271,6 +272,18 @@ def difference(config, args):
     """What makes a checkpoint's settings another run than this one. An extended run may differ in its length."""
     before = from_config(config)
     return diff_settings(dataclasses.replace(before, total_steps=args.total_steps) if args.extend else before, args)
+
+
+def shorter_runs(args, folder):
+    """Notes for those who expect --resume to train a finished run longer."""
+    if not args.resume or not os.path.isdir(args.runs):
+        return []
+    bare = re.sub("__total-steps=[0-9]+", "", os.path.basename(folder))
+    twins = [os.path.join(args.runs, name) for name in sorted(os.listdir(args.runs))
+             if re.sub("__total-steps=[0-9]+", "", name) == bare]
+    return [f"  note: a new run; to train a finished one longer: --extend {twin} --total-steps {args.total_steps}"
+            for twin in twins if os.path.exists(os.path.join(twin, "final.pt"))
+            and read_config(twin).total_steps < args.total_steps]
 
 
 def extension_notes(args, source):

@@ -1,5 +1,7 @@
 """Training a finished run on: `train.py --extend RUN --total-steps MORE`."""
 
+import re
+
 import pytest
 
 from settings import parse
@@ -32,6 +34,20 @@ def test_extended_run_equals_a_long_one(tmp_path, regime):
     assert (tmp_path / "short/eval.csv").read_bytes() == before  # the finished run stays as it is
     status, said = run(tmp_path, "--extend", str(tmp_path / "short"), "--total-steps", "200", "--name", "more")
     assert status == 0 and "finished already" in said
+
+
+def test_resume_with_more_steps_names_extend_which_writes_beside_the_finished_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for steps in ("60", "90", "80"):
+        in_process([*FLAGS, *OWN, "--total-steps", steps, "--resume", "--runs", "mine"], tmp_path / steps)
+        hints = re.findall("--extend (.*) --total-steps (.*)", (tmp_path / steps).read_text())
+        if steps == "60":
+            assert not hints
+            (short,) = (tmp_path / "mine").iterdir()
+        else:  # not the longer one
+            assert hints == [(f"mine/{short.name}", steps)]
+    command = ["--extend", f"mine/{short.name}", "--total-steps", "70", *OWN]
+    assert in_process(command, tmp_path / "output") == 0 and len(list((tmp_path / "mine").iterdir())) == 4
 
 
 def test_extending_dst_follows_the_longer_schedule(tmp_path):
