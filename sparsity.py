@@ -122,10 +122,9 @@ class SparseTraining:
 
     module: any `nn.Module`. Masks the trainable weights of linear, convolution, embedding, attention and recurrent
         layers (MASKED_LAYERS); never biases, norms, or what is frozen now.
-    optimizer: the `torch.optim` optimizer that trains the module, or a list of several. Its state follows the masks:
-        SGD, Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, Rprop, ASGD, and Adafactor, whose moments
-        are of rows and columns and stay. Refused: Muon, LBFGS, SparseAdam, 8-bit state, and an `eps` that is 0 in the
-        weights' precision. Others must not move weights without gradient and state. "dense" and "sst" take None.
+    optimizer: the `torch.optim` optimizer that trains the module, or a list of several; "dense" and "sst" take None.
+        Its state follows the masks. Refused: Muon, LBFGS, SparseAdam, 8-bit state, and an `eps` that is 0 in the
+        weights' precision. One of your own must not move weights that have neither gradient nor state.
     regime, sparsity: as above; the fraction of weights pruned always (sst, dst), at first (s2d) or at last (d2s).
     total_steps: T, the number of updates this module gets in all. dst, s2d and d2s need it.
     update_interval: ΔT, updates between topology changes. Not in the paper; 1000 as in published sparse SAC.
@@ -281,7 +280,7 @@ class SparseTraining:
         """What the layers' latest topology changes did, in all; by layer: `last_update`. NaN before the first.
 
         dropped, grown: weights (Algorithm 1, lines 9 and 10); regrown: of these, dropped and grown back at once;
-        initial_kept: fraction of the first masks that is still active. Reads nothing from the device.
+        initial_kept: fraction of the first masks that is still active.
         """
         records, first = self.last_update, self._counts(self.masks, self.initial)
         kept = [n * records[name]["initial_kept"] if name in records else n for name, n in first.items()]
@@ -516,11 +515,6 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 REFUSED_OPTIMIZERS = {"Muon", "LBFGS", "SparseAdam"}
 INITIAL_STATE = {"step_size": "lr", "sum": "initial_accumulator_value"}  # Rprop's and Adagrad's do not start at 0
 OWNERS = WeakTensorKeyDictionary()  # weight -> weak reference to the latest SparseTraining that masks it
-
-
-def maskable_weights(module, exclude=(), include=()):
-    """name -> weight that SparseTraining masks; `exclude` and `include` as there. ValueError if masks cannot follow."""
-    return _choose_weights(module, exclude, include)[0]
 
 
 def _choose_weights(module, exclude, include):

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sparsity
-from sparsity import SparseTraining, layer_densities, maskable_weights
+from sparsity import SparseTraining, layer_densities
 from tests.helpers import backward, mlp
 from tests.test_sparse_guards import adamw, build, masks, moved, pruned_are_zero, train
 
@@ -146,7 +146,7 @@ def test_layers_left_dense_are_named_once_and_included_by_name_kind_layer_or_ten
         assert make(include=Agent, exclude=[nn.Conv2d, model.body.weight]).masks.keys() == everything - {
             "image.weight", "body.weight"}
         SparseTraining(model, None, "dense")
-    assert maskable_weights(model, include="mixing").keys() == {"image.weight", "body.weight", "mixing"}
+    assert make(include="mixing").masks.keys() == {"image.weight", "body.weight", "mixing"}
     for choice, message in (("gain", "no trainable matrix"), (model.position, "no trainable matrix"),
                             ("norm", "no trainable"), ("critic", "no layer or weight critic"),
                             (nn.Conv3d, "no layer or weight <class"), (torch.ones(4, 4), "no layer or weight tensor"),
