@@ -63,6 +63,7 @@ _DEEP_ACTOR = tuple(_regimes("actor", 5, **_ACTOR))
 _QUICK = {"width_scale": 0.25, "learning_starts": 1000, "eval_every": 3000}
 _QUICK_MST = {"mst": True, **_QUICK}
 _BALL = {"mst": True, "width_scale": 0.25, "learning_starts": 1000, "total_steps": 20000, "eval_every": 4000}
+_STREAM_MST = {"algo": "stream", "mst": True, "total_steps": 200_000, "eval_every": 50_000}
 _CRITIC = (RETURN, CRITIC_SRANK, CRITIC_DORMANT)
 
 # step_ms: mean of the arms, each timed for some steps on one core of an Intel Xeon (AVX-512).
@@ -77,9 +78,11 @@ LAPTOP = {
         _CRITIC, tasks=("cartpole-swingup",), step_ms=29,
         note="Width ×0.25, types 6, 6 and 5; 1,000 random steps (one arm: 10,000)."),
     "stream_quickstart": Figure(
-        "the README's streaming command", "curves",
-        (Arm("", "MST", {"algo": "stream", "mst": True, "total_steps": 200_000, "eval_every": 50_000}),),
-        tasks=(TASK,), step_ms=0.6, note="128 units, sparsity 0.8; 200,000 agent steps."),
+        "the README's streaming command, and growth by the last gradient", "curves",
+        (Arm("", "MST", _STREAM_MST), Arm("", "MST, last gradient", {**_STREAM_MST, "growth_score": "last"})),
+        tasks=(TASK,), step_ms=0.6,
+        note="128 units, sparsity 0.8; 200,000 agent steps. Growth is ranked by the sum of δ·z since the last change, "
+             "or by the last gradient."),
     "stream_length": Figure(
         "Stream AC(λ) as published, over 2 million steps", "curves",
         (Arm("", "dense", {"algo": "stream", "total_steps": 2_000_000, "eval_every": 100_000}),),
