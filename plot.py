@@ -186,7 +186,7 @@ def legend_of(series, labels, published, joined=True):
 
 def references(path, statistic):
     """Published curves: task -> [(label, frames, center, low, high)]. Columns env, seed, return, agent_step (of two
-    frames) or env_step (a frame), and, if there are several, algo."""
+    frames, on Gymnasium of one) or env_step (a frame), and, if there are several, algo."""
     runs = {}
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
@@ -194,10 +194,11 @@ def references(path, statistic):
         if not {"env", "seed", "return"} <= known or not {"agent_step", "env_step"} & known:
             raise ValueError(f"--reference {path}: its columns must be env, seed, return, and agent_step or env_step")
         for row in reader:
-            frames = float(row["env_step"]) if "env_step" in known else 2 * float(row["agent_step"])
+            repeat = 1 if re.search(r":|-v\d+$", row["env"]) else 2  # Gymnasium's ids end in a version
+            frames = float(row["env_step"]) if "env_step" in known else repeat * float(row["agent_step"])
             label = f"published {row['algo']}" if "algo" in known else "published"
             seeds = runs.setdefault((row["env"], label), {})
-            seeds.setdefault(row["seed"], []).append((frames / 2, frames, float(row["return"])))
+            seeds.setdefault(row["seed"], []).append((frames / repeat, frames, float(row["return"])))
     lines = {}
     for (task, label), seeds in runs.items():
         names = ("agent_step", "env_frames", "return")
