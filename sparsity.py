@@ -123,8 +123,9 @@ class SparseTraining:
     module: any `nn.Module`. Masks the trainable weights of linear, convolution, embedding, attention and recurrent
         layers (MASKED_LAYERS); never biases, norms, or what is frozen now.
     optimizer: the `torch.optim` optimizer that trains the module, or a list of several; "dense" and "sst" take None.
-        Its state follows the masks. Refused: Muon, LBFGS, SparseAdam, 8-bit state, and an `eps` that is 0 in the
-        weights' precision. One of your own must not move weights that have neither gradient nor state.
+        Its state follows the masks: SGD, Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, Rprop, ASGD,
+        Adafactor (its moments of rows and columns stay). Refused: Muon, LBFGS, SparseAdam, 8-bit state, and an `eps`
+        that is 0 in the weights' precision. One of your own must not move weights without gradient and state.
     regime, sparsity: as above; the fraction of weights pruned always (sst, dst), at first (s2d) or at last (d2s).
     total_steps: T, the number of updates this module gets in all. dst, s2d and d2s need it.
     update_interval: ΔT, updates between topology changes. Not in the paper; 1000 as in published sparse SAC.
