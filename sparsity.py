@@ -183,7 +183,7 @@ class SparseTraining:
         step: number of this module's updates, this one included: 1, 2, ... It may skip some, as the steps of a delayed
         module do. Call it after `backward` and before `mask_gradients`: growth is ranked by the dense gradients, which
         must come only from the module's own loss, or by `scores` (weight's name -> dense tensor). A layer that nothing
-        ranks (its gradient is missing, not finite, or zero at all pruned weights) changes as soon as something does.
+        ranks (its gradient is missing, all zero, or not finite) changes as soon as something does.
         """
         step = _whole_step(step)
         due = self._is_due(step)
@@ -228,13 +228,16 @@ class SparseTraining:
     @torch.no_grad()
     def mask_gradients(self):
         """Zeroes the gradients of pruned weights. Call it before clipping, so that they do not count."""
+        compiling = torch.compiler.is_compiling()
         # `update_topology`, which checks, may never be called. Compiled code that reads a step is compiled at each.
-        if not torch.compiler.is_compiling() and not self.last_step:
+        if not compiling and not self.last_step:
             self._unstepped += 1
             self._check_weights(self._unstepped, self._unstepped % self.update_interval == 0)
         for _, weight, mask in self._tensors():
             if weight.grad is not None:
                 _zero_pruned(weight.grad, mask)
+                if not compiling:
+                    weight.grad._masked = weight.grad._version, weight._version  # `_score` asks what came first
 
     def is_update_step(self, step):
         """Whether `update_topology(step)` would change anything."""
@@ -434,19 +437,21 @@ class SparseTraining:
         self._checked = True
 
     def _score(self, name, weight, scores):
-        """What ranks a layer's growth, or None if it has to wait."""
+        """What ranks a layer's growth, or None if it has to wait. RuntimeError for a gradient masked already."""
         if self.grow == "random":
             return weight
         score = weight.grad if scores is None else scores.get(name)
-        if score is None or score.is_meta:
-            return score
-        known = score.isfinite().all() & (score != 0)
-        anywhere, pruned = _read(known, known & ~self.masks[name])
-        if anywhere and not pruned and self.active[name] < score.numel():
-            self._warn("masked", f"{name} has gradients only where it is active, and these cannot rank growth: use "
-                       "after_backward, or call update_topology before mask_gradients and optimizer.step")
+        if score is None or not (score.is_meta or any(_read(score.isfinite().all() & (score != 0).any()))):
             return None
-        return score if anywhere else None
+        masked, trained = getattr(score, "_masked", (None, None))  # versions of gradient and weight when it was masked
+        # Versions tell this from dead units, whose gradients are 0 as well. Clipping writes a gradient once; before an
+        # optimizer step, all that may happen to it is scaling.
+        scaled = masked is not None and (score._version == masked + 1 or weight._version == trained)
+        if self.active[name] < score.numel() and (
+                score._version == masked or scaled and not any(_read((score != 0) & ~self.masks[name]))):
+            raise RuntimeError("the gradients are masked already and cannot rank growth: use after_backward, or call "
+                               "update_topology before mask_gradients and optimizer.step")
+        return score
 
     def _warn(self, kind, message):
         if kind not in self._warned:
