@@ -40,8 +40,8 @@ from runtime.checkpoint import Checkpoints
 from runtime.evaluator import Evaluator
 from runtime.log import RunFinished, RunLocked, RunLog, provenance
 from runtime.resume import SavedRun, Stopped, StopSignals
-from settings import (check, diff_settings, extended, from_config, module_configs, parse, plan_notes, read_config,
-                      run_name)
+from settings import (check, defaults, diff_settings, extended, from_config, module_configs, parse, plan_notes,
+                      read_config, run_name)
 
 
 def train(args, env, agent, evaluator, log, saved):
@@ -276,14 +276,14 @@ def difference(config, args):
 
 def shorter_runs(args, folder):
     """Notes for those who expect --resume to train a finished run longer."""
-    if not args.resume or not os.path.isdir(args.runs):
-        return []
-    bare = re.sub("__total-steps=[0-9]+", "", os.path.basename(folder))
-    twins = [os.path.join(args.runs, name) for name in sorted(os.listdir(args.runs))
-             if re.sub("__total-steps=[0-9]+", "", name) == bare]
-    return [f"  note: a new run; to train a finished one longer: --extend {twin} --total-steps {args.total_steps}"
-            for twin in twins if os.path.exists(os.path.join(twin, "final.pt"))
-            and read_config(twin).total_steps < args.total_steps]
+    length, notes = re.compile("__total-steps=([0-9]+)"), []
+    for name in sorted(os.listdir(args.runs)) if args.resume and os.path.isdir(args.runs) else ():
+        path, steps = os.path.join(args.runs, name), int((length.findall(name) or [defaults(args.algo).total_steps])[0])
+        same = length.sub("", name) == length.sub("", os.path.basename(folder))
+        if same and steps < args.total_steps and os.path.exists(os.path.join(path, "final.pt")):
+            notes.append(f"  note: a new run; to train a finished one longer: --extend {path} "
+                         f"--total-steps {args.total_steps}")
+    return notes
 
 
 def extension_notes(args, source):

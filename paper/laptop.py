@@ -81,8 +81,8 @@ LAPTOP = {
         "the README's streaming command, and growth by the last gradient", "curves",
         (Arm("", "MST", _STREAM_MST), Arm("", "MST, last gradient", {**_STREAM_MST, "growth_score": "last"})),
         tasks=(TASK,), step_ms=0.6,
-        note="128 units, sparsity 0.8; 200,000 agent steps. Growth is ranked by the sum of δ·z since the last change, "
-             "or by the last gradient."),
+        note="128 units, sparsity 0.8; 200,000 agent steps. Growth is ranked by the sum of δ·z since the last "
+             "change, or by the last gradient."),
     "stream_length": Figure(
         "Stream AC(λ) as published, over 2 million steps", "curves",
         (Arm("", "dense", {"algo": "stream", "total_steps": 2_000_000, "eval_every": 100_000}),),
